@@ -1,0 +1,1 @@
+"""Reinforcement learning and meta-learning: trainers and the run folder."""

@@ -1,0 +1,395 @@
+"""The folder of a training run: configuration, checkpoints, learning curve, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ssm_fast.checkpoint import write_atomic
+
+_STATE_FILE = "training.pt"
+_MODEL_FILE = "model.safetensors"
+_MANIFEST_FILE = "manifest.json"
+_CHECKPOINT_NAME = re.compile(r"iteration_(\d{8})")
+_TEMPORARY_PREFIX = ".unfinished-"
+_MANIFEST_LIMIT = 1 << 16  # bytes; ours are below 400
+_STATE_LIMIT = 1 << 31  # bytes
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint of a run is damaged and was passed over for an older one."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files match their checksums.
+
+    Attributes:
+        path: Its folder.
+        iteration: How many iterations the run had done.
+        state: The training state, as it was given to `RunDirectory.save_checkpoint`.
+    """
+
+    path: Path
+    iteration: int
+    state: dict[str, Any]
+
+
+class RunDirectory:
+    """The files of one training run.
+
+    ```
+    config.json                      what the run was started with
+    checkpoints/iteration_00000020/  model.safetensors, training.pt, manifest.json (SHA-256 of both)
+    model.safetensors                the newest weights, for `ssm_fast.load_policy`
+    curve.csv, curve.png             the learning curve, a row an iteration
+    tensorboard/                     event files
+    ```
+
+    A checkpoint is built under a temporary name, synced and renamed, so that a kill at any moment
+    leaves the ones before it whole. A state is read with `weights_only=True`: a checkpoint runs no
+    code.
+
+    Args:
+        path: The folder; it is made where it is missing.
+        resume: Continue the run that is there. Without it, a folder that holds a run is refused.
+        keep: How many checkpoints are kept.
+
+    Raises:
+        ValueError: The folder holds a run and `resume` is false, or `keep` is below 1.
+        OSError: The folder cannot be made or written to.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, resume: bool = False, keep: int = 3
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.path = Path(path)
+        self.keep = keep
+        self.config_path = self.path / "config.json"
+        self.checkpoints_path = self.path / "checkpoints"
+        self.model_path = self.path / _MODEL_FILE
+        self.curve_path = self.path / "curve.csv"
+        self.figure_path = self.path / "curve.png"
+        self.tensorboard_path = self.path / "tensorboard"
+        self._columns: list[str] | None = None
+        self._writer: Any = None
+        try:
+            self.checkpoints_path.mkdir(parents=True, exist_ok=True)
+            with (
+                tempfile.TemporaryFile(dir=self.path),
+                tempfile.TemporaryFile(dir=self.checkpoints_path),
+            ):
+                pass
+        except OSError as error:
+            raise OSError(f"run folder {self.path} cannot be written to: {error}") from error
+        if not resume and (self.config_path.exists() or self._checkpoint_paths()):
+            raise ValueError(f"{self.path} holds a run already; resume it or choose another folder")
+        for leftover in self.checkpoints_path.glob(f"{_TEMPORARY_PREFIX}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    # Configuration
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Writes `config` (JSON values) to config.json."""
+        _write_text(self.config_path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """Returns the configuration.
+
+        Raises:
+            ValueError: config.json is missing or is not a JSON object.
+        """
+        try:
+            config = json.loads(self.config_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.config_path} cannot be read: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.config_path} must hold a JSON object")
+        return config
+
+    # Checkpoints
+
+    def save_checkpoint(
+        self,
+        iteration: int,
+        state: Mapping[str, Any],
+        write_model: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Writes a checkpoint whole, then drops the oldest beyond `keep`.
+
+        Args:
+            iteration: How many iterations are done; names the checkpoint.
+            state: What a resume needs: tensors, numbers, strings, and lists and dicts of them.
+            write_model: Writes the model's weights to the path it is given: once beside the state,
+                once as the run's newest weights.
+
+        Returns:
+            The folder of the checkpoint.
+        """
+        final = self.checkpoints_path / f"iteration_{iteration:08d}"
+        building = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=self.checkpoints_path))
+        try:
+            _write_synced(building / _STATE_FILE, _dump_state(state))
+            if write_model is not None:
+                write_model(building / _MODEL_FILE)
+            digests = {
+                file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+                for file in building.iterdir()
+            }
+            manifest = {"format": "ssm_fast run", "iteration": iteration, "sha256": digests}
+            _write_synced(building / _MANIFEST_FILE, json.dumps(manifest).encode())
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(building, final)
+            _sync_folder(self.checkpoints_path)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        if write_model is not None:
+            write_model(self.model_path)
+        for old in self._checkpoint_paths()[: -self.keep]:
+            shutil.rmtree(old)
+        return final
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """Returns the newest intact checkpoint, or None where the run has none yet.
+
+        A damaged one is passed over with a `CheckpointWarning`.
+
+        Raises:
+            ValueError: There are checkpoints and none of them is intact.
+        """
+        paths = self._checkpoint_paths()
+        for path in reversed(paths):
+            try:
+                return read_checkpoint(path)
+            except ValueError as error:
+                damage = str(error)
+                warnings.warn(f"skipped a damaged checkpoint: {error}", CheckpointWarning, 2)
+        if paths:
+            raise ValueError(f"no intact checkpoint in {self.checkpoints_path}; the last: {damage}")
+        return None
+
+    def drop_checkpoints_after(self, iteration: int) -> None:
+        """Removes the checkpoints past `iteration`, from which a run is resumed."""
+        for path in self._checkpoint_paths():
+            if _iteration_of(path) > iteration:
+                shutil.rmtree(path)
+
+    def _checkpoint_paths(self) -> list[Path]:
+        paths = [p for p in self.checkpoints_path.iterdir() if _CHECKPOINT_NAME.fullmatch(p.name)]
+        return sorted(paths, key=_iteration_of)
+
+    # Learning curve
+
+    def append_row(self, row: Mapping[str, float]) -> None:
+        """Adds a row to curve.csv (NaN as an empty field); the first row sets the columns.
+
+        Raises:
+            ValueError: `row` has other columns than the rows before it.
+        """
+        if self._columns is None:
+            self._columns = self._read_columns() or self._write_columns(row)
+        if list(row) != self._columns:
+            raise ValueError(f"row must have columns {self._columns}, got {list(row)}")
+        with self.curve_path.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow([_field(row[column]) for column in self._columns])
+
+    def read_rows(self) -> list[dict[str, float]]:
+        """Returns the rows of curve.csv; a row that a kill cut short is left out."""
+        if not self.curve_path.exists():
+            return []
+        rows = []
+        with self.curve_path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if None in row or None in row.values():
+                    continue
+                try:
+                    rows.append({name: float(value or "nan") for name, value in row.items()})
+                except ValueError:
+                    continue
+        return rows
+
+    def truncate_rows(self, iteration: int) -> None:
+        """Drops the rows past `iteration`, which a resumed run writes anew."""
+        columns = self._read_columns()
+        if columns is None:
+            return
+        text = io.StringIO(newline="")
+        table = csv.writer(text)
+        table.writerow(columns)
+        for row in self.read_rows():
+            if row["iteration"] <= iteration:
+                table.writerow([_field(row[column]) for column in columns])
+        _write_text(self.curve_path, text.getvalue())
+
+    def plot_curve(self, title: str = "") -> None:
+        """Draws the episode returns of curve.csv over environment steps to curve.png."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        rows = [row for row in self.read_rows() if math.isfinite(row["episode_return"])]
+        figure = Figure(figsize=(7.0, 4.0), layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.plot([row["timesteps"] for row in rows], [row["episode_return"] for row in rows])
+        axes.set_xlabel("environment steps")
+        axes.set_ylabel("episode return")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        image = io.BytesIO()
+        canvas.print_png(image)
+        _write_bytes(self.figure_path, image.getvalue())
+
+    def _read_columns(self) -> list[str] | None:
+        if not self.curve_path.exists():
+            return None
+        with self.curve_path.open(newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), None)
+
+    def _write_columns(self, row: Mapping[str, float]) -> list[str]:
+        with self.curve_path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerow(list(row))
+        return list(row)
+
+    # TensorBoard
+
+    def open_tensorboard(self, purge_step: int | None = None) -> None:
+        """Opens the event writer; events at and past `purge_step` are hidden (for a resume)."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.tensorboard_path), purge_step=purge_step)  # type: ignore[no-untyped-call]
+
+    def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        """Writes the finite ones of `scalars` to TensorBoard, where it is open."""
+        if self._writer is None:
+            return
+        for name, value in scalars.items():
+            if math.isfinite(value):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the event writer; may be called twice."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Reads the checkpoint folder `path` and verifies its checksums.
+
+    Raises:
+        ValueError: A file is missing, too large or damaged, or asks for code to be run. The message
+            names the path.
+    """
+    folder = Path(path)
+    try:
+        manifest = json.loads(_read_limited(folder / _MANIFEST_FILE, _MANIFEST_LIMIT))
+        digests, iteration = manifest["sha256"], manifest["iteration"]
+        expected = str(digests[_STATE_FILE])
+        if not isinstance(iteration, int) or iteration < 0:
+            raise ValueError(f"iteration must be a count, got {iteration!r}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{folder / _MANIFEST_FILE} is missing or damaged: {error!r}") from error
+    state_path = folder / _STATE_FILE
+    contents = _read_state_file(state_path)
+    if hashlib.sha256(contents).hexdigest() != expected:
+        raise ValueError(f"{state_path} is damaged: its SHA-256 is not the manifest's")
+    return Checkpoint(folder, iteration, _parse_state(state_path, contents))
+
+
+def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
+    """Writes a training state to one file, whole or not at all."""
+    _write_bytes(Path(path), _dump_state(state))
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a file of `write_state`; it runs no code.
+
+    Raises:
+        ValueError: The file is missing, damaged, or holds something else.
+    """
+    return _parse_state(Path(path), _read_state_file(Path(path)))
+
+
+def _dump_state(state: Mapping[str, Any]) -> bytes:
+    contents = io.BytesIO()
+    torch.save(dict(state), contents)
+    return contents.getvalue()
+
+
+def _read_state_file(path: Path) -> bytes:
+    try:
+        return _read_limited(path, _STATE_LIMIT)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _parse_state(path: Path, contents: bytes) -> dict[str, Any]:
+    try:
+        state = torch.load(io.BytesIO(contents), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises nearly anything
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} holds no training state: {reason}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} must hold a dict, got {type(state).__name__}")
+    return state
+
+
+def _read_limited(path: Path, limit: int) -> bytes:
+    size = path.stat().st_size
+    if size > limit:
+        raise ValueError(f"{path} must be at most {limit} bytes, got {size}")
+    return path.read_bytes()
+
+
+def _iteration_of(path: Path) -> int:
+    return int(path.name.rpartition("_")[2])
+
+
+def _field(value: float) -> str:
+    return "" if math.isnan(value) else repr(value)
+
+
+def _write_text(path: Path, text: str) -> None:
+    _write_bytes(path, text.encode())
+
+
+def _write_bytes(path: Path, contents: bytes) -> None:
+    write_atomic(path, lambda temporary: Path(temporary).write_bytes(contents))
+
+
+def _write_synced(path: Path, contents: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(contents)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
