@@ -1,0 +1,95 @@
+"""Unbiased evaluation of a policy: a fixed number of episodes, each counted once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssm_fast.env_runner.environment import Environment
+
+
+class PredictsActions(Protocol):
+    """Whatever has the `predict` of `ssm_fast.Policy` and of stable-baselines3."""
+
+    def predict(
+        self,
+        obs: NDArray[np.float32],
+        /,
+        state: Any = None,
+        episode_start: NDArray[np.bool_] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[NDArray[Any], Any]:
+        """Maps observations `[B, input_dim]` and a state to actions and the next state."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Undiscounted returns `[episodes]` and lengths `[episodes]`, in the order of the seeds."""
+
+    returns: NDArray[np.float64]
+    lengths: NDArray[np.int64]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(self.returns.mean())
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns (over the episodes, not of the mean)."""
+        return float(self.returns.std())
+
+
+def evaluate(
+    policy: PredictsActions,
+    env_name: str,
+    episodes: int = 10,
+    seed: int = 1_000_000,
+    deterministic: bool = True,
+    max_episode_steps: int | None = None,
+    batch_size: int | None = None,
+) -> Evaluation:
+    """Plays `episodes` episodes; episode `i` runs in a fresh reset of its own, seeded `seed + i`.
+
+    A batch of environments that is stopped after so many ended episodes counts short episodes more
+    often than long ones. Here the first episode of every row counts and no other.
+
+    Args:
+        policy: Has stable-baselines3's `predict(obs, state, episode_start, deterministic)`.
+        env_name: A registered Gymnasium id.
+        episodes: Number of episodes.
+        seed: Seed of the first episode.
+        deterministic: Handed to `predict`.
+        max_episode_steps: Truncate episodes here; without it, an environment that has no limit of
+            its own may never end.
+        batch_size: Episodes that are played side by side; `None` is at most 32.
+    """
+    if episodes < 1:
+        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    if batch_size is None:
+        batch_size = min(episodes, 32)
+    returns = np.zeros(episodes)  # [episodes]
+    lengths = np.zeros(episodes, dtype=np.int64)  # [episodes]
+    start = 0
+    while start < episodes:
+        count = min(batch_size, episodes - start)
+        with Environment(env_name, count, max_episode_steps) as env:
+            obs, _ = env.reset(seed=seed + start)
+            state: Any = None
+            episode_start = np.ones(count, dtype=np.bool_)  # [B]
+            unfinished = np.ones(count, dtype=np.bool_)  # [B]
+            while unfinished.any():
+                actions, state = policy.predict(
+                    obs, state=state, episode_start=episode_start, deterministic=deterministic
+                )
+                obs, _, terminated, truncated, info = env.step(actions)
+                episode_start = terminated | truncated
+                rows = np.flatnonzero(episode_start & unfinished)
+                returns[start + rows] = info["episode_return"][rows]
+                lengths[start + rows] = info["episode_length"][rows]
+                unfinished[rows] = False
+        start += count
+    return Evaluation(returns, lengths)

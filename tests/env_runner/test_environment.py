@@ -1,0 +1,366 @@
+from __future__ import annotations
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from ssm_fast.env_runner.environment import Environment
+
+
+def by_hand(name, seed, actions, **kwargs):
+    """One row stepped with gymnasium.make alone: an independent account of same-step autoreset."""
+    env = gymnasium.make(name, **kwargs)
+    space = env.action_space
+    obs, _ = env.reset(seed=seed)
+    rows, total, length = [obs], 0.0, 0
+    record = []
+    for action in actions:
+        if isinstance(space, spaces.Box):
+            action = np.clip(action, space.low, space.high).astype(space.dtype)
+        final, reward, terminated, truncated, _ = env.step(action)
+        total, length = total + reward, length + 1
+        obs, episode = final, (np.nan, 0)
+        if terminated or truncated:
+            episode, total, length = (total, length), 0.0, 0
+            obs, _ = env.reset()
+        rows.append(obs)
+        record.append((obs, final, reward, terminated, truncated, *episode))
+    env.close()
+    return rows[0], [np.array(column) for column in zip(*record, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "steps"),
+    [
+        ("CartPole-v1", {}, 120),
+        ("CartPole-v1", {"max_episode_steps": 7}, 40),
+        ("Pendulum-v1", {"max_episode_steps": 11}, 40),
+        ("HalfCheetah-v5", {"max_episode_steps": 13}, 30),
+    ],
+)
+def test_rows_equal_gymnasium_stepped_by_hand(name, kwargs, steps):
+    B, seed = 3, 41
+    rng = np.random.default_rng(0)
+    with Environment(name, B, seed=seed, **kwargs) as env:
+        if env.discrete:
+            actions = rng.integers(env.action_dim, size=(steps, B))
+        else:  # beyond the bounds on purpose: they are clipped
+            actions = rng.normal(size=(steps, B, env.action_dim)).astype(np.float32) * 2
+        first, _ = env.reset()
+        columns = []
+        for action in actions:
+            obs, rewards, terminated, truncated, info = env.step(action)
+            assert obs.dtype == np.float32
+            assert info["final_obs"].dtype == np.float32
+            columns.append(
+                (
+                    obs,
+                    info["final_obs"],
+                    rewards,
+                    terminated,
+                    truncated,
+                    info["episode_return"],
+                    info["episode_length"],
+                )
+            )
+    got = [np.array(column) for column in zip(*columns, strict=True)]  # each [T, B, ...]
+    assert (got[3] | got[4]).any(), "the run must cross the end of an episode"
+    for i in range(B):
+        want_first, want = by_hand(name, seed + i, actions[:, i], **kwargs)
+        np.testing.assert_array_equal(first[i], want_first.astype(np.float32))
+        for g, w in zip(got, want, strict=True):
+            np.testing.assert_array_equal(g[:, i], w.astype(g.dtype))
+
+
+def test_time_limit_truncates_and_termination_terminates():
+    with Environment("Counter-v0", 2, seed=0, length=3, max_episode_steps=5) as env:
+        env.reset()
+        for t in range(1, 7):
+            obs, _, terminated, truncated, info = env.step(np.zeros((2, 2)))
+            assert terminated.tolist() == [t % 3 == 0] * 2
+            assert not truncated.any()
+            assert (info["final_obs"][:, 1] == (t - 1) % 3 + 1).all()
+            assert (obs[:, 1] == t % 3).all()
+    with Environment("Counter-v0", 2, seed=0, length=9, max_episode_steps=4) as env:
+        env.reset()
+        for t in range(1, 9):
+            _, _, terminated, truncated, info = env.step(np.zeros((2, 2)))
+            assert truncated.tolist() == [t % 4 == 0] * 2
+            assert not terminated.any()
+            if t % 4 == 0:
+                assert info["episode_return"].tolist() == [10.0, 10.0]
+                assert info["episode_length"].tolist() == [4, 4]
+            else:
+                assert np.isnan(info["episode_return"]).all()
+                assert info["episode_length"].tolist() == [0, 0]
+    assert env.get_episode_statistics() == {
+        "episodes": 4.0,
+        "mean_return": 10.0,
+        "std_return": 0.0,
+        "min_return": 10.0,
+        "max_return": 10.0,
+        "mean_length": 4.0,
+    }
+
+
+def test_rows_have_distinct_seeds_and_a_seed_reproduces_the_run():
+    def run(seed, reset_seed=None):
+        with Environment("CartPole-v1", 4, seed=seed) as env:
+            obs = [env.reset(seed=reset_seed)[0]]
+            actions = [env.sample_action() for _ in range(40)]
+            obs += [env.step(action)[0] for action in actions]
+        return np.array(obs), np.array(actions)
+
+    obs, actions = run(7)
+    again, actions_again = run(7)
+    np.testing.assert_array_equal(obs, again)
+    np.testing.assert_array_equal(actions, actions_again)
+    assert not np.array_equal(obs, run(8)[0])
+    np.testing.assert_array_equal(obs[0], run(None, 7)[0][0])
+    assert len(np.unique(obs[0], axis=0)) == 4
+    with Environment("CartPole-v1", 4, seed=7) as env:
+        np.testing.assert_array_equal(env.reset()[0], obs[0])
+        assert not np.array_equal(env.reset()[0], obs[0])  # the generators run on
+        np.testing.assert_array_equal(env.reset(seed=[10, 9, 8, 7])[0], obs[0][::-1])
+        np.testing.assert_array_equal(env.reset(seed=np.arange(7, 11))[0], obs[0])
+
+
+def test_attributes_follow_the_spaces():
+    with Environment("HalfCheetah-v5", 2) as env:
+        assert (env.input_dim, env.action_dim, env.discrete, env.batch_size) == (17, 6, False, 2)
+        assert env.observation_space.shape == (2, 17)
+        assert env.action_space.shape == (2, 6)
+        np.testing.assert_array_equal(env.action_low, -np.ones(6))
+        np.testing.assert_array_equal(env.action_high, np.ones(6))
+    with Environment("Acrobot-v1") as env:
+        assert (env.input_dim, env.action_dim, env.discrete) == (6, 3, True)
+        assert env.action_low is None
+        assert env.single_action_space.n == 3
+
+
+def test_observations_of_other_shapes_and_dtypes_are_flattened():
+    with Environment("Counter-v0", 2, seed=0, shape=(2, 3), length=2) as env:
+        obs, _ = env.reset()
+        assert obs.shape == (2, 6)
+        env.step(np.zeros((2, 2)))
+        assert env.step(np.zeros((2, 2)))[4]["final_obs"][:, 1].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("NoSuchEnv-v0", "NoSuchEnv-v0"),
+        ("CartPole-v99", "CartPole-v99"),
+        ("no_such_module:Env-v0", "no_such_module"),
+        ("not an id", "not an id"),
+        ("", "''"),
+    ],
+)
+def test_unknown_id_is_an_error_that_names_it(name, text):
+    with pytest.raises(ValueError, match=f"env_name .*{text}.* cannot be made"):
+        Environment(name)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        (
+            {"observation_space": spaces.Discrete(4)},
+            r"observation space must be a Box.*Discrete\(4",
+        ),
+        ({"observation_space": spaces.Dict(a=spaces.Box(0, 1))}, "observation space must be a Box"),
+        ({"action_space": spaces.MultiDiscrete([2, 3])}, r"action space .*MultiDiscrete"),
+        ({"action_space": spaces.Box(-1, 1, (2, 2))}, r"action space .*\(2, 2\)"),
+        ({"action_space": spaces.Box(0, 9, (2,), np.int64)}, r"action space .*int64"),
+        ({"action_space": spaces.Discrete(3, start=1)}, r"action space .*start=1"),
+    ],
+)
+def test_unsupported_spaces_are_named_and_the_environments_closed(kwargs, text, monkeypatch):
+    closed = []
+    entry = gymnasium.spec("Counter-v0").entry_point
+    monkeypatch.setattr(entry, "close", lambda self: closed.append(self))
+    with pytest.raises(ValueError, match=text):
+        Environment("Counter-v0", 3, **kwargs)
+    assert len(closed) == 3
+
+
+@pytest.mark.parametrize("nan_in", ["obs", "reward", "large"])
+def test_nan_from_an_environment_names_its_index_and_step(nan_in):
+    env = Environment("Counter-v0", 3, seed=20, nan_in=nan_in, nan_seed=21, length=9)
+    env.reset()
+    for _ in range(4):
+        env.step(np.zeros((3, 2)))
+    what = "reward" if nan_in == "reward" else "observation"
+    with pytest.raises(
+        FloatingPointError, match=rf"Counter-v0: environment 1 .*non-finite {what} at step 5 "
+    ):
+        env.step(np.zeros((3, 2)))
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(np.zeros((3, 2)))
+    env.reset()  # usable again
+    env.step(np.zeros((3, 2)))
+    env.close()
+
+
+def test_wrong_actions_are_refused_before_an_environment_moves():
+    with Environment("Counter-v0", 2, seed=0) as env:
+        raw = [sub.unwrapped for sub in env._envs]
+        with pytest.raises(RuntimeError, match=r"reset\(\) before step"):
+            env.step(np.zeros((2, 2)))
+        env.reset()
+        with pytest.raises(ValueError, match=r"\[B, action_dim\] = \[2, 2\], got \[2, 3\]"):
+            env.step(np.zeros((2, 3)))
+        with pytest.raises(ValueError, match="got \\[2\\]"):
+            env.step(np.zeros(2))
+        with pytest.raises(TypeError, match="floating for Box, got int64"):
+            env.step(np.zeros((2, 2), np.int64))
+        for bad in (np.nan, np.inf):
+            with pytest.raises(ValueError, match=r"finite.*row 1"):
+                env.step(np.array([[0.0, 0.0], [0.0, bad]]))
+        assert raw[0].received == raw[1].received == []
+    with Environment("CartPole-v1", 2, seed=0) as env:
+        env.reset()
+        with pytest.raises(TypeError, match="integers for Discrete, got float64"):
+            env.step(np.zeros(2))
+        with pytest.raises(TypeError, match="integers for Discrete, got bool"):
+            env.step(np.zeros(2, bool))
+        with pytest.raises(ValueError, match=r"\[0, 2\), got \[0, 2\]"):
+            env.step([0, 2])
+        with pytest.raises(ValueError, match=r"\[0, 2\)"):
+            env.step([0, -1])
+        with pytest.raises(ValueError, match=r"\[B\] = \[2\], got \[2, 1\]"):
+            env.step(np.zeros((2, 1), int))
+        obs = env.step([1, 1])[0]
+        want = by_hand("CartPole-v1", 0, [1])[1][0][0]
+        np.testing.assert_array_equal(obs[0], want)
+        assert env.get_episode_statistics()["episodes"] == 0
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, torch.float32])
+def test_floating_actions_are_clipped_and_cast(dtype):
+    raw = [[0.25, 3.0], [-7.0, 1.0]]
+    actions = torch.tensor(raw) if isinstance(dtype, torch.dtype) else np.array(raw, dtype)
+    with Environment("Counter-v0", 2, seed=0) as env:
+        env.reset()
+        env.step(actions)
+        received = np.array([sub.unwrapped.received[0] for sub in env._envs])
+    assert received.dtype == np.float32
+    assert received.tolist() == [[0.25, 1.0], [-1.0, 1.0]]
+    assert actions.tolist() == raw  # the caller's own array stays
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.int64, torch.int64])
+def test_discrete_actions_of_any_integer_dtype(dtype):
+    actions = torch.tensor([1, 0]) if isinstance(dtype, torch.dtype) else np.array([1, 0], dtype)
+    with Environment("CartPole-v1", 2, seed=3) as env:
+        env.reset()
+        obs = env.step(actions)[0]
+    for i, action in enumerate((1, 0)):
+        np.testing.assert_array_equal(obs[i], by_hand("CartPole-v1", 3 + i, [action])[1][0][0])
+
+
+def test_arrays_of_a_step_are_the_callers_own():
+    with Environment("Counter-v0", 2, seed=0, length=9) as env:
+        env.reset()
+        a = env.step(np.zeros((2, 2)))
+        copies = [np.copy(a[0]), np.copy(a[4]["final_obs"])]
+        a[0][0] = 99.0
+        np.testing.assert_array_equal(a[4]["final_obs"], copies[1])
+        env.step(np.zeros((2, 2)))
+        np.testing.assert_array_equal(a[4]["final_obs"], copies[1])
+        np.testing.assert_array_equal(a[0][1], copies[0][1])
+
+
+def test_wrong_observation_shape_is_named():
+    box = spaces.Box(-1, 1, (4,))
+    with (
+        Environment("Counter-v0", 2, observation_space=box, shape=(2,)) as env,
+        pytest.raises(ValueError, match=r"environment 0 must return .* shape \[4\], got \[2\]"),
+    ):
+        env.reset()
+
+
+def test_close_twice_and_use_after_close():
+    env = Environment("Counter-v0", 2)
+    raw = [sub.unwrapped for sub in env._envs]
+    env.reset()
+    env.close()
+    env.close()
+    assert [sub.closed for sub in raw] == [1, 1]
+    for call in (env.reset, env.render, lambda: env.step(np.zeros((2, 2)))):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+
+
+def test_render():
+    with Environment("Counter-v0", 2, seed=0, render_mode="rgb_array") as env:
+        env.reset()
+        env.step(np.zeros((2, 2)))
+        frames = env.render()
+    assert [frame.shape for frame in frames] == [(2, 2, 3)] * 2
+    assert frames[0].max() == 1
+    with (
+        Environment("Counter-v0") as env,
+        pytest.raises(RuntimeError, match="render_mode='rgb_array'"),
+    ):
+        env.render()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        ({"batch_size": 0}, ValueError),
+        ({"max_episode_steps": 0}, ValueError),
+        ({"seed": -1}, ValueError),
+        ({"seed": 1.5}, TypeError),
+        ({"seed": True}, TypeError),
+    ],
+)
+def test_wrong_arguments(kwargs, error):
+    with pytest.raises(error, match=next(iter(kwargs))):
+        Environment("CartPole-v1", **kwargs)
+
+
+def _run(env, steps=30, seed=5):
+    rng = np.random.default_rng(1)
+    out = [env.reset(seed=seed)[0]]
+    for _ in range(steps):
+        obs, rewards, terminated, truncated, info = env.step(rng.integers(2, size=env.batch_size))
+        out += [obs, rewards, terminated, truncated, info["final_obs"], info["episode_return"]]
+    return out
+
+
+def test_wrap_equals_the_environment_made_by_id():
+    with Environment("CartPole-v1", 3) as env:
+        want = _run(env)
+    assert any(np.isfinite(a).any() for a in want[6::6]), "an episode must end"
+    makers = [lambda: gymnasium.make("CartPole-v1")] * 3
+    vectors = [
+        SyncVectorEnv(makers),
+        SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP),
+        AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP),
+    ]
+    for vector in vectors:
+        with Environment.wrap(vector) as env:
+            assert env.batch_size == 3
+            for got, expected in zip(_run(env), want, strict=True):
+                np.testing.assert_array_equal(got, expected)
+        assert vector.closed
+    with Environment("CartPole-v1") as env:
+        want = _run(env)
+    with Environment.wrap(gymnasium.make("CartPole-v1")) as env:
+        assert env.env_name == "CartPole-v1"
+        for got, expected in zip(_run(env), want, strict=True):
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_wrap_refuses_what_it_cannot_step_correctly():
+    vector = gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="vector_entry_point")
+    with pytest.raises(ValueError, match=r"SAME_STEP, got AutoresetMode.NEXT_STEP"):
+        Environment.wrap(vector)
+    vector.close()
+    with pytest.raises(TypeError, match=r"must be a gymnasium\.Env"):
+        Environment.wrap("CartPole-v1")
