@@ -1,0 +1,167 @@
+// Python bindings: addresses, sizes and strides in, nothing of torch's ABI.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <memory>
+#include <new>
+
+#include "dispatch.h"
+
+namespace py = pybind11;
+
+namespace ssm_fast {
+namespace {
+
+using Address = std::uintptr_t;
+template <std::size_t N>
+using Strides = std::array<Index, N>;
+
+constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+int threads_for(double work, Index rows) {
+  if (work < kSerialWork || omp_in_parallel()) return 1;
+  const Index threads = omp_get_max_threads();
+  return int(threads < rows ? threads : (rows < 1 ? 1 : rows));
+}
+
+struct AlignedDelete {
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+
+// Calls `kernel` of the chosen instruction set.
+template <class Params>
+void run(void (*baseline)(const Params&), [[maybe_unused]] void (*avx2)(const Params&),
+         [[maybe_unused]] void (*avx512)(const Params&), const Params& params) {
+#if defined(SSM_FAST_HAS_avx512)
+  if (chosen_isa() == Isa::avx512) return avx512(params);
+#endif
+#if defined(SSM_FAST_HAS_avx2)
+  if (chosen_isa() == Isa::avx2) return avx2(params);
+#endif
+  baseline(params);
+}
+
+#if defined(SSM_FAST_HAS_avx512)
+#define SSM_FAST_RUN(op, params) run(&baseline::op, &avx2::op, &avx512::op, params)
+#else
+#define SSM_FAST_RUN(op, params) run(&baseline::op, &baseline::op, &baseline::op, params)
+#endif
+
+Index dense_scan_scratch(Index N, bool is_double) {
+#if defined(SSM_FAST_HAS_avx512)
+  if (chosen_isa() == Isa::avx512) return avx512::dense_scan_scratch(N, is_double);
+#endif
+#if defined(SSM_FAST_HAS_avx2)
+  if (chosen_isa() == Isa::avx2) return avx2::dense_scan_scratch(N, is_double);
+#endif
+  return baseline::dense_scan_scratch(N, is_double);
+}
+
+template <class T>
+void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides, Address s0, Strides<2> s0_strides,
+                Address reset, Strides<3> reset_strides, Address s, Strides<3> s_strides, Strides<4> sizes,
+                bool reverse) {
+  const auto [G, B, T_len, N] = sizes;
+  const int threads = threads_for(double(G * B * T_len) * double(N * N), G * B);
+  const Index elements = dense_scan_scratch(N, sizeof(T) == 8) * threads;
+  const std::unique_ptr<void, AlignedDelete> scratch(
+      ::operator new(std::size_t(elements) * sizeof(T), std::align_val_t{64}));
+  const DenseScan<T> params{at<T>(u),         u_strides[0],     u_strides[1],     u_strides[2],
+                            at<T>(A),         A_strides[0],     A_strides[1],     A_strides[2],
+                            at<T>(s0),        s0_strides[0],    s0_strides[1],    at<std::uint8_t>(reset),
+                            reset_strides[0], reset_strides[1], reset_strides[2], at<T>(s),
+                            s_strides[0],     s_strides[1],     s_strides[2],     G,
+                            B,                T_len,            N,                reverse,
+                            threads,          static_cast<T*>(scratch.get())};
+  const py::gil_scoped_release release;
+  SSM_FAST_RUN(dense_scan, params);
+}
+
+template <class T>
+void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<2> b_strides, Address h0, Index h0_stride,
+                 Address h, Strides<2> h_strides, Strides<3> sizes, bool reverse, bool shift) {
+  const auto [M, T_len, C] = sizes;
+  const int threads = threads_for(double(M * T_len * C), M * C);
+  const LinearScan<T> params{at<T>(a),     a_strides[0], a_strides[1], a_strides[2], at<T>(b),
+                             b_strides[0], b_strides[1], at<T>(h0),    h0_stride,    at<T>(h),
+                             h_strides[0], h_strides[1], M,            T_len,        C,
+                             reverse,      shift,        threads};
+  const py::gil_scoped_release release;
+  SSM_FAST_RUN(linear_scan, params);
+}
+
+template <class T>
+void gae(Address rewards, Address values, Address next_values, Address terminated, Address truncated,
+         Address advantages, Address returns, Strides<3> sizes, double gamma, double gae_lambda) {
+  const auto [M, T_len, C] = sizes;
+  const Gae<T> params{at<T>(rewards),
+                      at<T>(values),
+                      at<T>(next_values),
+                      at<std::uint8_t>(terminated),
+                      at<std::uint8_t>(truncated),
+                      at<T>(advantages),
+                      at<T>(returns),
+                      M,
+                      T_len,
+                      C,
+                      T(gamma),
+                      T(gae_lambda),
+                      threads_for(double(M * T_len * C), M * C)};
+  const py::gil_scoped_release release;
+  SSM_FAST_RUN(gae, params);
+}
+
+template <class T>
+void discounted_returns(Address rewards, Address next_values, Address terminated, Address truncated, Address returns,
+                        Strides<3> sizes, double gamma) {
+  const auto [M, T_len, C] = sizes;
+  const DiscountedReturns<T> params{at<T>(rewards),
+                                    at<T>(next_values),
+                                    at<std::uint8_t>(terminated),
+                                    at<std::uint8_t>(truncated),
+                                    at<T>(returns),
+                                    M,
+                                    T_len,
+                                    C,
+                                    T(gamma),
+                                    threads_for(double(M * T_len * C), M * C)};
+  const py::gil_scoped_release release;
+  SSM_FAST_RUN(discounted_returns, params);
+}
+
+}  // namespace
+}  // namespace ssm_fast
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  using namespace ssm_fast;
+  m.doc() = "CPU kernels of ssm_fast. Private: addresses go in unchecked; call ssm_fast.ops.";
+  try {
+    choose_isa();
+  } catch (const std::invalid_argument& error) {
+    throw py::import_error(error.what());
+  }
+  m.def("isa", [] { return name(chosen_isa()); });
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const Isa isa : available_isas()) names.push_back(name(isa));
+    return names;
+  });
+  m.def("num_threads", [] { return omp_get_max_threads(); });
+  m.def("dense_scan_float32", &dense_scan<float>);
+  m.def("dense_scan_float64", &dense_scan<double>);
+  m.def("linear_scan_float32", &linear_scan<float>);
+  m.def("linear_scan_float64", &linear_scan<double>);
+  m.def("linear_scan_complex64", &linear_scan<Complex<float>>);
+  m.def("linear_scan_complex128", &linear_scan<Complex<double>>);
+  m.def("gae_float32", &gae<float>);
+  m.def("gae_float64", &gae<double>);
+  m.def("discounted_returns_float32", &discounted_returns<float>);
+  m.def("discounted_returns_float64", &discounted_returns<double>);
+}

@@ -1,0 +1,99 @@
+// What the bindings hand to a kernel, and the kernels of each instruction set.
+//
+// Sizes and strides count elements. A null pointer stands for an argument that was left out.
+// Kernels trust their arguments: ssm_fast/ops validates before it calls.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ssm_fast {
+
+using Index = std::int64_t;
+
+// s_t = A h_{t-1} + u_t with h_{t-1} = (1 - reset_t) s_{t-1}; in reverse, s_t = A h_{t+1} + u_t
+// with h_{t+1} = (1 - reset_{t+1}) s_{t+1} and nothing incoming at the last step.
+template <class T>
+struct DenseScan {
+  const T* u;
+  Index u_g, u_b, u_t;
+  const T* A;
+  Index A_g, A_row, A_col;
+  const T* s0;
+  Index s0_g, s0_b;
+  const std::uint8_t* reset;
+  Index reset_g, reset_b, reset_t;
+  T* s;
+  Index s_g, s_b, s_t;
+  Index G, B, T_len, N;
+  bool reverse;
+  int threads;
+  T* scratch;  // `threads` times dense_scan_scratch elements, aligned to 64 bytes
+};
+
+// h_t = a_t h_{t-1} + b_t over [M, T, C]; in reverse, h_t = a_t h_{t+1} + b_t. With `shift` the
+// coefficient of a step is that of the step before it in sweep order, and the first has none.
+// The innermost stride of b and h is 1, that of a is 0 or 1, for C > 1; else time may be.
+template <class T>
+struct LinearScan {
+  const T* a;
+  Index a_m, a_t, a_c;
+  const T* b;
+  Index b_m, b_t;
+  const T* h0;
+  Index h0_m;
+  T* h;
+  Index h_m, h_t;
+  Index M, T_len, C;
+  bool reverse, shift;
+  int threads;
+};
+
+template <class T>
+struct Complex {
+  T re, im;
+};
+
+// advantage_t = delta_t + gamma lambda (1 - terminated_t)(1 - truncated_t) advantage_{t+1} over [M, T, C].
+// All five inputs and both outputs share one layout; one of stride_t, and 1 for the columns, is contiguous.
+template <class T>
+struct Gae {
+  const T *rewards, *values, *next_values;
+  const std::uint8_t *terminated, *truncated;
+  T *advantages, *returns;
+  Index M, T_len, C;
+  T gamma, gae_lambda;
+  int threads;
+};
+
+// G_t = r_t + gamma (1 - terminated_t) (truncated_t or last ? next_value_t : G_{t+1}); layout as in Gae.
+template <class T>
+struct DiscountedReturns {
+  const T *rewards, *next_values;
+  const std::uint8_t *terminated, *truncated;
+  T* returns;
+  Index M, T_len, C;
+  T gamma;
+  int threads;
+};
+
+#define SSM_FAST_DECLARE(isa)                                \
+  namespace isa {                                            \
+  Index dense_scan_scratch(Index N, bool is_double);         \
+  void dense_scan(const DenseScan<float>&);                  \
+  void dense_scan(const DenseScan<double>&);                 \
+  void linear_scan(const LinearScan<float>&);                \
+  void linear_scan(const LinearScan<double>&);               \
+  void linear_scan(const LinearScan<Complex<float>>&);       \
+  void linear_scan(const LinearScan<Complex<double>>&);      \
+  void gae(const Gae<float>&);                               \
+  void gae(const Gae<double>&);                              \
+  void discounted_returns(const DiscountedReturns<float>&);  \
+  void discounted_returns(const DiscountedReturns<double>&); \
+  }
+SSM_FAST_DECLARE(baseline)
+SSM_FAST_DECLARE(avx2)
+SSM_FAST_DECLARE(avx512)
+#undef SSM_FAST_DECLARE
+
+}  // namespace ssm_fast

@@ -1,0 +1,117 @@
+"""What every op needs from its backends: the compiled module, the choice of one, and validation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch  # before _native: the compiled module uses the OpenMP runtime that torch has loaded
+from torch import Tensor
+
+try:
+    from ssm_fast import _native as native
+except ModuleNotFoundError as error:
+    if error.name != "ssm_fast._native":
+        raise
+    raise ModuleNotFoundError(
+        "ssm_fast._native, the compiled module, is missing: this is the source tree. "
+        "Install it with `pip install .` and import it from another folder, or use `pip install -e .`",
+        name=error.name,
+    ) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Impl = Literal["auto", "native", "triton", "reference"]
+IMPLS = ("auto", "native", "triton", "reference")
+
+LIBRARY = torch.library.Library("ssm_fast", "DEF")
+
+_REAL = {torch.float32: "float32", torch.float64: "float64"}
+_COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
+
+
+def native_kernel(op: str, dtype: torch.dtype) -> Any:  # noqa: ANN401 (a pybind11 function)
+    """The compiled function of ``op`` for ``dtype``."""
+    return getattr(native, f"{op}_{(_REAL | _COMPLEX)[dtype]}")
+
+
+def choose(op: str, impl: str, device: torch.device, *, triton: bool = False) -> str:
+    """Resolve ``impl`` for a device to "native", "triton" or "reference".
+
+    Raises:
+        ValueError: ``impl`` is unknown, or cannot run on ``device``.
+        RuntimeError: the op has no backend for ``device``.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
+    if impl == "reference":
+        return impl
+    wanted = {"cpu": "native", "cuda": "triton"}.get(device.type)
+    if wanted is None:
+        raise RuntimeError(f"{op} has no kernel for device {device}; pass impl='reference'")
+    if impl not in ("auto", wanted):
+        raise ValueError(f"impl={impl!r} of {op} cannot run on {device}; expected {wanted!r}")
+    if wanted == "triton" and not triton:
+        raise RuntimeError(f"{op} has no Triton kernel yet; pass impl='reference' on {device}")
+    return wanted
+
+
+def check_shape(name: str, tensor: Tensor, symbols: str, shape: Sequence[int]) -> None:
+    """Raise ValueError unless ``tensor`` has ``shape``, spelled ``symbols`` in the message."""
+    if tensor.shape != torch.Size(shape):
+        raise ValueError(
+            f"{name} must have shape {symbols} = {list(shape)}, got {list(tensor.shape)}"
+        )
+
+
+def check_dtype(op: str, *, complex_too: bool = False, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless all tensors share one floating dtype and ValueError unless one device.
+
+    The first tensor sets what the others must be.
+    """
+    (first_name, first), *_ = tensors.items()
+    assert first is not None  # noqa: S101 (callers pass a tensor first)
+    allowed = _REAL | _COMPLEX if complex_too else _REAL
+    if first.dtype not in allowed:
+        raise TypeError(
+            f"{first_name} of {op} must be {' or '.join(allowed.values())}, got {first.dtype}"
+        )
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}"
+            )
+
+
+def check_tensors(**values: object) -> None:
+    """Raise TypeError unless every value is a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_reset(reset: object, batch: Tensor, symbols: str, shape: Sequence[int]) -> Tensor:
+    """Validate episode starts and return them as booleans."""
+    check_tensors(reset=reset)
+    assert isinstance(reset, Tensor)  # noqa: S101 (for the type checker)
+    check_shape("reset", reset, symbols, shape)
+    if reset.is_complex():
+        raise TypeError(f"reset must be boolean, integer or floating, got {reset.dtype}")
+    if reset.device != batch.device:
+        raise ValueError(f"reset must be on the device of u, {batch.device}, got {reset.device}")
+    return reset if reset.dtype == torch.bool else reset != 0
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a call has to go through the op's autograd Function (which costs about 15 us)."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

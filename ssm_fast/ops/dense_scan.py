@@ -1,0 +1,243 @@
+"""dense_scan: the linear recurrence with a full state matrix. Maths in docs/ops/dense_scan.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_fast.ops.backend import (
+    LIBRARY,
+    Impl,
+    check_dtype,
+    check_reset,
+    check_shape,
+    check_tensors,
+    choose,
+    native_kernel,
+    needs_autograd,
+)
+
+
+def reference(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None) -> Tensor:
+    """The recurrence as a loop of differentiable torch calls: [G, B, T, N], any dtype and device."""
+    state = torch.zeros_like(u[:, :, 0]) if s0 is None else s0  # [G, B, N]
+    states = []
+    for t in range(u.shape[2]):
+        if reset is not None:
+            state = state.masked_fill(reset[:, :, t, None], 0)
+        state = state @ A.mT + u[:, :, t]
+        states.append(state)
+    return torch.stack(states, dim=2)
+
+
+# One schema serves both sweeps. With G groups, each with a matrix of its own:
+#   forward:  s_t = A h_{t-1} + u_t,  h_{t-1} = (1 - reset_t) s_{t-1},  s_{-1} = s0
+#   reverse:  s_t = A h_{t+1} + u_t,  h_{t+1} = (1 - reset_{t+1}) s_{t+1},  h_T = 0
+LIBRARY.define(
+    "dense_scan(Tensor u, Tensor A, Tensor? s0, Tensor? reset, bool reverse) -> Tensor",
+)
+_op = torch.ops.ssm_fast.dense_scan
+
+
+def _empty_states(u: Tensor) -> Tensor:
+    """Memory for the states in the layout of ``u``: time-major if ``u`` is, else batch-major."""
+    G, B, T, N = u.shape
+    if u.stride(2) > u.stride(1) > 0 and B > 1:
+        return u.new_empty(G, T, B, N).transpose(1, 2)
+    return u.new_empty(G, B, T, N)
+
+
+@torch.library.register_fake("ssm_fast::dense_scan")
+def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+    return _empty_states(u)
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@torch.library.impl("ssm_fast::dense_scan", "CPU")
+def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+    s = _empty_states(u)
+    if s.numel() == 0:
+        return s
+    u = _last_contiguous(u)
+    s0 = None if s0 is None else _last_contiguous(s0)
+    native_kernel("dense_scan", u.dtype)(
+        u.data_ptr(),
+        u.stride()[:3],
+        A.data_ptr(),
+        A.stride(),
+        0 if s0 is None else s0.data_ptr(),
+        (0, 0) if s0 is None else s0.stride()[:2],
+        0 if reset is None else reset.data_ptr(),
+        (0, 0, 0) if reset is None else reset.stride(),
+        s.data_ptr(),
+        s.stride()[:3],
+        u.shape,
+        reverse,
+    )
+    return s
+
+
+def _incoming(s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+    """The state h that enters each step, [G, B, T, N]: ``s`` one step earlier in sweep order."""
+    edge = torch.zeros_like(s[:, :, :1]) if s0 is None else s0.unsqueeze(2)  # [G, B, 1, N]
+    if reverse:
+        if reset is not None:
+            s = s.masked_fill(reset.unsqueeze(-1), 0)
+        return torch.cat([s[:, :, 1:], edge], dim=2)
+    h = torch.cat([edge, s[:, :, :-1]], dim=2)
+    return h if reset is None else h.masked_fill(reset.unsqueeze(-1), 0)
+
+
+def _outer_sum(x: Tensor, y: Tensor) -> Tensor:
+    """sum over b, t of x y^T per group, as one GEMM: [G, B, T, N] twice -> [G, N, N]."""
+    if x.stride(2) > x.stride(1):
+        x, y = x.transpose(1, 2), y.transpose(1, 2)
+    G, _, _, N = x.shape
+    return x.reshape(G, -1, N).mT @ y.reshape(G, -1, N)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+    _, A, s0, reset, ctx.reverse = inputs
+    ctx.save_for_backward(A, s0, reset, output)
+    ctx.save_for_forward(A, s0, reset, output)
+
+
+def _gradients(scan: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    """Gradients of u, A and s0. The adjoint sweep is the scan itself, backwards, with A^T."""
+    A, s0, reset, s = ctx.saved_tensors
+    adjoint = scan(grad, A.mT, None, reset, not ctx.reverse)  # [G, B, T, N], the gradient of u
+    grad_A = grad_s0 = None
+    if ctx.needs_input_grad[1]:
+        grad_A = _outer_sum(adjoint, _incoming(s, s0, reset, ctx.reverse))
+    if ctx.needs_input_grad[2]:
+        grad_s0 = adjoint[:, :, 0] @ A
+        if reset is not None:
+            grad_s0 = grad_s0.masked_fill(reset[:, :, 0, None], 0)
+    return adjoint, grad_A, grad_s0, None, None
+
+
+def _fold(x: Tensor | None, in_dim: int | None, size: int, to: int) -> Tensor | None:
+    """Merge a vmapped dimension of ``x`` into its dimension ``to``."""
+    if x is None:
+        return None
+    x = x.unsqueeze(to).expand(*x.shape[:to], size, *x.shape[to:]) if in_dim is None else (
+        x.movedim(in_dim, to)
+    )
+    return x.flatten(to, to + 1)
+
+
+class DenseScan(torch.autograd.Function):
+    """Autograd of the scan. Its gradients call the Function again: any order is exact."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool
+    ) -> Tensor:
+        return _op(u, A, s0, reset, reverse)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
+        return _gradients(DenseScan.apply, ctx, grad)
+
+    @staticmethod
+    def jvp(  # noqa: D102
+        ctx: Any,  # noqa: ANN401
+        u_t: Tensor | None,
+        A_t: Tensor | None,
+        s0_t: Tensor | None,
+        *_: None,
+    ) -> Tensor:
+        A, s0, reset, s = ctx.saved_tensors
+        source = torch.zeros_like(s) if u_t is None else u_t
+        if A_t is not None:
+            source = source + _incoming(s, s0, reset, ctx.reverse) @ A_t.mT.unsqueeze(1)
+        return DenseScan.apply(source, A, s0_t, reset, ctx.reverse)
+
+    @staticmethod
+    def vmap(  # noqa: D102
+        info: Any,  # noqa: ANN401
+        in_dims: tuple[int | None, ...],
+        u: Tensor,
+        A: Tensor,
+        s0: Tensor | None,
+        reset: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, int]:
+        V = info.batch_size
+        to = 1 if in_dims[1] is None else 0  # a shared matrix: more rows; its own: more groups
+        if to == 0:
+            A = _fold(A, in_dims[1], V, 0)
+        u, s0, reset = (
+            _fold(x, d, V, to) for x, d in zip((u, s0, reset), (in_dims[0], *in_dims[2:4]), strict=True)
+        )
+        return DenseScan.apply(u, A, s0, reset, reverse).unflatten(to, (V, -1)), to
+
+
+# What torch.compile traces: the op with the same gradients registered on it.
+torch.library.register_autograd(
+    "ssm_fast::dense_scan",
+    lambda ctx, grad: _gradients(_op, ctx, grad),
+    setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output),
+)
+
+
+def dense_scan(
+    u: Tensor,
+    A: Tensor,
+    s0: Tensor | None = None,
+    reset: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Scan ``s_t = A h_{t-1} + u_t`` with ``h_{t-1} = (1 - reset_t) s_{t-1}`` over time.
+
+    The linear state-space recurrence (Gu et al. 2021, arXiv 2111.00396, eq. 2) with a full matrix.
+    Differentiable any number of times, forward mode included; under ``torch.func.vmap`` a batch of
+    matrices runs as groups of one call.
+
+    Args:
+        u: input of every step, ``[B, T, N]``, or ``[G, B, T, N]`` with a matrix per group; float32
+            or float64; any batch and time stride.
+        A: state matrix, ``[N, N]``, or ``[G, N, N]``.
+        s0: state before the first step, ``[B, N]`` or ``[G, B, N]``; zeros if None.
+        reset: ``[B, T]`` or ``[G, B, T]``, true (non-zero) where a new episode begins: the incoming
+            state is zeroed before it is used.
+        impl: "auto" (the kernel of the tensors' device), "native" (C++), "triton" or "reference".
+
+    Returns:
+        The states ``s``, shaped as ``u``; the last one is ``s[..., -1, :]``.
+
+    Raises:
+        ValueError: a shape or device is wrong, or ``impl`` is unknown or cannot run there.
+        TypeError: a dtype is not supported, or the dtypes differ.
+    """
+    check_tensors(u=u, A=A)
+    if u.dim() not in (3, 4):
+        raise ValueError(f"u must have shape [B, T, N] or [G, B, T, N], got {list(u.shape)}")
+    chosen = choose("dense_scan", impl, u.device)
+    check_dtype("dense_scan", u=u, A=A, s0=s0)
+    grouped = u.dim() == 4
+    *G, B, T, N = u.shape
+    group, g = ("G, ", G) if grouped else ("", [])
+    check_shape("A", A, f"[{group}N, N]", [*g, N, N])
+    if s0 is not None:
+        check_shape("s0", s0, f"[{group}B, N]", [*g, B, N])
+    if reset is not None:
+        reset = check_reset(reset, u, f"[{group}B, T]", [*g, B, T])
+    if not grouped:
+        u, A = u.unsqueeze(0), A.unsqueeze(0)
+        s0 = None if s0 is None else s0.unsqueeze(0)
+        reset = None if reset is None else reset.unsqueeze(0)
+    if chosen == "reference":
+        s = reference(u, A, s0, reset) if T else u
+    elif not torch.compiler.is_compiling() and needs_autograd(u, A, s0):
+        s = DenseScan.apply(u, A, s0, reset, False)
+    else:
+        s = _op(u, A, s0, reset, False)
+    return s if grouped else s.squeeze(0)
