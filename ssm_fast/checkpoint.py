@@ -1,0 +1,288 @@
+"""Checkpoints: weights as safetensors, configuration in the header, files written whole.
+
+A checkpoint from a stranger runs no code and cannot make the process allocate more than its own
+size: the class is looked up in a fixed table, the model is first built without memory (on the
+meta device), and every tensor's name, shape and dtype is compared with it before data are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast, overload
+
+import torch
+from torch import Tensor
+
+from ssm_fast.core import ImprovedSSM, StateSpaceModel
+
+Model = ImprovedSSM | StateSpaceModel
+M = TypeVar("M", ImprovedSSM, StateSpaceModel)
+
+FORMAT = "ssm_fast"
+VERSION = 1
+
+_MODELS: dict[str, type[ImprovedSSM | StateSpaceModel]] = {
+    "ImprovedSSM": ImprovedSSM,
+    "StateSpaceModel": StateSpaceModel,
+}
+_RESERVED = ("format", "version", "class", "config")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_JSON_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,)}  # by annotation; else str
+_MAX_FILE_BYTES = 2**31
+_MAX_HEADER_BYTES = 2**20
+_MAX_SIZE = 2**20  # of one dimension
+
+
+def write_atomic(path: str | os.PathLike[str], writer: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all.
+
+    ``writer`` writes a temporary file in the same folder, which then is flushed to the disk and
+    renamed. Whenever the process dies, ``path`` holds either the old contents or the new ones.
+
+    Args:
+        path: The file to write; a symbolic link is followed.
+        writer: Called with the temporary path, which has the suffix of ``path``.
+
+    Raises:
+        OSError: If the folder is missing or not writable. The old file is then untouched, as it
+            is when ``writer`` raises.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(8)}.tmp{target.suffix}")
+    try:
+        writer(temporary)
+        _sync(temporary)
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    _sync(target.parent)
+
+
+def save_model(
+    path: str | os.PathLike[str], model: Model, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a model's configuration and weights to one safetensors file, atomically.
+
+    Args:
+        path: The file to write.
+        model: A `StateSpaceModel` or an `ImprovedSSM`.
+        metadata: More strings for the header, such as ``{"env_id": "HalfCheetah-v5"}``;
+            `read_metadata` returns them.
+
+    Raises:
+        TypeError: If ``model`` is of another class, or ``metadata`` holds something but strings.
+        ValueError: If a weight is not finite (the old file is then untouched), or ``metadata``
+            uses a key of the format itself.
+        OSError: If the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    name = type(model).__name__
+    if _MODELS.get(name) is not type(model):
+        raise TypeError(f"model must be one of {sorted(_MODELS)}, got {name}")
+    header = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "class": name,
+        "config": json.dumps(model.config()),
+    }
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must map strings to strings, got {key!r}: {value!r}")
+        if key in _RESERVED:
+            raise ValueError(f"metadata must not use the keys {list(_RESERVED)}, got {key!r}")
+        header[key] = value
+    if (size := sum(len(text.encode()) for item in header.items() for text in item)) > 2**19:
+        raise ValueError(f"metadata must be smaller than {2**19} bytes, got {size}")
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{key} of the model must be finite to be saved, got NaN or Inf")
+        # A copy of its own: parameters may be views of one storage, which the format refuses.
+        tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+    contents = save(tensors, header)
+    write_atomic(path, lambda temporary: temporary.write_bytes(contents))
+
+
+@overload
+def load_model(path: str | os.PathLike[str], cls: None = None) -> Model: ...
+
+
+@overload
+def load_model(path: str | os.PathLike[str], cls: type[M]) -> M: ...
+
+
+def load_model(path: str | os.PathLike[str], cls: type[Any] | None = None) -> Model:
+    """Rebuild a model from a file of `save_model`, on the CPU.
+
+    Args:
+        path: The file.
+        cls: The class that it must hold; any known one when ``None``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the file is missing, unreadable, damaged, too large, of another format or
+            class, or its tensors are not exactly the finite ones that its configuration calls
+            for. The message names the file and what is wrong.
+        TypeError: If ``cls`` is not a class that `save_model` writes.
+    """
+    if cls is not None and cls not in _MODELS.values():
+        raise TypeError(f"cls must be one of {sorted(_MODELS)}, got {cls!r}")
+    with _opened(path) as file:
+        header = _header(file)
+        name = header["class"]
+        found = _MODELS.get(name)
+        if found is None:
+            raise ValueError(f"unknown class {name!r}, expected one of {sorted(_MODELS)}")
+        if cls is not None and found is not cls:
+            raise ValueError(f"it holds a {name}, not a {cls.__name__}")
+        names = list(file.keys())
+        model = _skeleton(found, header["config"], len(names))
+        tensors = _tensors(file, names, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The ``metadata`` that a checkpoint was saved with.
+
+    Args:
+        path: A file of `save_model`.
+
+    Returns:
+        The strings, without the keys of the format itself.
+
+    Raises:
+        ValueError: If the file is missing, unreadable, damaged or of another format.
+    """
+    with _opened(path) as file:
+        header = _header(file)
+    return {key: value for key, value in header.items() if key not in _RESERVED}
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A checked safetensors file; what goes wrong inside becomes a ValueError naming ``path``."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # Before anything opens it: to open a pipe could wait for ever.
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("not a regular file")
+        if info.st_size > _MAX_FILE_BYTES:
+            raise ValueError(f"{info.st_size} bytes, more than the {_MAX_FILE_BYTES} allowed")
+        with open(path, "rb") as raw:
+            start = raw.read(8)
+        header_bytes = int.from_bytes(start, "little")
+        if len(start) < 8 or header_bytes > info.st_size - 8:
+            raise ValueError("truncated, or not a safetensors file")
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise ValueError(
+                f"a header of {header_bytes} bytes, more than the {_MAX_HEADER_BYTES} allowed"
+            )
+        with safe_open(os.fspath(path), framework="pt", device="cpu") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{_shown(path)}: not a valid safetensors file ({error})") from error
+    except OSError as error:
+        raise ValueError(f"{_shown(path)}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ValueError(f"{_shown(path)}: {error}") from error
+
+
+def _header(file: Any) -> dict[str, str]:
+    """The strings of the header, with the format's own keys present."""
+    header = cast("dict[str, str] | None", file.metadata()) or {}
+    if header.get("format") != FORMAT:
+        raise ValueError(f"not an {FORMAT} checkpoint: format is {header.get('format')!r}")
+    missing = [key for key in _RESERVED if key not in header]
+    if missing:
+        raise ValueError(f"the header lacks {missing}")
+    if header["version"] != str(VERSION):
+        raise ValueError(f"format version {header['version']!r}, this package reads {VERSION}")
+    return header
+
+
+def _skeleton(cls: type[Model], config: str, num_tensors: int) -> Model:
+    """The model that ``config`` describes, on the meta device: shapes without memory."""
+    try:
+        arguments = json.loads(config)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"config is not valid JSON ({error})") from error
+    if not isinstance(arguments, dict):
+        raise ValueError("config must be a JSON object")  # noqa: TRY004 (the file's fault)
+    parameters = inspect.signature(cls).parameters
+    for key, value in arguments.items():
+        if key not in parameters:
+            raise ValueError(f"config has an unknown key {key!r}")
+        expected = _JSON_TYPES.get(str(parameters[key].annotation), (str,))
+        if type(value) not in expected:
+            kinds = " or ".join(kind.__name__ for kind in expected)
+            raise ValueError(f"config {key!r} must be {kinds}, got {type(value).__name__}")
+        if type(value) is int and abs(value) > _MAX_SIZE:
+            raise ValueError(f"config {key!r} must be at most {_MAX_SIZE}, got {value}")
+    if arguments.get("num_layers", 1) > num_tensors:
+        raise ValueError(
+            f"config asks for {arguments['num_layers']} layers, the file has {num_tensors} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            return cls(**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"config is not one of a {cls.__name__} ({error})") from error
+
+
+def _tensors(
+    file: Any,
+    names: list[str],
+    expected: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """The tensors of a file, exactly the ``expected`` ones."""
+    missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+    if missing or extra:
+        raise ValueError(f"tensors missing: {missing[:8]}, not expected: {extra[:8]}")
+    for name, wanted in expected.items():
+        shape = list(file.get_slice(name).get_shape())
+        if shape != list(wanted.shape):
+            raise ValueError(f"{name} must have shape {list(wanted.shape)}, got {shape}")
+    tensors: dict[str, Tensor] = {}
+    weights: torch.dtype | None = None  # one dtype for all; the statistics have theirs
+    for name, wanted in expected.items():
+        tensor: Tensor = file.get_tensor(name)
+        if wanted.dtype == torch.float32:
+            weights = weights or tensor.dtype
+            if tensor.dtype != weights or weights not in _DTYPES:
+                raise ValueError(f"{name} has dtype {tensor.dtype}, others {weights}")
+        elif tensor.dtype != wanted.dtype:
+            raise ValueError(f"{name} must have dtype {wanted.dtype}, got {tensor.dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or Inf")
+        if name.endswith(("obs_norm.var", "obs_norm.count")) and bool((tensor < 0).any()):
+            raise ValueError(f"{name} must not be negative")
+        tensors[name] = tensor.clone()  # the file is mapped, not read: keep no tie to it
+    return tensors
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    return repr(os.fspath(path))

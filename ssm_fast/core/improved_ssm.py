@@ -1,0 +1,339 @@
+"""A recurrent actor-critic made of state-space layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_fast.nn.running_norm import RunningNorm
+from ssm_fast.nn.ssm_layer import (
+    Norm,
+    SSMLayer,
+    check_dtype,
+    check_size,
+    orthogonal_,
+)
+
+
+class ImprovedSSM(nn.Module):
+    """Actor and critic on a shared stack of state-space layers.
+
+    ::
+
+        h⁰ = tanh(W x + w)                           x normalised first, if asked for
+        h^l = h^{l-1} + tanh(SSMLayer_l(h^{l-1}))    without the sum if use_residual is off
+        mean = W_a h^L + w_a,  value = W_c h^L + w_c,  log_std a parameter of its own
+
+    The tanh after each layer keeps the features bounded whatever the recurrence does, which is
+    what a clipped policy update expects. Each layer owns a state.
+
+    With ``discrete`` the actor's output holds the logits of ``action_dim`` actions, and there is
+    no ``log_std``.
+
+    Args:
+        input_dim: Number of observation features ``I``.
+        action_dim: Number of action components, or of actions when ``discrete``, ``K``.
+        state_dim: Size of each layer's state ``N``.
+        hidden_dim: Width of the layers ``H``.
+        num_layers: Number of layers ``L``.
+        use_layer_norm: Whether the layers have a LayerNorm.
+        use_residual: Whether each layer adds to its input.
+        discrete: Whether the action space is discrete.
+        norm: Where the LayerNorm stands when ``use_layer_norm``: ``"output"`` or ``"state"``.
+        orthogonal_init: Orthogonal encoder (gain √2), actor (0.01) and critic (1); otherwise
+            ``nn.Linear``'s own initialisation.
+        log_std_init: Initial log standard deviation of each action component.
+        normalize_observations: Whether the model normalises observations by running statistics,
+            kept in the submodule ``obs_norm`` (which ``forward`` does not update).
+
+    Attributes:
+        obs_norm: ``RunningNorm`` or ``None``.
+        log_std: ``[K]``, or ``None`` when ``discrete``.
+
+    Raises:
+        ValueError: If a size is less than 1, ``norm`` unknown or ``log_std_init`` not finite.
+        TypeError: If a size is not an integer.
+    """
+
+    log_std: Tensor | None
+    obs_norm: RunningNorm | None
+
+    def __init__(
+        self,
+        input_dim: int,
+        action_dim: int,
+        state_dim: int = 64,
+        hidden_dim: int = 128,
+        num_layers: int = 2,
+        use_layer_norm: bool = True,
+        use_residual: bool = True,
+        *,
+        discrete: bool = False,
+        norm: Literal["output", "state"] = "output",
+        orthogonal_init: bool = True,
+        log_std_init: float = -0.5,
+        normalize_observations: bool = False,
+    ) -> None:
+        super().__init__()
+        check_size("input_dim", input_dim)
+        check_size("action_dim", action_dim)
+        check_size("state_dim", state_dim)
+        check_size("hidden_dim", hidden_dim)
+        check_size("num_layers", num_layers)
+        if norm not in ("output", "state"):
+            raise ValueError(f"norm must be 'output' or 'state', got {norm!r}")
+        if not math.isfinite(log_std_init):
+            raise ValueError(f"log_std_init must be finite, got {log_std_init}")
+        self.input_dim = input_dim
+        self.action_dim = action_dim
+        self.state_dim = state_dim
+        self.hidden_dim = hidden_dim
+        self.num_layers = num_layers
+        self.use_layer_norm = use_layer_norm
+        self.use_residual = use_residual
+        self.discrete = discrete
+        self.norm = norm
+        self.orthogonal_init = orthogonal_init
+        self.log_std_init = log_std_init
+
+        if normalize_observations:
+            self.obs_norm = RunningNorm(input_dim)
+        else:
+            self.register_module("obs_norm", None)
+        layer_norm: Norm | None = norm if use_layer_norm else None
+        self.encoder = nn.Linear(input_dim, hidden_dim)
+        self.layers = nn.ModuleList(
+            SSMLayer(hidden_dim, hidden_dim, state_dim, norm=layer_norm) for _ in range(num_layers)
+        )
+        self.actor = nn.Linear(hidden_dim, action_dim)
+        self.critic = nn.Linear(hidden_dim, 1)
+        if discrete:
+            self.register_parameter("log_std", None)
+        else:
+            self.log_std = nn.Parameter(torch.full((action_dim,), float(log_std_init)))
+        if orthogonal_init:
+            heads = ((self.encoder, math.sqrt(2.0)), (self.actor, 0.01), (self.critic, 1.0))
+            for linear, gain in heads:
+                orthogonal_(linear.weight, gain)
+                nn.init.zeros_(linear.bias)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, for a checkpoint."""
+        return {
+            "input_dim": self.input_dim,
+            "action_dim": self.action_dim,
+            "state_dim": self.state_dim,
+            "hidden_dim": self.hidden_dim,
+            "num_layers": self.num_layers,
+            "use_layer_norm": self.use_layer_norm,
+            "use_residual": self.use_residual,
+            "discrete": self.discrete,
+            "norm": self.norm,
+            "orthogonal_init": self.orthogonal_init,
+            "log_std_init": self.log_std_init,
+            "normalize_observations": self.obs_norm is not None,
+        }
+
+    def init_hidden(self, batch_size: int) -> Tensor:
+        """Zeros ``[L, B, N]``, in the parameters' dtype and on their device."""
+        check_size("batch_size", batch_size)
+        return self.encoder.weight.new_zeros(self.num_layers, batch_size, self.state_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        hidden_state: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Run one step or a whole sequence.
+
+        Args:
+            x: Observations of one step ``[B, I]`` or of a sequence ``[B, T, I]``.
+            hidden_state: State of every layer before it ``[L, B, N]``; zeros when ``None``. It is
+                not modified.
+            reset: ``[B]`` or ``[B, T]``, boolean or 0/1: where it is set, the observation is the
+                first of an episode and the incoming state is zeroed before it is used.
+
+        Returns:
+            - The mean of the action ``[B, K]`` or ``[B, T, K]``; the logits when ``discrete``.
+            - Its log standard deviation, of the same shape; ``None`` when ``discrete``.
+            - The value ``[B]`` or ``[B, T]``.
+            - The next state ``[L, B, N]``.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        features, states = self._features(x, hidden_state, reset)
+        mean = self.actor(features)  # [B, K] or [B, T, K]
+        value = self.critic(features).squeeze(-1)  # [B] or [B, T]
+        log_std = None if self.log_std is None else self.log_std.expand_as(mean)
+        return mean, log_std, value, torch.stack(states)
+
+    def get_action(
+        self,
+        x: Tensor,
+        hidden_state: Tensor | None = None,
+        deterministic: bool = False,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose actions.
+
+        Args:
+            x: Observations ``[B, I]`` or ``[B, T, I]``.
+            hidden_state: ``[L, B, N]``; zeros when ``None``. It is not modified.
+            deterministic: Take the mode instead of a sample.
+            reset: ``[B]`` or ``[B, T]``, as in ``forward``.
+
+        Returns:
+            - The action ``[B, K]`` (not clipped to any bounds), or ``[B]`` int64 when
+              ``discrete``; no gradient flows through it.
+            - Its log-probability ``[B]``.
+            - The value ``[B]``.
+            - The next state ``[L, B, N]``.
+
+            With a sequence, ``[B, T]`` stands for ``[B]``.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        features, states = self._features(x, hidden_state, reset)
+        mean = self.actor(features)  # [B, K] or [B, T, K]
+        value = self.critic(features).squeeze(-1)  # [B] or [B, T]
+        if self.log_std is None:
+            log_probs = F.log_softmax(mean, dim=-1)  # [B, K]
+            scores = log_probs.detach()
+            if not deterministic:
+                # The argmax of log p - log E with E ~ Exp(1) is a draw from p (Gumbel-max).
+                scores = scores - torch.empty_like(scores).exponential_().log()
+            action = scores.argmax(-1)  # [B]
+            log_prob = log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)  # [B]
+        else:
+            action = mean.detach()
+            if not deterministic:
+                std = self.log_std.detach().exp()  # [K]
+                action = torch.addcmul(action, torch.randn_like(action), std)  # [B, K]
+            log_prob = gaussian_log_prob(action, mean, self.log_std)  # [B]
+        return action, log_prob, value, torch.stack(states)
+
+    def evaluate_actions(
+        self,
+        x: Tensor,
+        actions: Tensor,
+        hidden_state: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of given actions, with the values and entropies, differentiable.
+
+        Args:
+            x: Observations ``[B, T, I]``, or ``[B, I]``.
+            actions: ``[B, T, K]``, or integers ``[B, T]`` when ``discrete``, in ``[0, K)``.
+            hidden_state: ``[L, B, N]``; zeros when ``None``. It is not modified.
+            reset: ``[B, T]``, as in ``forward``.
+
+        Returns:
+            Log-probabilities, values and entropies, each ``[B, T]`` (``[B]`` for one step).
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        expected = list(x.shape[:-1]) + ([] if self.discrete else [self.action_dim])
+        if list(actions.shape) != expected:
+            raise ValueError(f"actions must have shape {expected}, got {list(actions.shape)}")
+        features, _ = self._features(x, hidden_state, reset)
+        mean = self.actor(features)  # [B, T, K]
+        value = self.critic(features).squeeze(-1)  # [B, T]
+        if self.log_std is None:
+            if actions.is_floating_point() or actions.dtype == torch.bool:
+                raise TypeError(f"actions must be integers, got {actions.dtype}")
+            log_probs = F.log_softmax(mean, dim=-1)  # [B, T, K]
+            log_prob = log_probs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)  # [B, T]
+            entropy = -(log_probs.exp() * log_probs).sum(-1)  # [B, T]
+        else:
+            check_dtype("actions", actions, mean)
+            log_prob = gaussian_log_prob(actions, mean, self.log_std)  # [B, T]
+            entropy = gaussian_entropy(self.log_std).expand_as(value)  # [B, T]
+        return log_prob, value, entropy
+
+    def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+        """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""
+        from ssm_fast.checkpoint import save_model
+
+        save_model(path, self, metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> ImprovedSSM:
+        """Rebuild a model from its file alone; see `ssm_fast.checkpoint.load_model`."""
+        from ssm_fast.checkpoint import load_model
+
+        return load_model(path, cls)
+
+    def _features(
+        self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last layer's features ``[..., H]`` and each layer's next state ``[B, N]``."""
+        self._check(x, hidden_state, reset)
+        if self.obs_norm is not None:
+            x = self.obs_norm(x)
+        h = torch.tanh(self.encoder(x))  # [B, H] or [B, T, H]
+        state: tuple[Tensor | None, ...] = (None,) * self.num_layers
+        if hidden_state is not None:
+            state = hidden_state.unbind(0)
+        run = SSMLayer.step if x.ndim == 2 else SSMLayer.forward
+        states: list[Tensor] = []
+        for layer, s in zip(self.layers, state, strict=True):
+            y, s_next = run(cast(SSMLayer, layer), h, s, reset)  # as h, [B, N]
+            states.append(s_next)
+            y = torch.tanh(y)
+            h = h + y if self.use_residual else y
+        return h, states
+
+    def _check(self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None) -> None:
+        if x.ndim not in (2, 3) or x.shape[-1] != self.input_dim:
+            raise ValueError(
+                f"x must have shape [B, I] or [B, T, I] with I = {self.input_dim}, "
+                f"got {list(x.shape)}"
+            )
+        check_dtype("x", x, self.encoder.weight)
+        if hidden_state is not None:
+            expected = (self.num_layers, x.shape[0], self.state_dim)
+            if hidden_state.shape != expected:
+                raise ValueError(
+                    f"hidden_state must have shape [L, B, N] = {list(expected)}, "
+                    f"got {list(hidden_state.shape)}"
+                )
+            check_dtype("hidden_state", hidden_state, self.encoder.weight)
+        if reset is not None and reset.shape != x.shape[:-1]:
+            raise ValueError(
+                f"reset must have shape {list(x.shape[:-1])}, as x without its features, "
+                f"got {list(reset.shape)}"
+            )
+
+
+def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of a diagonal Gaussian.
+
+    Args:
+        actions: ``[..., K]``.
+        mean: ``[..., K]``.
+        log_std: ``[K]``.
+
+    Returns:
+        ``[...]``, summed over the components.
+    """
+    z = (actions - mean) / log_std.exp()  # [..., K]
+    normaliser = log_std.sum() + 0.5 * math.log(2.0 * math.pi) * log_std.shape[-1]  # []
+    return z.square().sum(-1).mul(-0.5) - normaliser  # [...]
+
+
+def gaussian_entropy(log_std: Tensor) -> Tensor:
+    """Entropy ``[]`` of a diagonal Gaussian with ``log_std`` ``[K]``."""
+    return log_std.sum() + 0.5 * (1.0 + math.log(2.0 * math.pi)) * log_std.shape[-1]

@@ -1,0 +1,160 @@
+"""The standard state-space model: one linear recurrence and an output network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_fast.nn.ssm_layer import (
+    GAIN,
+    check_dtype,
+    check_size,
+    last_state,
+    orthogonal_,
+    unit_variance_,
+)
+from ssm_fast.ops import dense_scan
+
+
+class StateSpaceModel(nn.Module):
+    """A linear state-space recurrence, read by a network of one hidden layer.
+
+    With ``m_t = 1 - reset_t``::
+
+        s_t = A (m_t s_{t-1}) + B x_t
+        y_t = C2 tanh(C1 s_t + c1) + c2 + D x_t
+
+    As a policy for a discrete action space its output holds the logits; as a regressor (MAML) its
+    prediction. Outputs start small, so that a policy starts close to uniform.
+
+    Args:
+        state_dim: Size of the state ``N``.
+        input_dim: Number of input features ``I``.
+        output_dim: Number of outputs ``O``.
+        hidden_dim: Width of the output network.
+
+    Attributes:
+        A: Transition matrix ``[N, N]``, orthogonal with gain 0.9 at first.
+        B: Input projection ``[N, I]``.
+        C: The output network, ``nn.Sequential`` of two linear layers with a tanh between.
+        D: Feed-through ``[O, I]``.
+
+    Raises:
+        ValueError: If a size is less than 1.
+        TypeError: If a size is not an integer.
+    """
+
+    def __init__(
+        self, state_dim: int = 32, input_dim: int = 4, output_dim: int = 2, hidden_dim: int = 64
+    ) -> None:
+        super().__init__()
+        check_size("state_dim", state_dim)
+        check_size("input_dim", input_dim)
+        check_size("output_dim", output_dim)
+        check_size("hidden_dim", hidden_dim)
+        self.state_dim = state_dim
+        self.input_dim = input_dim
+        self.output_dim = output_dim
+        self.hidden_dim = hidden_dim
+        self.A = nn.Parameter(torch.empty(state_dim, state_dim))
+        self.B = nn.Parameter(torch.empty(state_dim, input_dim))
+        self.C = nn.Sequential(
+            nn.Linear(state_dim, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, output_dim)
+        )
+        self.D = nn.Parameter(torch.empty(output_dim, input_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew (see the class docstring)."""
+        orthogonal_(self.A, GAIN)
+        unit_variance_(self.B, 1.0)
+        unit_variance_(self.D, 0.1)
+        for layer, std in ((self.C[0], (1.0 - GAIN**2) ** 0.5), (self.C[2], 0.1)):
+            if isinstance(layer, nn.Linear):
+                unit_variance_(layer.weight, std)
+                nn.init.zeros_(layer.bias)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, for a checkpoint."""
+        return {
+            "state_dim": self.state_dim,
+            "input_dim": self.input_dim,
+            "output_dim": self.output_dim,
+            "hidden_dim": self.hidden_dim,
+        }
+
+    def init_hidden(self, batch_size: int) -> Tensor:
+        """Zeros ``[B, N]``, in the parameters' dtype and on their device."""
+        check_size("batch_size", batch_size)
+        return self.A.new_zeros(batch_size, self.state_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        hidden_state: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one step or a whole sequence.
+
+        Args:
+            x: One step ``[B, I]`` or a sequence ``[B, T, I]``.
+            hidden_state: State before it ``[B, N]``; zeros when ``None``. It is not modified.
+            reset: ``[B]`` or ``[B, T]``, boolean or 0/1: where it is set, the incoming state is
+                zeroed before it is used.
+
+        Returns:
+            The output, ``[B, O]`` or ``[B, T, O]``, and the next state ``[B, N]``.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        if x.ndim not in (2, 3) or x.shape[-1] != self.input_dim:
+            raise ValueError(
+                f"x must have shape [B, I] or [B, T, I] with I = {self.input_dim}, "
+                f"got {list(x.shape)}"
+            )
+        check_dtype("x", x, self.A)
+        h = hidden_state
+        if h is not None:
+            if h.ndim != 2 or h.shape[0] != x.shape[0] or h.shape[1] != self.state_dim:
+                raise ValueError(
+                    f"hidden_state must have shape [B, N] = {[x.shape[0], self.state_dim]}, "
+                    f"got {list(h.shape)}"
+                )
+            check_dtype("hidden_state", h, self.A)
+        if reset is not None and reset.shape != x.shape[:-1]:
+            raise ValueError(
+                f"reset must have shape {list(x.shape[:-1])}, as x without its features, "
+                f"got {list(reset.shape)}"
+            )
+        u = F.linear(x, self.B)  # [B, N] or [B, T, N]
+        if x.ndim == 3:
+            s = dense_scan(u, self.A, h, reset)  # [B, T, N]
+            h_next = last_state(s, h)  # [B, N]
+        else:
+            s = u
+            if h is not None:
+                if reset is not None:
+                    h = h.masked_fill(reset.bool().unsqueeze(1), 0.0)  # [B, N]
+                s = torch.addmm(u, h, self.A.t())  # [B, N]
+            h_next = s
+        return self.C(s) + F.linear(x, self.D), h_next  # [B, O] or [B, T, O], [B, N]
+
+    def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+        """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""
+        from ssm_fast.checkpoint import save_model
+
+        save_model(path, self, metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> StateSpaceModel:
+        """Rebuild a model from its file alone; see `ssm_fast.checkpoint.load_model`."""
+        from ssm_fast.checkpoint import load_model
+
+        return load_model(path, cls)

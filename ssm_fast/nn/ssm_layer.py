@@ -1,0 +1,261 @@
+"""One state-space layer: a projection in, a scan over time, a projection out."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_fast.ops import dense_scan, norm_scan
+
+Norm = Literal["output", "state"]
+
+GAIN = 0.9  # of the orthogonal A: every mode forgets by this factor a step, in a different plane
+
+
+class SSMLayer(nn.Module):
+    """A state-space layer with a dense transition matrix.
+
+    With ``m_t = 1 - reset_t`` (the incoming state is zeroed where an episode begins)::
+
+        s_t = A (m_t s_{t-1}) + B x_t + bias
+        y_t = C s_t + D x_t
+
+    ``norm="output"`` normalises what comes out, ``y_t = LN(C s_t + D x_t)``; ``norm="state"``
+    normalises inside the recurrence, ``s_t = LN(A (m_t s_{t-1}) + B x_t + bias)``.
+
+    A starts orthogonal with gain 0.9; B, C and D start (semi-)orthogonal, scaled so that an input
+    of unit variance gives a state projection, and without a norm an output, of unit variance.
+
+    Args:
+        input_size: Number of input features ``I``.
+        hidden_size: Number of output features ``H``.
+        state_size: Size of the state ``N``.
+        bias: Whether the projection into the state has a bias ``[N]``.
+        norm: Where the LayerNorm stands: ``None``, ``"output"`` or ``"state"``.
+        device: Device of the parameters.
+        dtype: Floating-point type of the parameters.
+
+    Attributes:
+        A: Transition matrix ``[N, N]``.
+        B: Input projection ``[N, I]``.
+        C: Read-out ``[H, N]``.
+        D: Feed-through ``[H, I]``.
+        bias: ``[N]`` or ``None``.
+        norm: ``nn.LayerNorm`` over ``H`` (``"output"``) or ``N`` (``"state"``), or ``None``.
+
+    Raises:
+        ValueError: If a size is less than 1 or ``norm`` is unknown.
+        TypeError: If a size is not an integer.
+    """
+
+    bias: Tensor | None
+    norm: nn.LayerNorm | None
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        state_size: int,
+        bias: bool = True,
+        norm: Norm | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_size("input_size", input_size)
+        check_size("hidden_size", hidden_size)
+        check_size("state_size", state_size)
+        check_norm(norm)
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.state_size = state_size
+        self.normalize_state = norm == "state"
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.A = parameter(state_size, state_size)
+        self.B = parameter(state_size, input_size)
+        self.C = parameter(hidden_size, state_size)
+        self.D = parameter(hidden_size, input_size)
+        if bias:
+            self.bias = parameter(state_size)
+        else:
+            self.register_parameter("bias", None)
+        if norm is None:
+            self.register_module("norm", None)
+        else:
+            features = state_size if norm == "state" else hidden_size
+            self.norm = nn.LayerNorm(features, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew (see the class docstring)."""
+        # A unit-variance drive gives a state of variance 1 / (1 - GAIN^2), or 1 behind the norm;
+        # the two summands of y share its unit variance equally.
+        state_std = 1.0 if self.normalize_state else 1.0 / math.sqrt(1.0 - GAIN**2)
+        orthogonal_(self.A, GAIN)
+        unit_variance_(self.B, 1.0)
+        unit_variance_(self.C, math.sqrt(0.5) / state_std)
+        unit_variance_(self.D, math.sqrt(0.5))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if self.norm is not None:
+            self.norm.reset_parameters()
+
+    def forward(
+        self, x: Tensor, s0: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run a whole sequence.
+
+        Args:
+            x: Inputs ``[B, T, I]``, any batch and time stride.
+            s0: State before the first step ``[B, N]``; zeros when ``None``.
+            reset: ``[B, T]``, boolean or 0/1: where it is set, ``x_t`` is the first of an episode.
+
+        Returns:
+            Outputs ``[B, T, H]`` and the last state ``[B, N]`` (``s0`` when ``T`` is 0).
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        if x.ndim != 3 or x.shape[2] != self.input_size:
+            raise ValueError(
+                f"x must have shape [B, T, I] = [B, T, {self.input_size}], got {list(x.shape)}"
+            )
+        check_dtype("x", x, self.B)
+        s = self.states(x, s0, reset)  # [B, T, N]
+        return self.readout(s, x), last_state(s, s0)
+
+    def step(
+        self, x: Tensor, s: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Advance one step; equal to ``forward`` on a sequence of length 1, and cheaper.
+
+        Shapes are not checked here: callers that take tensors from outside check them once.
+
+        Args:
+            x: Input ``[B, I]``.
+            s: State ``[B, N]``; zeros when ``None``. It is not modified.
+            reset: ``[B]``, boolean or 0/1.
+
+        Returns:
+            The output ``[B, H]`` and the new state ``[B, N]``.
+        """
+        z = F.linear(x, self.B, self.bias)  # [B, N]
+        if s is not None:
+            if reset is not None:
+                s = s.masked_fill(reset.bool().unsqueeze(1), 0.0)  # [B, N]
+            z = torch.addmm(z, s, self.A.t())  # [B, N]
+        norm = self.norm
+        if self.normalize_state and norm is not None:
+            z = F.layer_norm(z, (self.state_size,), norm.weight, norm.bias, norm.eps)  # [B, N]
+        y = torch.addmm(F.linear(x, self.D), z, self.C.t())  # [B, H]
+        if norm is not None and not self.normalize_state:
+            y = F.layer_norm(y, (self.hidden_size,), norm.weight, norm.bias, norm.eps)  # [B, H]
+        return y, z
+
+    def states(
+        self,
+        x: Tensor,
+        s0: Tensor | None = None,
+        reset: Tensor | None = None,
+        batch_first: bool = True,
+    ) -> Tensor:
+        """Every state of a sequence, without the read-out.
+
+        Args:
+            x: Inputs ``[B, T, I]``, or ``[T, B, I]`` with ``batch_first=False``.
+            s0: State before the first step ``[B, N]``; zeros when ``None``.
+            reset: ``[B, T]`` or ``[T, B]``, as ``x``.
+            batch_first: The layout of ``x``, ``reset`` and the result. The input projection runs
+                in that layout, so that a time-major sequence is not copied.
+
+        Returns:
+            States ``[B, T, N]`` or ``[T, B, N]``.
+        """
+        u = F.linear(x, self.B, self.bias)  # [B, T, N] or [T, B, N]
+        if not batch_first:
+            u = u.transpose(0, 1)  # [B, T, N]
+            reset = None if reset is None else reset.transpose(0, 1)  # [B, T]
+        norm = self.norm
+        if self.normalize_state and norm is not None:
+            s: Tensor = norm_scan(
+                u, self.A, norm.weight, norm.bias, s0, reset, norm.eps
+            )  # [B, T, N]
+        else:
+            s = dense_scan(u, self.A, s0, reset)  # [B, T, N]
+        return s if batch_first else s.transpose(0, 1)
+
+    def readout(self, s: Tensor, x: Tensor) -> Tensor:
+        """Outputs from states, ``C s + D x`` and the output norm.
+
+        Args:
+            s: States ``[..., N]``.
+            x: Inputs ``[..., I]``.
+
+        Returns:
+            Outputs ``[..., H]``.
+        """
+        y = F.linear(s, self.C) + F.linear(x, self.D)  # [..., H]
+        norm = self.norm
+        if norm is not None and not self.normalize_state:
+            y = F.layer_norm(y, (self.hidden_size,), norm.weight, norm.bias, norm.eps)  # [..., H]
+        return y
+
+    def extra_repr(self) -> str:
+        """Sizes and options, for ``print(layer)``."""
+        norm = None if self.norm is None else "state" if self.normalize_state else "output"
+        return (
+            f"{self.input_size}, {self.hidden_size}, state_size={self.state_size}, "
+            f"bias={self.bias is not None}, norm={norm!r}"
+        )
+
+
+def last_state(s: Tensor, s0: Tensor | None) -> Tensor:
+    """The state after a sequence of states ``[B, T, N]``: ``s0`` where ``T`` is 0."""
+    if s.shape[1] > 0:
+        return s[:, -1]
+    return s.new_zeros(s.shape[0], s.shape[2]) if s0 is None else s0
+
+
+def orthogonal_(weight: Tensor, gain: float) -> None:
+    """Fill a matrix with a (semi-)orthogonal one times ``gain``, whatever its dtype."""
+    # QR exists for float32 and float64 only.
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    q = torch.empty(weight.shape, device=weight.device, dtype=dtype)
+    nn.init.orthogonal_(q, gain)
+    with torch.no_grad():
+        weight.copy_(q)
+
+
+def unit_variance_(weight: Tensor, std: float) -> None:
+    """Fill ``[out, in]`` so that inputs of unit variance give outputs of variance ``std^2``."""
+    n_out, n_in = weight.shape
+    orthogonal_(weight, std * math.sqrt(max(1.0, n_out / n_in)))
+
+
+def check_size(name: str, value: int) -> None:
+    """Raise unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_norm(norm: str | None) -> None:
+    """Raise unless ``norm`` is one of the places where the LayerNorm can stand."""
+    if norm not in (None, "output", "state"):
+        raise ValueError(f"norm must be None, 'output' or 'state', got {norm!r}")
+
+
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
+    """Raise unless ``x`` has the dtype of the parameters."""
+    if x.dtype != weight.dtype:
+        raise TypeError(f"{name} must have the parameters' dtype {weight.dtype}, got {x.dtype}")

@@ -1,0 +1,159 @@
+"""Playing a checkpoint in anybody's loop, with Stable-Baselines3's ``predict``."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ssm_fast.checkpoint import Model, load_model, read_metadata
+from ssm_fast.core import ImprovedSSM
+
+
+class Policy:
+    """A model that takes and returns NumPy arrays.
+
+    Args:
+        model: An `ImprovedSSM`, or a `StateSpaceModel` whose outputs are the logits of a discrete
+            action space. It normalises observations itself if it was trained to.
+        action_low: Lower bounds of continuous actions ``[K]``; not clipped when ``None``.
+        action_high: Upper bounds ``[K]``.
+
+    Raises:
+        ValueError: If the bounds do not fit the model or each other.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        action_low: ArrayLike | None = None,
+        action_high: ArrayLike | None = None,
+    ) -> None:
+        self.model = model
+        self.action_low = self._bounds("action_low", action_low)
+        self.action_high = self._bounds("action_high", action_high)
+        if (
+            self.action_low is not None
+            and self.action_high is not None
+            and bool((self.action_low > self.action_high).any())
+        ):
+            raise ValueError("action_low must not exceed action_high")
+
+    def predict(
+        self,
+        obs: ArrayLike,
+        state: NDArray[np.floating] | None = None,
+        episode_start: ArrayLike | None = None,
+        deterministic: bool = True,
+    ) -> tuple[NDArray[np.generic], NDArray[np.floating]]:
+        """Choose actions, as Stable-Baselines3's ``predict`` does.
+
+        Args:
+            obs: One observation ``[I]`` or a batch ``[B, I]``.
+            state: What the last call returned; ``None`` at the start. It is not modified.
+            episode_start: ``[B]`` booleans (one for a single observation): the state of such a
+                row is zeroed before it is used.
+            deterministic: The mode of the distribution instead of a sample (drawn with torch's
+                global generator).
+
+        Returns:
+            - The action: ``[K]`` or ``[B, K]`` in the model's dtype, clipped to the bounds; of a
+              discrete space int64, ``[]`` or ``[B]``.
+            - The next state, ``[L, B, N]`` (`StateSpaceModel`: ``[B, N]``), ``B`` 1 for a single
+              observation.
+
+        Raises:
+            ValueError: If a shape does not fit, or an observation or state is not finite.
+            TypeError: If ``obs`` is not numeric.
+        """
+        x = self._tensor("obs", obs)  # [I] or [B, I]
+        if x.ndim not in (1, 2) or x.shape[-1] != self.model.input_dim:
+            raise ValueError(
+                f"obs must have shape [I] or [B, I] with I = {self.model.input_dim}, "
+                f"got {list(x.shape)}"
+            )
+        single = x.ndim == 1
+        if single:
+            x = x.unsqueeze(0)  # [1, I]
+        h = None if state is None else self._tensor("state", state)
+        reset = None
+        if episode_start is not None:
+            starts = np.asarray(episode_start)
+            if starts.size != x.shape[0]:
+                raise ValueError(
+                    f"episode_start must have shape [B] = [{x.shape[0]}], got {list(starts.shape)}"
+                )
+            reset = torch.tensor(starts.reshape(-1) != 0, device=x.device)  # [B]
+        with torch.inference_mode():
+            action, h = self._act(x, h, reset, deterministic)
+        actions = action.cpu().numpy()  # [B, K] or [B]
+        if self.action_low is not None or self.action_high is not None:
+            actions = np.clip(actions, self.action_low, self.action_high)
+        return actions[0] if single else actions, h.cpu().numpy()
+
+    def _act(
+        self, x: Tensor, h: Tensor | None, reset: Tensor | None, deterministic: bool
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(self.model, ImprovedSSM):
+            action, _, _, h = self.model.get_action(x, h, deterministic, reset)
+            return action, h
+        logits, h = self.model(x, h, reset)  # [B, K], [B, N]
+        if not deterministic:
+            logits = logits - torch.empty_like(logits).exponential_().log()  # Gumbel-max
+        return logits.argmax(-1), h
+
+    def _tensor(self, name: str, values: ArrayLike) -> Tensor:
+        array = np.asarray(values)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"{name} must be numeric, got dtype {array.dtype}")
+        weight = next(self.model.parameters())
+        tensor = torch.tensor(array, dtype=weight.dtype, device=weight.device)
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} must be finite, got NaN or Inf")
+        return tensor
+
+    def _bounds(self, name: str, values: ArrayLike | None) -> NDArray[np.float32] | None:
+        if values is None:
+            return None
+        model = self.model
+        if not isinstance(model, ImprovedSSM) or model.discrete:
+            raise ValueError(f"{name} must be None for discrete actions")
+        bounds = np.asarray(values, dtype=np.float32)
+        if bounds.shape != (model.action_dim,) or bool(np.isnan(bounds).any()):
+            raise ValueError(
+                f"{name} must hold {model.action_dim} numbers, one per action component, "
+                f"got {bounds.tolist()}"
+            )
+        return bounds
+
+
+def load_policy(path: str | os.PathLike[str]) -> Policy:
+    """Load a checkpoint for playing.
+
+    Bounds of the actions come from the header's ``action_low`` and ``action_high`` (JSON lists),
+    where it has them.
+
+    Args:
+        path: A file of `ssm_fast.checkpoint.save_model` or ``model.save``.
+
+    Returns:
+        The policy, its model in evaluation mode.
+
+    Raises:
+        ValueError: If the file is not a sound checkpoint; the message names it.
+    """
+    model = load_model(path)
+    metadata = read_metadata(path)
+    try:
+        bounds = {
+            key: json.loads(metadata[key])
+            for key in ("action_low", "action_high")
+            if key in metadata
+        }
+        return Policy(model.eval(), **bounds)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)!r}: action bounds in the header: {error}") from error
