@@ -15,15 +15,19 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
 from ssm_fast.checkpoint import write_atomic
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _STATE_FILE = "training.pt"
 _MODEL_FILE = "model.safetensors"
 _MANIFEST_FILE = "manifest.json"
-_CHECKPOINT_NAME = re.compile(r"iteration_(\d{8})")
+_CHECKPOINT_NAME = re.compile(r"iteration_(\d{8,})")
 _TEMPORARY_PREFIX = ".unfinished-"
 _MANIFEST_LIMIT = 1 << 16  # bytes; ours are below 400
 _STATE_LIMIT = 1 << 31  # bytes
@@ -118,9 +122,9 @@ class RunDirectory:
             config = json.loads(self.config_path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{self.config_path} cannot be read: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{self.config_path} must hold a JSON object")
-        return config
+        if isinstance(config, dict):
+            return config
+        raise ValueError(f"{self.config_path} must hold a JSON object")
 
     # Checkpoints
 
@@ -289,7 +293,7 @@ class RunDirectory:
             self._writer.close()
             self._writer = None
 
-    def __enter__(self) -> RunDirectory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -352,9 +356,9 @@ def _parse_state(path: Path, contents: bytes) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} holds no training state: {reason}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} must hold a dict, got {type(state).__name__}")
-    return state
+    if isinstance(state, dict):
+        return state
+    raise ValueError(f"{path} must hold a dict, got {type(state).__name__}")
 
 
 def _read_limited(path: Path, limit: int) -> bytes:

@@ -1,0 +1,844 @@
+"""Proximal policy optimisation over whole sequences of a recurrent actor-critic."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ssm_fast import ops
+from ssm_fast.checkpoint import save_model
+from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.env_runner.environment import Environment
+from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
+from ssm_fast.nn.running_norm import RunningNorm
+
+_LOGGER = logging.getLogger(__name__)
+_STEPS_PER_ITERATION = 2048  # over all environments, where num_steps is not given
+_LONGEST_SEQUENCE = 16  # where sequence_length is not given
+_WARM_UP_STEPS = 2048  # over all environments, before the first iteration
+_REWARD_CLIP = 10.0  # of the scaled reward
+_EPISODE_WINDOW = 20  # episodes in the reported mean
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What `B` environments did in `T` steps, and where values beyond a step are needed.
+
+    Attributes:
+        observations: `[B, T, input_dim]`, not normalised.
+        actions: `[B, T, action_dim]`, not clipped; `[B, T]` int64 of a discrete policy.
+        log_probs: `[B, T]`, of the policy that acted.
+        rewards: `[B, T]`, not scaled.
+        terminated: `[B, T]` bool, the episode ended in a terminal state.
+        truncated: `[B, T]` bool, the episode was cut short.
+        reset: `[B, T]` bool, the observation is the first of an episode.
+        initial_state: `[num_layers, B, N]`, the state before step 0.
+        boundary_rows: `[M]` int64, environments whose step `boundary_steps` is followed by an
+            observation that no later step holds: truncations, and the last step.
+        boundary_steps: `[M]` int64.
+        boundary_observations: `[M, input_dim]`, the observation that such a step led to.
+        episode_returns: Of the episodes that ended, sums of raw rewards.
+        episode_lengths: Of the same episodes.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    reset: Tensor
+    initial_state: Tensor
+    boundary_rows: Tensor
+    boundary_steps: Tensor
+    boundary_observations: Tensor
+    episode_returns: list[float] = field(default_factory=list)
+    episode_lengths: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What `PPOTrainer.train` did.
+
+    Attributes:
+        timesteps: Environment steps taken so far, over all calls and before a resume.
+        iterations: Rollouts and updates done so far.
+        episode_returns: Of every episode that ended in this call, in order.
+        episode_lengths: Of the same episodes.
+        metrics: One dict an iteration of this call; the keys are those of the learning curve.
+    """
+
+    timesteps: int
+    iterations: int
+    episode_returns: list[float]
+    episode_lengths: list[int]
+    metrics: list[dict[str, float]]
+
+
+class PPOTrainer:
+    """Recurrent PPO (Schulman et al. 2017, arXiv 1707.06347) with GAE (arXiv 1506.02438).
+
+    An iteration collects `num_steps` steps of every environment and passes over them `ppo_epochs`
+    times. Each epoch first runs the current weights over the rollout once, which gives the states
+    that its sequences start from, the values, and with them the advantages; then it shuffles the
+    sequences of `sequence_length` steps into minibatches. Episodes may end anywhere in a sequence.
+    A truncated episode is bootstrapped with the value of its true last observation, a terminated
+    one is cut.
+
+    Rewards are divided by the running standard deviation of the discounted return. Where the model
+    has an `obs_norm`, its statistics move between iterations only, so that a rollout and its update
+    see the same inputs. Both statistics travel in the checkpoint.
+
+    Every `checkpoint_interval` iterations all environments are reset with a seed that follows from
+    `seed` and the iteration. A checkpoint thus needs no simulator state, and a resumed run equals
+    the uninterrupted one bitwise on the same machine.
+
+    Args:
+        model: The policy. It is moved to `device`.
+        learning_rate: Of Adam, at the start.
+        gamma: Discount factor, for GAE and for the reward scaling.
+        gae_lambda: Weight of longer returns in GAE.
+        clip_epsilon: The ratio of probabilities is clipped to `1 +- clip_epsilon`.
+        value_coef: Weight of the mean squared error of the value.
+        entropy_coef: Weight of the entropy bonus.
+        max_grad_norm: Gradients are scaled down to this norm.
+        ppo_epochs: Passes over each rollout.
+        mini_batch_size: Steps in a minibatch, rounded to whole sequences.
+        device: Where the model acts and learns.
+        num_steps: Steps of each environment in a rollout. By default 2048 over all of them.
+        sequence_length: Steps of a sequence; must divide `num_steps`. By default the largest
+            divisor that is at most 16 and at most `mini_batch_size`.
+        anneal_lr: Decay the learning rate linearly to zero.
+        recompute_advantages: Refresh values, advantages and initial states in every epoch, not only
+            in the first.
+        scale_rewards: Divide rewards by the running deviation of the return.
+        clip_value_loss: Also clip the change of the value by `clip_epsilon`.
+        target_kl: End an update after the epoch whose mean KL divergence is above this.
+        checkpoint_interval: Iterations between checkpoints.
+        seed: Of the environments, the action noise and the shuffling. By default drawn from torch's
+            global generator.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: ImprovedSSM,
+        learning_rate: float = 3e-4,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_epsilon: float = 0.2,
+        value_coef: float = 0.5,
+        entropy_coef: float = 0.0,
+        max_grad_norm: float = 0.5,
+        ppo_epochs: int = 10,
+        mini_batch_size: int = 128,
+        device: str | torch.device = "cpu",
+        *,
+        num_steps: int | None = None,
+        sequence_length: int | None = None,
+        anneal_lr: bool = True,
+        recompute_advantages: bool = True,
+        scale_rewards: bool = True,
+        clip_value_loss: bool = False,
+        target_kl: float | None = None,
+        checkpoint_interval: int = 20,
+        seed: int | None = None,
+    ) -> None:
+        _check_range("learning_rate", learning_rate, above=0.0)
+        _check_range("gamma", gamma, at_least=0.0, at_most=1.0)
+        _check_range("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
+        _check_range("clip_epsilon", clip_epsilon, above=0.0)
+        _check_range("value_coef", value_coef, at_least=0.0)
+        _check_range("entropy_coef", entropy_coef, at_least=0.0)
+        _check_range("max_grad_norm", max_grad_norm, above=0.0)
+        _check_range("ppo_epochs", ppo_epochs, at_least=1)
+        _check_range("mini_batch_size", mini_batch_size, at_least=1)
+        _check_range("checkpoint_interval", checkpoint_interval, at_least=1)
+        if num_steps is not None:
+            _check_range("num_steps", num_steps, at_least=1)
+        if sequence_length is not None:
+            _check_range("sequence_length", sequence_length, at_least=1)
+        if target_kl is not None:
+            _check_range("target_kl", target_kl, above=0.0)
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        _check_range("seed", seed, at_least=0)
+
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.learning_rate = learning_rate
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.clip_epsilon = clip_epsilon
+        self.value_coef = value_coef
+        self.entropy_coef = entropy_coef
+        self.max_grad_norm = max_grad_norm
+        self.ppo_epochs = ppo_epochs
+        self.mini_batch_size = mini_batch_size
+        self.num_steps = num_steps
+        self.sequence_length = sequence_length
+        self.anneal_lr = anneal_lr
+        self.recompute_advantages = recompute_advantages
+        self.scale_rewards = scale_rewards
+        self.clip_value_loss = clip_value_loss
+        self.target_kl = target_kl
+        self.checkpoint_interval = checkpoint_interval
+        self.seed = seed
+
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=learning_rate, eps=1e-5, fused=True
+        )
+        self.return_norm = RunningNorm(1)
+        self.iteration = 0
+        self.timesteps = 0
+        self._first_iteration = 0  # of the call to train that is under way
+        self._seconds = 0.0
+        self._recent_returns: deque[float] = deque(maxlen=_EPISODE_WINDOW)
+        self._recent_lengths: deque[int] = deque(maxlen=_EPISODE_WINDOW)
+        self._shuffle = torch.Generator().manual_seed(seed)
+        self._random_state = torch.Generator().manual_seed(seed).get_state()
+        self._cuda_random_state: Tensor | None = None
+
+        # Where the environments stand between two rollouts.
+        self._env: Environment | None = None
+        self._observation: NDArray[np.float32] = np.empty(0, dtype=np.float32)
+        self._state = torch.empty(0)  # [num_layers, B, N]
+        self._reset = torch.empty(0)  # [B] bool
+        self._return = torch.empty(0)  # [B], discounted, of the episodes under way
+
+    def train(
+        self,
+        env: Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any],
+        total_timesteps: int,
+        log_interval: int = 10,
+        *,
+        callback: Callable[[dict[str, float]], bool | None] | None = None,
+        run: RunDirectory | None = None,
+        resume: bool = False,
+    ) -> TrainingResult:
+        """Collects and learns until `total_timesteps` environment steps are taken.
+
+        Args:
+            env: The environments. A single one is stepped alone; a batch learns faster.
+            total_timesteps: Steps over all environments, rounded up to whole rollouts. A second
+                call adds as many, with a learning-rate schedule of its own.
+            log_interval: Iterations between lines of the log (logger `ssm_fast.meta_rl.ppo_trainer`,
+                level INFO).
+            callback: Called with the metrics after each iteration; training stops after the one for
+                which it returns False.
+            run: Where checkpoints, the learning curve and TensorBoard events go.
+            resume: Continue from the newest intact checkpoint of `run`, where it has one;
+                `total_timesteps` then counts from the start of the run.
+
+        Returns:
+            The episodes and metrics of this call.
+
+        Raises:
+            FloatingPointError: NaN or infinity in an observation, a reward, a gradient or a weight.
+                The last checkpoint is intact.
+            ValueError: The environment does not fit the model, or the checkpoint these settings.
+        """
+        _check_range("total_timesteps", total_timesteps, at_least=1)
+        _check_range("log_interval", log_interval, at_least=1)
+        env = self._prepare(env)
+        self._first_iteration = self.iteration
+        if resume:
+            if run is None:
+                raise ValueError("resume needs the run to continue")
+            self._resume(run)
+        last = self._first_iteration + math.ceil(
+            total_timesteps / (self._steps_of(env) * env.batch_size)
+        )
+        result = TrainingResult(0, 0, [], [], [])
+        with torch.random.fork_rng(self._cuda_devices()):
+            self._restore_random_state()
+            self._env = None
+            while self.iteration < last:
+                metrics = self._iterate(env, last, result, run)
+                if run is not None and (
+                    self.iteration % self.checkpoint_interval == 0 or self.iteration == last
+                ):
+                    self._checkpoint(run, env)
+                if self.iteration % log_interval == 0 or self.iteration == last:
+                    _LOGGER.info(
+                        "%d steps, return %.1f, KL %.4f, %.0f steps/s",
+                        self.timesteps,
+                        metrics["episode_return"],
+                        metrics["approx_kl"],
+                        metrics["steps_per_second"],
+                    )
+                if callback is not None and callback(dict(metrics)) is False:
+                    break
+            self._keep_random_state()
+        return TrainingResult(
+            self.timesteps,
+            self.iteration,
+            result.episode_returns,
+            result.episode_lengths,
+            result.metrics,
+        )
+
+    def _iterate(
+        self, env: Environment, last: int, result: TrainingResult, run: RunDirectory | None
+    ) -> dict[str, float]:
+        """One rollout and update."""
+        start = time.perf_counter()
+        timesteps = self.timesteps
+        try:
+            if self._env is None or self.iteration % self.checkpoint_interval == 0:
+                self._warm_up(env)
+                self._begin(env, self._episode_seed(self.iteration))
+            learning_rate = self.learning_rate
+            if self.anneal_lr:
+                learning_rate *= (last - self.iteration) / (last - self._first_iteration)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            rollout = self.collect_rollout(env)
+            losses = self.update(rollout)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"iteration {self.iteration}: {error}") from error
+        self.iteration += 1
+
+        result.episode_returns.extend(rollout.episode_returns)
+        result.episode_lengths.extend(rollout.episode_lengths)
+        self._recent_returns.extend(rollout.episode_returns)
+        self._recent_lengths.extend(rollout.episode_lengths)
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        metrics = {
+            "iteration": float(self.iteration),
+            "timesteps": float(self.timesteps),
+            "episode_return": _mean(self._recent_returns),
+            "episode_length": _mean(self._recent_lengths),
+            "episodes": float(len(rollout.episode_returns)),
+            **losses,
+            "learning_rate": learning_rate,
+            "seconds": self._seconds,
+            "steps_per_second": (self.timesteps - timesteps) / seconds,
+        }
+        result.metrics.append(metrics)
+        if run is not None:
+            run.append_row(metrics)
+            run.log_scalars(
+                {f"train/{name}": value for name, value in metrics.items()}, self.timesteps
+            )
+        return metrics
+
+    # Collecting
+
+    def collect_rollout(self, env: Environment, num_steps: int | None = None) -> Rollout:
+        """Plays `num_steps` steps of every environment with the current policy.
+
+        The rollout goes on where the last one of the same `env` stopped; the first one resets it.
+
+        Args:
+            env: The environments.
+            num_steps: `T`; by default the trainer's.
+
+        Returns:
+            The rollout, on the trainer's device.
+        """
+        if self._env is not env:
+            self._begin(env, self.seed)
+        model, device = self.model, self.device
+        B, T = env.batch_size, num_steps or self._steps_of(env)
+        dtype = next(model.parameters()).dtype
+        observations = torch.empty(B, T, env.input_dim, dtype=dtype)  # [B, T, input_dim]
+        actions = (
+            torch.empty(B, T, dtype=torch.int64)  # [B, T]
+            if env.discrete
+            else torch.empty(B, T, env.action_dim, dtype=dtype)  # [B, T, action_dim]
+        )
+        log_probs = torch.empty(B, T, dtype=dtype)  # [B, T]
+        rewards = torch.empty(B, T, dtype=dtype)  # [B, T]
+        terminated = torch.empty(B, T, dtype=torch.bool)  # [B, T]
+        truncated = torch.empty(B, T, dtype=torch.bool)  # [B, T]
+        reset = torch.empty(B, T, dtype=torch.bool)  # [B, T]
+        boundaries: list[tuple[NDArray[np.intp], int, NDArray[np.float32]]] = []
+        returns: list[float] = []
+        lengths: list[int] = []
+        initial_state = state = self._state
+        obs, first = self._observation, self._reset
+        with torch.no_grad():
+            for t in range(T):
+                x = torch.from_numpy(obs).to(dtype)  # [B, input_dim]
+                action, log_prob, _, state = model.get_action(x.to(device), state)
+                observations[:, t] = x
+                actions[:, t] = action
+                log_probs[:, t] = log_prob
+                reset[:, t] = first
+                try:
+                    obs, reward, ended, cut, info = env.step(actions[:, t].numpy())
+                except FloatingPointError as error:
+                    self._env = None
+                    raise FloatingPointError(f"rollout step {t}: {error}") from error
+                done = ended | cut  # [B]
+                rewards[:, t] = torch.from_numpy(reward)
+                terminated[:, t] = torch.from_numpy(ended)
+                truncated[:, t] = torch.from_numpy(cut)
+                first = torch.from_numpy(done)
+                if done.any():
+                    state = state * (~first).to(device, dtype)[:, None]  # [num_layers, B, N]
+                    returns.extend(info["episode_return"][done].tolist())
+                    lengths.extend(info["episode_length"][done].tolist())
+                needs_value = ~ended if t == T - 1 else cut & ~ended  # [B]
+                if needs_value.any():
+                    rows = np.flatnonzero(needs_value)
+                    boundaries.append((rows, t, info["final_obs"][rows]))
+        self._observation, self._state, self._reset = obs, state, first
+        self.timesteps += B * T
+        rows = np.concatenate([rows for rows, _, _ in boundaries] or [np.empty(0, np.intp)])
+        steps = np.concatenate(
+            [np.full(len(rows), t) for rows, t, _ in boundaries] or [np.empty(0, np.intp)]
+        )
+        last_observations = np.concatenate(
+            [final for _, _, final in boundaries] or [np.empty((0, env.input_dim), np.float32)]
+        )
+        return Rollout(
+            observations.to(device),
+            actions.to(device),
+            log_probs.to(device),
+            rewards.to(device),
+            terminated.to(device),
+            truncated.to(device),
+            reset.to(device),
+            initial_state,
+            torch.from_numpy(rows).to(device, torch.int64),
+            torch.from_numpy(steps).to(device, torch.int64),
+            torch.from_numpy(last_observations).to(device, dtype),
+            returns,
+            lengths,
+        )
+
+    def _prepare(self, env: Any) -> Environment:
+        """Wraps a Gymnasium environment and checks that it fits the model."""
+        if not isinstance(env, Environment):
+            env = Environment.wrap(env)
+        self._steps_of(env)
+        for name, size, expected in (
+            ("observations", env.input_dim, self.model.input_dim),
+            ("actions", env.action_dim, self.model.action_dim),
+        ):
+            if size != expected:
+                raise ValueError(
+                    f"{name} of {env.env_name} must have size {expected} as in the model, got {size}"
+                )
+        if env.discrete != self.model.discrete:
+            kind = "discrete" if env.discrete else "continuous"
+            raise ValueError(
+                f"{env.env_name} has {kind} actions: the model needs discrete={env.discrete}"
+            )
+        return env
+
+    def _steps_of(self, env: Environment) -> int:
+        steps = self.num_steps or max(1, _STEPS_PER_ITERATION // env.batch_size)
+        if self.sequence_length is not None and steps % self.sequence_length:
+            raise ValueError(
+                f"num_steps must be a multiple of sequence_length = {self.sequence_length}, got {steps}"
+            )
+        return steps
+
+    def _begin(self, env: Environment, seed: int) -> None:
+        """Resets the environments, their states and their running returns."""
+        self._observation, _ = env.reset(seed=seed)
+        self._state = self.model.init_hidden(env.batch_size)
+        self._reset = torch.ones(env.batch_size, dtype=torch.bool)
+        self._return = torch.zeros(env.batch_size, dtype=torch.float64)
+        self._env = env
+
+    def _episode_seed(self, iteration: int) -> int:
+        """The seed of the environments that start at `iteration`."""
+        return int(np.random.SeedSequence((self.seed, iteration)).generate_state(1)[0] >> 1)
+
+    def _warm_up(self, env: Environment) -> None:
+        """Gives `obs_norm` its first statistics, from steps that are counted and not learnt from."""
+        norm = self.model.obs_norm
+        if norm is None or float(norm.count) > 0:
+            return
+        self._begin(env, self._episode_seed(2**32 - 1))
+        rollout = self.collect_rollout(env, max(1, _WARM_UP_STEPS // env.batch_size))
+        norm.update(rollout.observations.flatten(0, 1))
+
+    # Learning
+
+    def update(self, rollout: Rollout) -> dict[str, float]:
+        """Learns from a rollout, then moves the observation statistics.
+
+        Returns:
+            The means over the minibatches of `policy_loss`, `value_loss`, `entropy`, `approx_kl`
+            (Schulman's `r - 1 - log r`), `clip_fraction` and `grad_norm`, and
+            `explained_variance`, of the values before the update.
+        """
+        B, T = rollout.rewards.shape
+        L = self._sequence_length_for(T)
+        rewards = self._scaled_rewards(rollout)  # [B, T]
+        observations = _sequences(rollout.observations, L)  # [S, L, input_dim]
+        actions = _sequences(rollout.actions, L)  # [S, L, ...]
+        log_probs = _sequences(rollout.log_probs, L)  # [S, L]
+        reset = _sequences(rollout.reset, L)  # [S, L]
+        explained_variance = math.nan
+        sums: list[Tensor] = []
+        for epoch in range(self.ppo_epochs):
+            if epoch == 0 or self.recompute_advantages:
+                states, values, next_values = self._evaluate(rollout, L)
+                advantages, returns = self.compute_gae(
+                    rewards, values, next_values, rollout.terminated, rollout.truncated
+                )
+                if epoch == 0:
+                    explained_variance = _explained_variance(values, returns)
+                values, advantages, returns = (
+                    _sequences(x, L) for x in (values, advantages, returns)
+                )  # [S, L]
+            first = len(sums)
+            for i in self._minibatches(B * T // L, L):
+                sums.append(
+                    self._step(
+                        observations[i],
+                        actions[i],
+                        log_probs[i],
+                        reset[i],
+                        states[:, i],
+                        values[i],
+                        advantages[i],
+                        returns[i],
+                        f"epoch {epoch}",
+                    )
+                )
+            approx_kl = torch.stack(sums[first:]).mean(0)[3]
+            if self.target_kl is not None and float(approx_kl) > self.target_kl:
+                break
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise FloatingPointError(f"parameter {name} is not finite after the update")
+        if self.model.obs_norm is not None:
+            self.model.obs_norm.update(rollout.observations.flatten(0, 1))
+        means = torch.stack(sums).mean(0).tolist()
+        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
+        return {
+            **dict(zip(names, means, strict=True)),
+            "explained_variance": explained_variance,
+        }
+
+    def compute_gae(
+        self,
+        rewards: Tensor,
+        values: Tensor,
+        next_values: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Advantages and returns with the trainer's discount and lambda.
+
+        Args:
+            rewards: `[B, T]`.
+            values: `[B, T]`, of the observations.
+            next_values: `[B, T]`, of the observations that the steps led to: at a truncation that of
+                the episode's last one. Not used where `terminated`.
+            terminated: `[B, T]`.
+            truncated: `[B, T]`.
+
+        Returns:
+            Advantages and `advantages + values`, both `[B, T]`.
+        """
+        return ops.gae(
+            rewards, values, next_values, terminated, truncated, self.gamma, self.gae_lambda
+        )
+
+    @torch.no_grad()
+    def _evaluate(self, rollout: Rollout, L: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the current weights over a rollout.
+
+        Returns:
+            The state before each sequence `[num_layers, S, N]`, the values `[B, T]`, and the values
+            of what the steps led to `[B, T]`.
+        """
+        T = rollout.rewards.shape[1]
+        state = rollout.initial_state
+        states, values = [], []
+        for t in range(0, T, L):
+            states.append(state)
+            _, _, value, state = self.model(
+                rollout.observations[:, t : t + L], state, rollout.reset[:, t : t + L]
+            )
+            values.append(value)
+        all_states = torch.stack(states, dim=2).flatten(1, 2)  # [num_layers, S, N], S = B * (T / L)
+        all_values = torch.cat(values, dim=1)  # [B, T]
+        next_values = torch.zeros_like(all_values)
+        next_values[:, :-1] = all_values[:, 1:]
+        if rollout.boundary_rows.numel() == 0:
+            return all_states, all_values, next_values
+
+        # A boundary's sequence is played again, with the observation that no step holds put in
+        # behind it. What follows that in the sequence has no influence on it.
+        rows, steps = rollout.boundary_rows, rollout.boundary_steps  # [M]
+        sequence = rows * (T // L) + steps // L  # [M]
+        place = steps % L + 1  # [M]
+        each = torch.arange(len(rows), device=rows.device)
+        x = rollout.observations.new_zeros(len(rows), L + 1, rollout.observations.shape[-1])
+        x[:, :L] = _sequences(rollout.observations, L)[sequence]
+        x[each, place] = rollout.boundary_observations
+        reset = torch.zeros(len(rows), L + 1, dtype=torch.bool, device=rows.device)  # [M, L + 1]
+        reset[:, :L] = _sequences(rollout.reset, L)[sequence]
+        reset[each, place] = False
+        _, _, value, _ = self.model(x, all_states[:, sequence], reset)
+        next_values[rows, steps] = value[each, place]
+        return all_states, all_values, next_values
+
+    def _step(
+        self,
+        observations: Tensor,
+        actions: Tensor,
+        old_log_probs: Tensor,
+        reset: Tensor,
+        states: Tensor,
+        old_values: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+        where: str,
+    ) -> Tensor:
+        """One gradient step on a minibatch of sequences; returns its figures `[6]`."""
+        log_probs, values, entropies = self.model.evaluate_actions(
+            observations, actions, states, reset
+        )
+        log_ratio = log_probs - old_log_probs  # [S, L]
+        ratio = log_ratio.exp()
+        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+        clipped = ratio.clamp(1.0 - self.clip_epsilon, 1.0 + self.clip_epsilon)
+        policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+        errors = (values - returns).square()
+        if self.clip_value_loss:
+            change = (values - old_values).clamp(-self.clip_epsilon, self.clip_epsilon)
+            errors = torch.maximum(errors, (old_values + change - returns).square())
+        value_loss = errors.mean()
+        entropy = entropies.mean()
+        loss = policy_loss + self.value_coef * value_loss
+        if self.entropy_coef:
+            loss = loss - self.entropy_coef * entropy
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        if not math.isfinite(float(grad_norm)):
+            raise FloatingPointError(
+                f"{where}: loss {float(loss)}, gradient norm {float(grad_norm)}"
+            )
+        self.optimizer.step()
+        with torch.no_grad():
+            approx_kl = (ratio - 1.0 - log_ratio).mean()
+            clip_fraction = (ratio != clipped).to(ratio.dtype).mean()
+            return torch.stack(
+                (policy_loss, value_loss, entropy, approx_kl, clip_fraction, grad_norm)
+            )
+
+    def _minibatches(self, S: int, L: int) -> Iterator[Tensor]:
+        """Shuffles `S` sequences into minibatches of about `mini_batch_size` steps."""
+        order = torch.randperm(S, generator=self._shuffle).to(self.device)
+        yield from order.split(max(1, self.mini_batch_size // L))
+
+    def _sequence_length_for(self, T: int) -> int:
+        if self.sequence_length is not None:
+            if T % self.sequence_length:
+                raise ValueError(
+                    f"rollout must have a multiple of sequence_length = {self.sequence_length} "
+                    f"steps, got {T}"
+                )
+            return self.sequence_length
+        longest = min(_LONGEST_SEQUENCE, self.mini_batch_size, T)
+        return next(L for L in range(longest, 0, -1) if T % L == 0)
+
+    def _scaled_rewards(self, rollout: Rollout) -> Tensor:
+        """Takes the rollout's discounted returns into the statistics and scales its rewards."""
+        if not self.scale_rewards:
+            return rollout.rewards
+        rewards = rollout.rewards.to("cpu", torch.float64)  # [B, T]
+        if self._return.shape != rewards.shape[:1]:
+            self._return = rewards.new_zeros(len(rewards))
+        keep = self.gamma * (~rollout.reset.cpu()).to(torch.float64)  # [B, T]
+        discounted = ops.linear_scan(keep, rewards, self._return)  # [B, T]
+        self._return = discounted[:, -1]
+        self.return_norm.update(discounted.reshape(-1, 1))
+        deviation = float((self.return_norm.var + 1e-8).sqrt())
+        return (rollout.rewards / deviation).clamp(-_REWARD_CLIP, _REWARD_CLIP)
+
+    # Saving
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the training state to a file: weights, optimizer, statistics, generators."""
+        write_state(path, self.state_dict())
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Reads a file of `save`.
+
+        Raises:
+            ValueError: It is missing, damaged, or of other settings or another model.
+        """
+        self.load_state_dict(read_state(path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of a run depends on, at a checkpoint's boundary."""
+        return {
+            "version": _STATE_VERSION,
+            "settings": self._settings(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "return_norm": self.return_norm.state_dict(),
+            "random_state": self._random_state,
+            "cuda_random_state": self._cuda_random_state,
+            "shuffle": self._shuffle.get_state(),
+            "iteration": self.iteration,
+            "timesteps": self.timesteps,
+            "first_iteration": self._first_iteration,
+            "seconds": self._seconds,
+            "recent_returns": list(self._recent_returns),
+            "recent_lengths": list(self._recent_lengths),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state of `state_dict`.
+
+        Raises:
+            ValueError: It belongs to other settings or another model, or is incomplete.
+        """
+        try:
+            if state["version"] != _STATE_VERSION:
+                raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
+            for name, value in self._settings().items():
+                if state["settings"][name] != value:
+                    raise ValueError(
+                        f"{name} must be {state['settings'][name]!r} as in the run that is "
+                        f"resumed, got {value!r}"
+                    )
+            for name, tensor in state["model"].items():
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"model tensor {name} is not finite")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.return_norm.load_state_dict(state["return_norm"])
+            self._shuffle.set_state(state["shuffle"])
+            self._random_state = torch.Generator().set_state(state["random_state"]).get_state()
+            self._cuda_random_state = state["cuda_random_state"]
+            self.iteration = int(state["iteration"])
+            self.timesteps = int(state["timesteps"])
+            self._first_iteration = int(state["first_iteration"])
+            self._seconds = float(state["seconds"])
+            self._recent_returns.clear()
+            self._recent_lengths.clear()
+            self._recent_returns.extend(float(x) for x in state["recent_returns"])
+            self._recent_lengths.extend(int(x) for x in state["recent_lengths"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"training state does not fit: {error}") from error
+        self._env = None
+
+    def _settings(self) -> dict[str, Any]:
+        names = (
+            "learning_rate",
+            "gamma",
+            "gae_lambda",
+            "clip_epsilon",
+            "value_coef",
+            "entropy_coef",
+            "max_grad_norm",
+            "ppo_epochs",
+            "mini_batch_size",
+            "num_steps",
+            "sequence_length",
+            "anneal_lr",
+            "recompute_advantages",
+            "scale_rewards",
+            "clip_value_loss",
+            "target_kl",
+            "checkpoint_interval",
+            "seed",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def _checkpoint(self, run: RunDirectory, env: Environment) -> None:
+        self._keep_random_state()
+        metadata = {"env_id": env.env_name}
+        if env.action_low is not None and env.action_high is not None:
+            metadata["action_low"] = json.dumps(env.action_low.tolist())
+            metadata["action_high"] = json.dumps(env.action_high.tolist())
+
+        def write_model(path: Path) -> None:
+            save_model(path, self.model, metadata)
+
+        run.save_checkpoint(self.iteration, self.state_dict(), write_model)
+
+    def _resume(self, run: RunDirectory) -> None:
+        checkpoint = run.latest_checkpoint()
+        if checkpoint is not None:
+            try:
+                self.load_state_dict(checkpoint.state)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: {error}") from error
+        run.drop_checkpoints_after(self.iteration)
+        run.truncate_rows(self.iteration)
+
+    def _keep_random_state(self) -> None:
+        self._random_state = torch.get_rng_state()
+        if self.device.type == "cuda":
+            self._cuda_random_state = torch.cuda.get_rng_state(self.device)
+
+    def _restore_random_state(self) -> None:
+        torch.set_rng_state(self._random_state)
+        if self.device.type == "cuda":
+            if self._cuda_random_state is None:
+                torch.cuda.manual_seed(self.seed)
+            else:
+                torch.cuda.set_rng_state(self._cuda_random_state, self.device)
+
+    def _cuda_devices(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
+
+def _sequences(x: Tensor, L: int) -> Tensor:
+    """`[B, T, ...]` as `[B * (T / L), L, ...]`."""
+    return x.reshape(-1, L, *x.shape[2:])
+
+
+def _explained_variance(values: Tensor, returns: Tensor) -> float:
+    variance = float(returns.var(correction=0))
+    if variance == 0.0:
+        return math.nan
+    return 1.0 - float((returns - values).var(correction=0)) / variance
+
+
+def _mean(values: deque[float] | deque[int]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _check_range(
+    name: str,
+    value: float,
+    *,
+    above: float = -math.inf,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+) -> None:
+    if not (value > above and at_least <= value <= at_most and math.isfinite(value)):
+        bounds = [
+            text
+            for text, bound in (
+                (f"above {above}", above),
+                (f"at least {at_least}", at_least),
+                (f"at most {at_most}", at_most),
+            )
+            if math.isfinite(bound)
+        ]
+        raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, got {value}")
