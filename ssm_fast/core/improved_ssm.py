@@ -283,14 +283,16 @@ class ImprovedSSM(nn.Module):
         self._check(x, hidden_state, reset)
         if self.obs_norm is not None:
             x = self.obs_norm(x)
-        h = torch.tanh(self.encoder(x))  # [B, H] or [B, T, H]
+        one_step = x.ndim == 2
         state: tuple[Tensor | None, ...] = (None,) * self.num_layers
         if hidden_state is not None:
+            if one_step and reset is not None:
+                hidden_state = hidden_state.masked_fill(reset.bool().unsqueeze(1), 0.0)
             state = hidden_state.unbind(0)
-        run = SSMLayer.step if x.ndim == 2 else SSMLayer.forward
+        h = torch.tanh(self.encoder(x))  # [B, H] or [B, T, H]
         states: list[Tensor] = []
-        for layer, s in zip(self.layers, state, strict=True):
-            y, s_next = run(cast(SSMLayer, layer), h, s, reset)  # as h, [B, N]
+        for layer, s in zip(cast("list[SSMLayer]", self.layers), state, strict=True):
+            y, s_next = layer.step(h, s) if one_step else layer(h, s, reset)  # as h, [B, N]
             states.append(s_next)
             y = torch.tanh(y)
             h = h + y if self.use_residual else y
@@ -302,7 +304,8 @@ class ImprovedSSM(nn.Module):
                 f"x must have shape [B, I] or [B, T, I] with I = {self.input_dim}, "
                 f"got {list(x.shape)}"
             )
-        check_dtype("x", x, self.encoder.weight)
+        weight = self.encoder.weight
+        check_dtype("x", x, weight)
         if hidden_state is not None:
             expected = (self.num_layers, x.shape[0], self.state_dim)
             if hidden_state.shape != expected:
@@ -310,7 +313,7 @@ class ImprovedSSM(nn.Module):
                     f"hidden_state must have shape [L, B, N] = {list(expected)}, "
                     f"got {list(hidden_state.shape)}"
                 )
-            check_dtype("hidden_state", hidden_state, self.encoder.weight)
+            check_dtype("hidden_state", hidden_state, weight)
         if reset is not None and reset.shape != x.shape[:-1]:
             raise ValueError(
                 f"reset must have shape {list(x.shape[:-1])}, as x without its features, "

@@ -278,9 +278,11 @@ class SSM(nn.Module):
             x = x.unsqueeze(0)  # [1, I]
             reset = None if reset is None else reset.unsqueeze(0)  # [1]
         h = self._check_state(h, x.shape[0], batched)  # [L, B, N]
+        if h is not None and reset is not None:
+            h = h.masked_fill(reset.bool().unsqueeze(1), 0.0)  # [L, B, N]
         h_next: list[Tensor] = []
         for i, layer in enumerate(self._ssm_layers()):
-            y, s = layer.step(x, None if h is None else h[i], reset)  # [B, H], [B, N]
+            y, s = layer.step(x, None if h is None else h[i])  # [B, H], [B, N]
             h_next.append(s)
             x = self._join(i, x, y)  # [B, H]
         h = torch.stack(h_next)  # [L, B, N]

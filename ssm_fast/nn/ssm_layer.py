@@ -133,25 +133,21 @@ class SSMLayer(nn.Module):
         s = self.states(x, s0, reset)  # [B, T, N]
         return self.readout(s, x), last_state(s, s0)
 
-    def step(
-        self, x: Tensor, s: Tensor | None = None, reset: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Advance one step; equal to ``forward`` on a sequence of length 1, and cheaper.
 
-        Shapes are not checked here: callers that take tensors from outside check them once.
+        Shapes are not checked here, and a reset is the caller's: who takes tensors from outside
+        does both once for all layers.
 
         Args:
             x: Input ``[B, I]``.
             s: State ``[B, N]``; zeros when ``None``. It is not modified.
-            reset: ``[B]``, boolean or 0/1.
 
         Returns:
             The output ``[B, H]`` and the new state ``[B, N]``.
         """
         z = F.linear(x, self.B, self.bias)  # [B, N]
         if s is not None:
-            if reset is not None:
-                s = s.masked_fill(reset.bool().unsqueeze(1), 0.0)  # [B, N]
             z = torch.addmm(z, s, self.A.t())  # [B, N]
         norm = self.norm
         if self.normalize_state and norm is not None:
