@@ -10,7 +10,7 @@ constexpr int kMaxRows = 6;
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <class T>
-constexpr int kTile = kTileVectors* kWidth<T>;  // columns of a full tile
+constexpr int kTile = kTileVectors * kWidth<T>;  // columns of a full tile
 
 // A, transposed and cut into tiles of columns: W[tile][k][column], zero beyond N.
 template <class T>

@@ -73,13 +73,32 @@ void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides
   const Index elements = dense_scan_scratch(N, sizeof(T) == 8) * threads;
   const std::unique_ptr<void, AlignedDelete> scratch(
       ::operator new(std::size_t(elements) * sizeof(T), std::align_val_t{64}));
-  const DenseScan<T> params{at<T>(u),         u_strides[0],     u_strides[1],     u_strides[2],
-                            at<T>(A),         A_strides[0],     A_strides[1],     A_strides[2],
-                            at<T>(s0),        s0_strides[0],    s0_strides[1],    at<std::uint8_t>(reset),
-                            reset_strides[0], reset_strides[1], reset_strides[2], at<T>(s),
-                            s_strides[0],     s_strides[1],     s_strides[2],     G,
-                            B,                T_len,            N,                reverse,
-                            threads,          static_cast<T*>(scratch.get())};
+  const DenseScan<T> params{at<T>(u),
+                            u_strides[0],
+                            u_strides[1],
+                            u_strides[2],
+                            at<T>(A),
+                            A_strides[0],
+                            A_strides[1],
+                            A_strides[2],
+                            at<T>(s0),
+                            s0_strides[0],
+                            s0_strides[1],
+                            at<std::uint8_t>(reset),
+                            reset_strides[0],
+                            reset_strides[1],
+                            reset_strides[2],
+                            at<T>(s),
+                            s_strides[0],
+                            s_strides[1],
+                            s_strides[2],
+                            G,
+                            B,
+                            T_len,
+                            N,
+                            reverse,
+                            threads,
+                            static_cast<T*>(scratch.get())};
   const py::gil_scoped_release release;
   SSM_FAST_RUN(dense_scan, params);
 }
@@ -89,10 +108,24 @@ void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<2> b_stride
                  Address h, Strides<2> h_strides, Strides<3> sizes, bool reverse, bool shift) {
   const auto [M, T_len, C] = sizes;
   const int threads = threads_for(double(M * T_len * C), M * C);
-  const LinearScan<T> params{at<T>(a),     a_strides[0], a_strides[1], a_strides[2], at<T>(b),
-                             b_strides[0], b_strides[1], at<T>(h0),    h0_stride,    at<T>(h),
-                             h_strides[0], h_strides[1], M,            T_len,        C,
-                             reverse,      shift,        threads};
+  const LinearScan<T> params{at<T>(a),
+                             a_strides[0],
+                             a_strides[1],
+                             a_strides[2],
+                             at<T>(b),
+                             b_strides[0],
+                             b_strides[1],
+                             at<T>(h0),
+                             h0_stride,
+                             at<T>(h),
+                             h_strides[0],
+                             h_strides[1],
+                             M,
+                             T_len,
+                             C,
+                             reverse,
+                             shift,
+                             threads};
   const py::gil_scoped_release release;
   SSM_FAST_RUN(linear_scan, params);
 }

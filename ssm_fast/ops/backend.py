@@ -19,7 +19,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 Impl = Literal["auto", "native", "triton", "reference"]
 IMPLS = ("auto", "native", "triton", "reference")
@@ -30,7 +30,7 @@ _REAL = {torch.float32: "float32", torch.float64: "float64"}
 _COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
 
 
-def native_kernel(op: str, dtype: torch.dtype) -> Any:  # noqa: ANN401 (a pybind11 function)
+def native_kernel(op: str, dtype: torch.dtype) -> Any:
     """The compiled function of ``op`` for ``dtype``."""
     return getattr(native, f"{op}_{(_REAL | _COMPLEX)[dtype]}")
 
@@ -64,13 +64,16 @@ def check_shape(name: str, tensor: Tensor, symbols: str, shape: Sequence[int]) -
         )
 
 
-def check_dtype(op: str, *, complex_too: bool = False, **tensors: Tensor | None) -> None:
+def check_dtype(
+    op: str, tensors: Mapping[str, Tensor | None], *, complex_too: bool = False
+) -> None:
     """Raise TypeError unless all tensors share one floating dtype and ValueError unless one device.
 
-    The first tensor sets what the others must be.
+    The first tensor, which must be there, sets what the others must be.
     """
-    (first_name, first), *_ = tensors.items()
-    assert first is not None  # noqa: S101 (callers pass a tensor first)
+    first_name = next(iter(tensors))
+    first = tensors[first_name]
+    assert first is not None
     allowed = _REAL | _COMPLEX if complex_too else _REAL
     if first.dtype not in allowed:
         raise TypeError(
@@ -96,10 +99,9 @@ def check_tensors(**values: object) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
-def check_reset(reset: object, batch: Tensor, symbols: str, shape: Sequence[int]) -> Tensor:
+def check_reset(reset: Tensor, batch: Tensor, symbols: str, shape: Sequence[int]) -> Tensor:
     """Validate episode starts and return them as booleans."""
     check_tensors(reset=reset)
-    assert isinstance(reset, Tensor)  # noqa: S101 (for the type checker)
     check_shape("reset", reset, symbols, shape)
     if reset.is_complex():
         raise TypeError(f"reset must be boolean, integer or floating, got {reset.dtype}")

@@ -94,20 +94,21 @@ def _incoming(s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool)
 
 
 def _outer_sum(x: Tensor, y: Tensor) -> Tensor:
-    """sum over b, t of x y^T per group, as one GEMM: [G, B, T, N] twice -> [G, N, N]."""
+    """Sum over b, t of x y^T per group, as one GEMM: [G, B, T, N] twice -> [G, N, N]."""
     if x.stride(2) > x.stride(1):
         x, y = x.transpose(1, 2), y.transpose(1, 2)
     G, _, _, N = x.shape
-    return x.reshape(G, -1, N).mT @ y.reshape(G, -1, N)
+    rows = x.shape[1] * x.shape[2]
+    return x.reshape(G, rows, N).mT @ y.reshape(G, rows, N)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, A, s0, reset, ctx.reverse = inputs
     ctx.save_for_backward(A, s0, reset, output)
     ctx.save_for_forward(A, s0, reset, output)
 
 
-def _gradients(scan: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+def _gradients(scan: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of u, A and s0. The adjoint sweep is the scan itself, backwards, with A^T."""
     A, s0, reset, s = ctx.saved_tensors
     adjoint = scan(grad, A.mT, None, reset, not ctx.reverse)  # [G, B, T, N], the gradient of u
@@ -121,13 +122,12 @@ def _gradients(scan: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]: 
     return adjoint, grad_A, grad_s0, None, None
 
 
-def _fold(x: Tensor | None, in_dim: int | None, size: int, to: int) -> Tensor | None:
+def _fold(x: Tensor, in_dim: int | None, size: int, to: int) -> Tensor:
     """Merge a vmapped dimension of ``x`` into its dimension ``to``."""
-    if x is None:
-        return None
-    x = x.unsqueeze(to).expand(*x.shape[:to], size, *x.shape[to:]) if in_dim is None else (
-        x.movedim(in_dim, to)
-    )
+    if in_dim is None:
+        x = x.unsqueeze(to).expand(*x.shape[:to], size, *x.shape[to:])
+    else:
+        x = x.movedim(in_dim, to)
     return x.flatten(to, to + 1)
 
 
@@ -143,12 +143,12 @@ class DenseScan(torch.autograd.Function):
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         return _gradients(DenseScan.apply, ctx, grad)
 
     @staticmethod
     def jvp(  # noqa: D102
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         u_t: Tensor | None,
         A_t: Tensor | None,
         s0_t: Tensor | None,
@@ -162,7 +162,7 @@ class DenseScan(torch.autograd.Function):
 
     @staticmethod
     def vmap(  # noqa: D102
-        info: Any,  # noqa: ANN401
+        info: Any,
         in_dims: tuple[int | None, ...],
         u: Tensor,
         A: Tensor,
@@ -172,11 +172,10 @@ class DenseScan(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         V = info.batch_size
         to = 1 if in_dims[1] is None else 0  # a shared matrix: more rows; its own: more groups
-        if to == 0:
-            A = _fold(A, in_dims[1], V, 0)
-        u, s0, reset = (
-            _fold(x, d, V, to) for x, d in zip((u, s0, reset), (in_dims[0], *in_dims[2:4]), strict=True)
-        )
+        u = _fold(u, in_dims[0], V, to)
+        A = _fold(A, in_dims[1], V, 0) if to == 0 else A
+        s0 = None if s0 is None else _fold(s0, in_dims[2], V, to)
+        reset = None if reset is None else _fold(reset, in_dims[3], V, to)
         return DenseScan.apply(u, A, s0, reset, reverse).unflatten(to, (V, -1)), to
 
 
@@ -221,7 +220,7 @@ def dense_scan(
     if u.dim() not in (3, 4):
         raise ValueError(f"u must have shape [B, T, N] or [G, B, T, N], got {list(u.shape)}")
     chosen = choose("dense_scan", impl, u.device)
-    check_dtype("dense_scan", u=u, A=A, s0=s0)
+    check_dtype("dense_scan", {"u": u, "A": A, "s0": s0})
     grouped = u.dim() == 4
     *G, B, T, N = u.shape
     group, g = ("G, ", G) if grouped else ("", [])
@@ -230,12 +229,14 @@ def dense_scan(
         check_shape("s0", s0, f"[{group}B, N]", [*g, B, N])
     if reset is not None:
         reset = check_reset(reset, u, f"[{group}B, T]", [*g, B, T])
+    if T == 0:
+        return u.clone()
     if not grouped:
         u, A = u.unsqueeze(0), A.unsqueeze(0)
         s0 = None if s0 is None else s0.unsqueeze(0)
         reset = None if reset is None else reset.unsqueeze(0)
     if chosen == "reference":
-        s = reference(u, A, s0, reset) if T else u
+        s = reference(u, A, s0, reset)
     elif not torch.compiler.is_compiling() and needs_autograd(u, A, s0):
         s = DenseScan.apply(u, A, s0, reset, False)
     else:

@@ -31,8 +31,10 @@ def gae_reference(
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence as a loop of torch calls: [M, T, C]."""
-    delta = rewards + gamma * (~terminated) * next_values - values
-    discount = gamma * gae_lambda * (~(terminated | truncated))
+    alive = (~terminated).to(rewards.dtype)  # a bool times a Python float would be float32
+    running = (~(terminated | truncated)).to(rewards.dtype)
+    delta = rewards + gamma * alive * next_values - values
+    discount = gamma * gae_lambda * running
     advantages = torch.empty_like(delta)
     later = torch.zeros_like(delta[:, 0])
     for t in reversed(range(delta.shape[1])):
@@ -46,10 +48,11 @@ def discounted_returns_reference(
 ) -> Tensor:
     """The recurrence as a loop of torch calls: [M, T, C]."""
     returns = torch.empty_like(rewards)
+    alive = (~terminated).to(rewards.dtype)  # a bool times a Python float would be float32
     later = next_values[:, -1]
     for t in reversed(range(rewards.shape[1])):
         later = torch.where(truncated[:, t], next_values[:, t], later)
-        later = rewards[:, t] + gamma * (~terminated[:, t]) * later
+        later = rewards[:, t] + gamma * alive[:, t] * later
         returns[:, t] = later
     return returns
 
@@ -125,7 +128,7 @@ def _validate(
 ) -> Callable[[Tensor], Tensor]:
     """Check the arguments of one op; return what brings each tensor to [M, T, C]."""
     check_tensors(**reals, **flags)
-    check_dtype(op, **reals)
+    check_dtype(op, reals)
     rewards = reals["rewards"]
     if not -rewards.dim() <= dim < rewards.dim():
         raise ValueError(f"dim must be a dimension of rewards, {list(rewards.shape)}, got {dim}")
@@ -194,8 +197,15 @@ def gae(
     )
     chosen = choose("gae", impl, rewards.device)
     run = gae_reference if chosen == "reference" else torch.ops.ssm_fast.gae
-    tensors = [canonical(x) for x in (rewards, values, next_values, terminated, truncated)]
-    advantages, returns = run(*tensors, gamma, gae_lambda)
+    advantages, returns = run(
+        canonical(rewards),
+        canonical(values),
+        canonical(next_values),
+        canonical(terminated),
+        canonical(truncated),
+        gamma,
+        gae_lambda,
+    )
     return advantages.reshape(rewards.shape), returns.reshape(rewards.shape)
 
 
@@ -240,9 +250,13 @@ def discounted_returns(
         {"gamma": gamma},
     )
     chosen = choose("discounted_returns", impl, rewards.device)
-    if chosen == "reference":
-        run = discounted_returns_reference
-    else:
-        run = torch.ops.ssm_fast.discounted_returns
-    tensors = [canonical(x) for x in (rewards, next_values, terminated, truncated)]
-    return run(*tensors, gamma).reshape(rewards.shape)
+    native = torch.ops.ssm_fast.discounted_returns
+    run = discounted_returns_reference if chosen == "reference" else native
+    returns = run(
+        canonical(rewards),
+        canonical(next_values),
+        canonical(terminated),
+        canonical(truncated),
+        gamma,
+    )
+    return returns.reshape(rewards.shape)

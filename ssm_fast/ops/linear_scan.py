@@ -78,13 +78,13 @@ def _later(x: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
     return torch.cat([x[:, 1:], edge] if reverse else [edge, x[:, :-1]], dim=1)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ANN401
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     a, _, h0, ctx.reverse, ctx.shift = inputs
     ctx.save_for_backward(a, h0, output)
     ctx.save_for_forward(a, h0, output)
 
 
-def _gradients(scan: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+def _gradients(scan: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of a, b and h0. The adjoint sweep is the scan itself, backwards and shifted."""
     a, h0, h = ctx.saved_tensors
     adjoint = scan(a.conj(), grad, None, not ctx.reverse, not ctx.shift)  # the gradient of b
@@ -112,12 +112,12 @@ class LinearScan(torch.autograd.Function):
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         return _gradients(LinearScan.apply, ctx, grad)
 
     @staticmethod
     def jvp(  # noqa: D102
-        ctx: Any,  # noqa: ANN401
+        ctx: Any,
         a_t: Tensor | None,
         b_t: Tensor | None,
         h0_t: Tensor | None,
@@ -132,7 +132,7 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     def vmap(  # noqa: D102
-        info: Any,  # noqa: ANN401
+        info: Any,
         in_dims: tuple[int | None, ...],
         a: Tensor,
         b: Tensor,
@@ -192,7 +192,7 @@ def linear_scan(
     """
     check_tensors(a=a, b=b)
     chosen = choose("linear_scan", impl, b.device)
-    check_dtype("linear_scan", complex_too=True, b=b, a=a, h0=h0)
+    check_dtype("linear_scan", {"b": b, "a": a, "h0": h0}, complex_too=True)
     if not -b.dim() <= dim < b.dim():
         raise ValueError(f"dim must be a dimension of b, {list(b.shape)}, got {dim}")
     dim %= b.dim()

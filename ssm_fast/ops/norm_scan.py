@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-import torch
-
-from ssm_fast.ops.backend import Impl, check_dtype, check_reset, check_shape, check_tensors, IMPLS
+from ssm_fast.ops.backend import IMPLS, Impl, check_dtype, check_reset, check_shape, check_tensors
 
 
 def reference(
@@ -73,7 +72,7 @@ def norm_scan(
         raise RuntimeError(f"norm_scan has no {impl} kernel yet; expected 'auto' or 'reference'")
     if u.dim() not in (3, 4):
         raise ValueError(f"u must have shape [B, T, N] or [G, B, T, N], got {list(u.shape)}")
-    check_dtype("norm_scan", u=u, A=A, weight=weight, bias=bias, s0=s0)
+    check_dtype("norm_scan", {"u": u, "A": A, "weight": weight, "bias": bias, "s0": s0})
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     grouped = u.dim() == 4
@@ -88,7 +87,9 @@ def norm_scan(
         reset = check_reset(reset, u, f"[{group}B, T]", [*g, B, T])
     if T == 0:
         return u.clone()
-    if grouped:
-        return reference(u, A, weight, bias, s0, reset, eps)
-    batched = (None if x is None else x.unsqueeze(0) for x in (u, A, weight, bias, s0, reset))
-    return reference(*batched, eps).squeeze(0)
+    if not grouped:
+        u, A, weight, bias = (x.unsqueeze(0) for x in (u, A, weight, bias))
+        s0 = None if s0 is None else s0.unsqueeze(0)
+        reset = None if reset is None else reset.unsqueeze(0)
+    s = reference(u, A, weight, bias, s0, reset, eps)
+    return s if grouped else s.squeeze(0)

@@ -1,0 +1,66 @@
+# make train: train the SSM policy on HalfCheetah-v5 and print its evaluation. make test: the test suite.
+# Every target builds what it needs: a virtual environment in .venv with the package installed in it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md LICENSE \
+           $(wildcard csrc/*) $(shell find ssm_fast kernels -name '*.py' -o -name '*.pyi' -o -name '*.yaml')
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+SEED ?= 0
+STEPS ?= 1000000
+OUT ?= runs/halfcheetah-seed$(SEED)
+
+.PHONY: train test test-isa bench wheel lint format clean
+
+train: $(VENV)/.installed-rl
+	$(BIN)/ssm-fast train --mode improved --env HalfCheetah-v5 --steps $(STEPS) --seed $(SEED) --out $(OUT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest
+	$(MAKE) test-isa
+
+# The kernels once more at every instruction set below the one that the processor would choose.
+test-isa: $(VENV)/.installed-dev
+	set -e; for isa in $$($(BIN)/python -I -c "from ssm_fast.ops.backend import native; print(*native.available_isas()[:-1])"); do \
+	  echo "SSM_FAST_ISA=$$isa"; SSM_FAST_ISA=$$isa $(BIN)/pytest tests/ops -m "not isa_independent"; \
+	done
+
+bench: $(VENV)/.installed-bench
+	mkdir -p build/bench
+	$(BIN)/pytest benchmarks --benchmark-json=build/bench/kernels.json
+
+wheel: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls -l dist
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+clean:
+	rm -rf build dist wheelhouse $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-rl: $(BIN)/python $(SOURCES)
+	$(PIP) ".[rl]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python $(SOURCES)
+	$(PIP) ".[dev]"
+	@touch $@ $(VENV)/.installed-rl
+
+$(VENV)/.installed-bench: $(VENV)/.installed-dev
+	$(PIP) ".[peers]"
+	@touch $@

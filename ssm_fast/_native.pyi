@@ -1,0 +1,20 @@
+from collections.abc import Sequence
+from typing import Protocol
+
+class _Kernel(Protocol):
+    def __call__(self, *arguments: float | bool | Sequence[int]) -> None: ...
+
+def isa() -> str: ...
+def available_isas() -> list[str]: ...
+def num_threads() -> int: ...
+
+dense_scan_float32: _Kernel
+dense_scan_float64: _Kernel
+linear_scan_float32: _Kernel
+linear_scan_float64: _Kernel
+linear_scan_complex64: _Kernel
+linear_scan_complex128: _Kernel
+gae_float32: _Kernel
+gae_float64: _Kernel
+discounted_returns_float32: _Kernel
+discounted_returns_float64: _Kernel

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from references import gae_by_definition, returns_by_definition
+from stable_baselines3.common.buffers import RolloutBuffer
+from torchrl.objectives.value import functional
+
+from ssm_fast.ops import discounted_returns, gae
+
+
+def rollout(B, T, *, dtype=torch.float64, seed=0, ends=0.2):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values, next_values = torch.randn(3, B, T, dtype=dtype, generator=generator)
+    terminated, truncated = torch.rand(2, B, T, generator=generator) < ends
+    return rewards, values, next_values, terminated, truncated
+
+
+@pytest.mark.parametrize("ends", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 33), (3, 16), (16, 16), (37, 50), (1100, 5)])
+def test_gae_equals_its_definition(B, T, dim, ends):
+    tensors = rollout(B, T, ends=ends)
+    inputs = tensors if dim == 1 else [x.T.contiguous() for x in tensors]
+    advantages, returns = gae(*inputs, gamma=0.97, gae_lambda=0.9, dim=dim)
+    if dim == 0:
+        advantages, returns = advantages.T, returns.T
+    for b in {0, B // 2, B - 1}:
+        expected = gae_by_definition(*(x[b].numpy() for x in tensors), 0.97, 0.9)
+        np.testing.assert_allclose(advantages[b].numpy(), expected, rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(
+            returns[b].numpy(), expected + tensors[1][b].numpy(), rtol=1e-11, atol=1e-11
+        )
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (1, 33), (3, 16), (37, 50)])
+def test_discounted_returns_equal_their_definition(B, T, dim):
+    rewards, _, next_values, terminated, truncated = tensors = rollout(B, T)
+    if dim == 0:
+        tensors = [x.T for x in tensors]  # views: any layout is accepted
+    returns = discounted_returns(tensors[0], *tensors[3:], 0.9, tensors[2], dim=dim)
+    if dim == 0:
+        returns = returns.T
+    for b in {0, B - 1}:
+        expected = returns_by_definition(
+            *(x[b].numpy() for x in (rewards, next_values, terminated, truncated)), 0.9
+        )
+        np.testing.assert_allclose(returns[b].numpy(), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_discounted_returns_bootstrap_from_zero_by_default():
+    rewards, _, next_values, terminated, truncated = rollout(5, 20)
+    torch.testing.assert_close(
+        discounted_returns(rewards, terminated, truncated, 0.9),
+        discounted_returns(rewards, terminated, truncated, 0.9, torch.zeros_like(next_values)),
+    )
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_gae_equals_torchrl(impl):
+    rewards, values, next_values, terminated, truncated = rollout(6, 40, dtype=torch.float32)
+    expected, expected_returns = functional.generalized_advantage_estimate(
+        0.99,
+        0.95,
+        *(x.unsqueeze(-1) for x in (values, next_values, rewards)),
+        done=(terminated | truncated).unsqueeze(-1),
+        terminated=terminated.unsqueeze(-1),
+    )
+    advantages, returns = gae(
+        rewards, values, next_values, terminated, truncated, 0.99, 0.95, impl=impl
+    )
+    torch.testing.assert_close(advantages, expected.squeeze(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(returns, expected_returns.squeeze(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_gae_equals_stable_baselines3():
+    T, B, gamma = 40, 6, 0.99
+    rewards, values, _, terminated, _ = (x.numpy() for x in rollout(B, T, dtype=torch.float32))
+    last_values = torch.randn(B)
+    buffer = RolloutBuffer(
+        T, spaces.Box(-1, 1, (1,)), spaces.Box(-1, 1, (1,)), gamma=gamma, gae_lambda=0.95, n_envs=B
+    )
+    starts = np.concatenate([np.ones((B, 1), bool), terminated[:, :-1]], axis=1)
+    for t in range(T):
+        zeros = np.zeros((B, 1), np.float32)
+        buffer.add(
+            zeros,
+            zeros,
+            rewards[:, t],
+            starts[:, t],
+            torch.from_numpy(values[:, t]),
+            torch.zeros(B),
+        )
+    buffer.compute_returns_and_advantage(last_values, terminated[:, -1])
+
+    next_values = np.concatenate([values[:, 1:], last_values[:, None].numpy()], axis=1)
+    tensors = (torch.from_numpy(x) for x in (rewards, values, next_values, terminated))
+    advantages, returns = gae(*tensors, torch.zeros(B, T, dtype=torch.bool), gamma, 0.95)
+    np.testing.assert_allclose(advantages.T.numpy(), buffer.advantages, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(returns.T.numpy(), buffer.returns, rtol=1e-4, atol=1e-5)
+
+
+def test_truncation_bootstraps_and_termination_does_not():
+    rewards = torch.tensor([[1.0, 1.0, 1.0]])
+    values, next_values = torch.zeros(1, 3), torch.full((1, 3), 10.0)
+    ends = torch.tensor([[False, True, False]])
+    never = torch.zeros(1, 3, dtype=torch.bool)
+    cut, _ = gae(rewards, values, next_values, never, ends, 0.5, 1.0)
+    over, _ = gae(rewards, values, next_values, ends, never, 0.5, 1.0)
+    torch.testing.assert_close(cut, torch.tensor([[6.0 + 0.5 * 6.0, 6.0, 6.0]]))
+    torch.testing.assert_close(over, torch.tensor([[6.0 + 0.5 * 1.0, 1.0, 6.0]]))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 3, 4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_number_of_dimensions(shape, dtype):
+    inputs = [torch.randn(shape, dtype=dtype) for _ in range(3)]
+    flags = [torch.rand(shape) < 0.3 for _ in range(2)]
+    for dim in range(len(shape)):
+        native = gae(*inputs, *flags, 0.9, 0.8, dim=dim)
+        reference = gae(*inputs, *flags, 0.9, 0.8, dim=dim, impl="reference")
+        torch.testing.assert_close(native, reference)
+
+
+def test_advantages_carry_no_gradient():
+    rewards, values, next_values, terminated, truncated = rollout(2, 5)
+    advantages, returns = gae(
+        rewards, values.requires_grad_(), next_values, terminated, truncated, 0.9, 0.9
+    )
+    assert not advantages.requires_grad
+    assert not returns.requires_grad
+
+
+@pytest.mark.parametrize("op", ["gae", "discounted_returns"])
+def test_opcheck(op):
+    rewards, values, next_values, terminated, truncated = (x.unsqueeze(-1) for x in rollout(3, 4))
+    if op == "gae":
+        args = (rewards, values, next_values, terminated, truncated, 0.9, 0.8)
+    else:
+        args = (rewards, next_values, terminated, truncated, 0.9)
+    torch.library.opcheck(getattr(torch.ops.ssm_fast, op).default, args)
+
+
+def test_compile_sees_one_graph():
+    tensors = rollout(3, 7)
+    compiled = torch.compile(lambda *x: gae(*x, 0.9, 0.8), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*tensors), gae(*tensors, 0.9, 0.8))
+
+
+def test_every_element_is_written(monkeypatch):
+    tensors = rollout(37, 33)
+    expected = gae(*tensors, 0.9, 0.8)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *x, **k: new_empty(*x, **k).fill_(float("nan"))
+    )
+    assert all(torch.equal(x, y) for x, y in zip(gae(*tensors, 0.9, 0.8), expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_empty_sizes(shape):
+    zeros, never = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    advantages, returns = gae(zeros, zeros, zeros, never, never, 0.9, 0.9)
+    assert advantages.shape == returns.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"values": torch.zeros(2, 4)},
+            ValueError,
+            r"values must have shape that of rewards = \[2, 3\]",
+        ),
+        (
+            {"terminated": torch.zeros(2, 3)},
+            TypeError,
+            "terminated must be torch.bool, got torch.float32",
+        ),
+        ({"gamma": 1.5}, ValueError, r"gamma must be in \[0, 1\], got 1.5"),
+        ({"gae_lambda": float("nan")}, ValueError, r"gae_lambda must be in \[0, 1\], got nan"),
+        ({"dim": 2}, ValueError, r"dim must be a dimension of rewards, \[2, 3\], got 2"),
+        (
+            {"values": torch.zeros(2, 3).double()},
+            TypeError,
+            "values must have the dtype of rewards",
+        ),
+        (
+            {"rewards": torch.zeros(2, 3, dtype=torch.long)},
+            TypeError,
+            "rewards of gae must be float32",
+        ),
+        ({"truncated": [False]}, TypeError, "truncated must be a torch.Tensor, got list"),
+    ],
+)
+def test_wrong_arguments_raise_before_a_kernel_runs(change, error, message):
+    zeros, never = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+    arguments = {
+        "rewards": zeros,
+        "values": zeros,
+        "next_values": zeros,
+        "terminated": never,
+        "truncated": never,
+        "gamma": 0.9,
+        "gae_lambda": 0.9,
+    }
+    with pytest.raises(error, match=message):
+        gae(**(arguments | change))

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ssm_fast.ops.backend import native
+
+pytestmark = pytest.mark.isa_independent
+
+
+def run_python(code, tmp_path, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("isa", native.available_isas())
+def test_ssm_fast_isa_chooses_the_level(isa, tmp_path):
+    code = "from ssm_fast.ops.backend import native; print(native.isa())"
+    assert run_python(code, tmp_path, SSM_FAST_ISA=isa).stdout.strip() == isa
+
+
+def test_widest_level_is_the_default(tmp_path):
+    code = "from ssm_fast.ops.backend import native; print(native.isa())"
+    result = run_python(code, tmp_path, SSM_FAST_ISA="")
+    assert result.stdout.strip() == native.available_isas()[-1]
+
+
+@pytest.mark.parametrize("isa", ["avx1024", "AVX2 "])
+def test_unknown_level_is_an_import_error(isa, tmp_path):
+    result = run_python("import ssm_fast", tmp_path, SSM_FAST_ISA=isa)
+    assert result.returncode == 1
+    assert "SSM_FAST_ISA must be one of baseline" in result.stderr
+    assert f"got '{isa}'" in result.stderr
+
+
+def test_torch_sets_the_number_of_threads():
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert native.num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_runtime_is_loaded():
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
+    assert len(runtimes) == 1
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm of binutils is not installed")
+def test_no_weak_symbol_can_leak_a_wider_instruction_set():
+    """A weak function that two levels share could be linked from the wrong one."""
+    symbols = subprocess.run(
+        ["nm", "--dynamic", "--demangle", "--defined-only", native.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    exported = [line.split(maxsplit=2)[1:] for line in symbols.splitlines()]
+    kernels = [name for kind, name in exported if "ssm_fast::" in name]
+    assert kernels == []
+    assert [name for _, name in exported if name == "PyInit__native"]
+
+
+def test_import_leaves_optional_packages_alone(tmp_path):
+    code = (
+        "import sys, ssm_fast; "
+        "print(*{'gymnasium', 'gradio', 'triton', 'tyro', 'rich', 'tensorboard'} & set(sys.modules))"
+    )
+    result = run_python(code, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""
