@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from ssm_fast.ops.backend import native
+
+CSRC = Path(__file__).parent.parent / "csrc"
 
 pytestmark = pytest.mark.isa_independent
 
@@ -63,18 +66,29 @@ def test_one_openmp_runtime_is_loaded():
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm of binutils is not installed")
-def test_no_weak_symbol_can_leak_a_wider_instruction_set():
-    """A weak function that two levels share could be linked from the wrong one."""
+def test_no_kernel_symbol_leaves_the_module():
+    """A weak symbol shared by two levels could be linked from the one with wider instructions."""
     symbols = subprocess.run(
         ["nm", "--dynamic", "--demangle", "--defined-only", native.__file__],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    exported = [line.split(maxsplit=2)[1:] for line in symbols.splitlines()]
-    kernels = [name for kind, name in exported if "ssm_fast::" in name]
-    assert kernels == []
-    assert [name for _, name in exported if name == "PyInit__native"]
+    names = [line.split(maxsplit=2)[2] for line in symbols.splitlines()]
+    assert any("PyInit__native" in name for name in names)
+    assert [n for n in names for isa in ("baseline", "avx2", "avx512") if f"::{isa}::" in n] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CSRC.glob("*.cpp")) + [CSRC / "simd.h"], ids=lambda p: p.name
+)
+def test_kernel_sources_use_no_templates_of_the_library(path):
+    if path.name in ("module.cpp", "dispatch.cpp"):
+        return  # compiled once, for the baseline
+    includes = set(re.findall(r"#include [<\"](.+?)[>\"]", path.read_text()))
+    allowed = {"cstddef", "cstdint", "cstring", "immintrin.h", "arm_neon.h", "ops.h", "simd.h"}
+    assert includes <= allowed
+    assert "std::" not in re.sub(r"std::(memcpy|memset|size_t|u?int\d+_t)", "", path.read_text())
 
 
 def test_import_leaves_optional_packages_alone(tmp_path):
