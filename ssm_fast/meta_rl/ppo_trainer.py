@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import gymnasium
 import numpy as np
@@ -25,6 +25,10 @@ from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.nn.running_norm import RunningNorm
+
+AnyEnvironment: TypeAlias = (
+    Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any]
+)
 
 _LOGGER = logging.getLogger(__name__)
 _STEPS_PER_ITERATION = 2048  # over all environments, where num_steps is not given
@@ -127,7 +131,7 @@ class PPOTrainer:
         recompute_advantages: Refresh values, advantages and initial states in every epoch, not only
             in the first.
         scale_rewards: Divide rewards by the running deviation of the return.
-        clip_value_loss: Also clip the change of the value by `clip_epsilon`.
+        clip_value_loss: Also clip the change of the value since the rollout by `clip_epsilon`.
         target_kl: End an update after the epoch whose mean KL divergence is above this.
         checkpoint_interval: Iterations between checkpoints.
         seed: Of the environments, the action noise and the shuffling. By default drawn from torch's
@@ -225,7 +229,7 @@ class PPOTrainer:
 
     def train(
         self,
-        env: Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any],
+        env: AnyEnvironment,
         total_timesteps: int,
         log_interval: int = 10,
         *,
@@ -427,10 +431,9 @@ class PPOTrainer:
             lengths,
         )
 
-    def _prepare(self, env: Any) -> Environment:
+    def _prepare(self, source: AnyEnvironment) -> Environment:
         """Wraps a Gymnasium environment and checks that it fits the model."""
-        if not isinstance(env, Environment):
-            env = Environment.wrap(env)
+        env = source if isinstance(source, Environment) else Environment.wrap(source)
         self._steps_of(env)
         for name, size, expected in (
             ("observations", env.input_dim, self.model.input_dim),
@@ -503,9 +506,8 @@ class PPOTrainer:
                 )
                 if epoch == 0:
                     explained_variance = _explained_variance(values, returns)
-                values, advantages, returns = (
-                    _sequences(x, L) for x in (values, advantages, returns)
-                )  # [S, L]
+                    old_values = _sequences(values, L)  # [S, L]
+                advantages, returns = _sequences(advantages, L), _sequences(returns, L)  # [S, L]
             first = len(sums)
             for i in self._minibatches(B * T // L, L):
                 sums.append(
@@ -515,7 +517,7 @@ class PPOTrainer:
                         log_probs[i],
                         reset[i],
                         states[:, i],
-                        values[i],
+                        old_values[i],
                         advantages[i],
                         returns[i],
                         f"epoch {epoch}",
@@ -636,7 +638,7 @@ class PPOTrainer:
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         if not math.isfinite(float(grad_norm)):
             raise FloatingPointError(
-                f"{where}: loss {float(loss)}, gradient norm {float(grad_norm)}"
+                f"{where}: loss {float(loss.detach())}, gradient norm {float(grad_norm)}"
             )
         self.optimizer.step()
         with torch.no_grad():
@@ -649,7 +651,7 @@ class PPOTrainer:
     def _minibatches(self, S: int, L: int) -> Iterator[Tensor]:
         """Shuffles `S` sequences into minibatches of about `mini_batch_size` steps."""
         order = torch.randperm(S, generator=self._shuffle).to(self.device)
-        yield from order.split(max(1, self.mini_batch_size // L))
+        yield from torch.split(order, max(1, self.mini_batch_size // L))
 
     def _sequence_length_for(self, T: int) -> int:
         if self.sequence_length is not None:
@@ -716,17 +718,7 @@ class PPOTrainer:
             ValueError: It belongs to other settings or another model, or is incomplete.
         """
         try:
-            if state["version"] != _STATE_VERSION:
-                raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
-            for name, value in self._settings().items():
-                if state["settings"][name] != value:
-                    raise ValueError(
-                        f"{name} must be {state['settings'][name]!r} as in the run that is "
-                        f"resumed, got {value!r}"
-                    )
-            for name, tensor in state["model"].items():
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"model tensor {name} is not finite")
+            self._check_settings(state)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.return_norm.load_state_dict(state["return_norm"])
@@ -741,9 +733,23 @@ class PPOTrainer:
             self._recent_lengths.clear()
             self._recent_returns.extend(float(x) for x in state["recent_returns"])
             self._recent_lengths.extend(int(x) for x in state["recent_lengths"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"training state does not fit: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"training state does not fit: {reason}") from error
         self._env = None
+
+    def _check_settings(self, state: Mapping[str, Any]) -> None:
+        if state["version"] != _STATE_VERSION:
+            raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
+        for name, value in self._settings().items():
+            if state["settings"][name] != value:
+                raise ValueError(
+                    f"{name} must be {state['settings'][name]!r} as in the run that is resumed, "
+                    f"got {value!r}"
+                )
+        for name, tensor in state["model"].items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"model tensor {name} is not finite")
 
     def _settings(self) -> dict[str, Any]:
         names = (

@@ -257,7 +257,7 @@ class RunDirectory:
         axes.set_title(title)
         axes.grid(alpha=0.3)
         image = io.BytesIO()
-        canvas.print_png(image)
+        canvas.print_png(image)  # type: ignore[no-untyped-call]
         _write_bytes(self.figure_path, image.getvalue())
 
     def _read_columns(self) -> list[str] | None:
@@ -277,7 +277,7 @@ class RunDirectory:
         """Opens the event writer; events at and past `purge_step` are hidden (for a resume)."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.tensorboard_path), purge_step=purge_step)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(self.tensorboard_path), purge_step=purge_step)
 
     def log_scalars(self, scalars: Mapping[str, float], step: int) -> None:
         """Writes the finite ones of `scalars` to TensorBoard, where it is open."""

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pickle
-import stat
 import warnings
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from ssm_fast.meta_rl.run import (
 
 
 def _state(value: float) -> dict[str, object]:
-    return {"weights": torch.full((3,), value), "iteration": int(value), "returns": [value]}
+    return {"weights": torch.full((3,), float(value)), "iteration": int(value), "returns": [value]}
 
 
 def _row(iteration: int, episode_return: float = 1.0) -> dict[str, float]:
@@ -66,10 +65,12 @@ class TestRunDirectory:
         with pytest.raises(OSError, match="cannot be written to"):
             RunDirectory(tmp_path / "run")
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-    def test_an_unwritable_folder(self, tmp_path: Path) -> None:
-        tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-        with pytest.raises(OSError, match="cannot be written to"):
+    def test_an_unwritable_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(**_: object) -> None:  # the permission bits do not stop root
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+        with pytest.raises(OSError, match=r"cannot be written to: .*Permission denied"):
             RunDirectory(tmp_path / "run")
 
     def test_keep_range(self, tmp_path: Path) -> None:
