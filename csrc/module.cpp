@@ -35,34 +35,19 @@ struct AlignedDelete {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
 
-// Calls `kernel` of the chosen instruction set.
-template <class Params>
-void run(void (*baseline)(const Params&), [[maybe_unused]] void (*avx2)(const Params&),
-         [[maybe_unused]] void (*avx512)(const Params&), const Params& params) {
-#if defined(SSM_FAST_HAS_avx512)
-  if (chosen_isa() == Isa::avx512) return avx512(params);
-#endif
-#if defined(SSM_FAST_HAS_avx2)
-  if (chosen_isa() == Isa::avx2) return avx2(params);
-#endif
-  baseline(params);
+// An aligned block for `elements` values that a kernel works in.
+template <class T>
+std::unique_ptr<void, AlignedDelete> scratch_block(Index elements) {
+  return std::unique_ptr<void, AlignedDelete>(::operator new(std::size_t(elements) * sizeof(T), std::align_val_t{64}));
 }
 
+// Calls a function of the chosen instruction set.
 #if defined(SSM_FAST_HAS_avx512)
-#define SSM_FAST_RUN(op, params) run(&baseline::op, &avx2::op, &avx512::op, params)
+#define SSM_FAST_CALL(call) \
+  (chosen_isa() == Isa::avx512 ? avx512::call : chosen_isa() == Isa::avx2 ? avx2::call : baseline::call)
 #else
-#define SSM_FAST_RUN(op, params) run(&baseline::op, &baseline::op, &baseline::op, params)
+#define SSM_FAST_CALL(call) (baseline::call)
 #endif
-
-Index dense_scan_scratch(Index N, bool is_double) {
-#if defined(SSM_FAST_HAS_avx512)
-  if (chosen_isa() == Isa::avx512) return avx512::dense_scan_scratch(N, is_double);
-#endif
-#if defined(SSM_FAST_HAS_avx2)
-  if (chosen_isa() == Isa::avx2) return avx2::dense_scan_scratch(N, is_double);
-#endif
-  return baseline::dense_scan_scratch(N, is_double);
-}
 
 template <class T>
 void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides, Address s0, Strides<2> s0_strides,
@@ -70,9 +55,7 @@ void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides
                 bool reverse) {
   const auto [G, B, T_len, N] = sizes;
   const int threads = threads_for(double(G * B * T_len) * double(N * N), G * B);
-  const Index elements = dense_scan_scratch(N, sizeof(T) == 8) * threads;
-  const std::unique_ptr<void, AlignedDelete> scratch(
-      ::operator new(std::size_t(elements) * sizeof(T), std::align_val_t{64}));
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(dense_scan_scratch(N, sizeof(T) == 8)) * threads);
   const DenseScan<T> params{at<T>(u),
                             u_strides[0],
                             u_strides[1],
@@ -100,7 +83,40 @@ void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides
                             threads,
                             static_cast<T*>(scratch.get())};
   const py::gil_scoped_release release;
-  SSM_FAST_RUN(dense_scan, params);
+  SSM_FAST_CALL(dense_scan(params));
+}
+
+template <class T>
+void weight_grad(Address x, Strides<3> x_strides, Address s, Strides<3> s_strides, Address s0, Strides<2> s0_strides,
+                 Address reset, Strides<3> reset_strides, Address grad, Strides<4> sizes, bool reverse) {
+  const auto [G, B, T_len, N] = sizes;
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(weight_grad_scratch(G, B, T_len, N, sizeof(T) == 8)));
+  const WeightGrad<T> params{at<T>(x),
+                             x_strides[0],
+                             x_strides[1],
+                             x_strides[2],
+                             at<T>(s),
+                             s_strides[0],
+                             s_strides[1],
+                             s_strides[2],
+                             at<T>(s0),
+                             s0_strides[0],
+                             s0_strides[1],
+                             at<std::uint8_t>(reset),
+                             reset_strides[0],
+                             reset_strides[1],
+                             reset_strides[2],
+                             at<T>(grad),
+                             G,
+                             B,
+                             T_len,
+                             N,
+                             reverse,
+                             s_strides[2] > s_strides[1],
+                             threads_for(double(G * B * T_len) * double(N * N), G * B * T_len),
+                             static_cast<T*>(scratch.get())};
+  const py::gil_scoped_release release;
+  SSM_FAST_CALL(weight_grad(params));
 }
 
 template <class T>
@@ -127,7 +143,7 @@ void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<2> b_stride
                              shift,
                              threads};
   const py::gil_scoped_release release;
-  SSM_FAST_RUN(linear_scan, params);
+  SSM_FAST_CALL(linear_scan(params));
 }
 
 template <class T>
@@ -148,7 +164,7 @@ void gae(Address rewards, Address values, Address next_values, Address terminate
                       T(gae_lambda),
                       threads_for(double(M * T_len * C), M * C)};
   const py::gil_scoped_release release;
-  SSM_FAST_RUN(gae, params);
+  SSM_FAST_CALL(gae(params));
 }
 
 template <class T>
@@ -166,7 +182,7 @@ void discounted_returns(Address rewards, Address next_values, Address terminated
                                     T(gamma),
                                     threads_for(double(M * T_len * C), M * C)};
   const py::gil_scoped_release release;
-  SSM_FAST_RUN(discounted_returns, params);
+  SSM_FAST_CALL(discounted_returns(params));
 }
 
 }  // namespace
@@ -189,6 +205,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("num_threads", [] { return omp_get_max_threads(); });
   m.def("dense_scan_float32", &dense_scan<float>);
   m.def("dense_scan_float64", &dense_scan<double>);
+  m.def("weight_grad_float32", &weight_grad<float>);
+  m.def("weight_grad_float64", &weight_grad<double>);
   m.def("linear_scan_float32", &linear_scan<float>);
   m.def("linear_scan_float64", &linear_scan<double>);
   m.def("linear_scan_complex64", &linear_scan<Complex<float>>);

@@ -31,6 +31,25 @@ struct DenseScan {
   T* scratch;  // `threads` times dense_scan_scratch elements, aligned to 64 bytes
 };
 
+// grad[g] = sum over b and t of x_t h_t^T, with h the incoming states of a DenseScan.
+template <class T>
+struct WeightGrad {
+  const T* x;
+  Index x_g, x_b, x_t;
+  const T* s;
+  Index s_g, s_b, s_t;
+  const T* s0;
+  Index s0_g, s0_b;
+  const std::uint8_t* reset;
+  Index reset_g, reset_b, reset_t;
+  T* grad;  // contiguous [G, N, N]
+  Index G, B, T_len, N;
+  bool reverse;
+  bool time_major;  // the order in which rows lie in memory
+  int threads;
+  T* scratch;  // weight_grad_scratch elements, aligned to 64 bytes
+};
+
 // h_t = a_t h_{t-1} + b_t over [M, T, C]; in reverse, h_t = a_t h_{t+1} + b_t. With `shift` the
 // coefficient of a step is that of the step before it in sweep order, and the first has none.
 // The innermost stride of b and h is 1, that of a is 0 or 1, for C > 1; else time may be.
@@ -77,19 +96,22 @@ struct DiscountedReturns {
   int threads;
 };
 
-#define SSM_FAST_DECLARE(isa)                                \
-  namespace isa {                                            \
-  Index dense_scan_scratch(Index N, bool is_double);         \
-  void dense_scan(const DenseScan<float>&);                  \
-  void dense_scan(const DenseScan<double>&);                 \
-  void linear_scan(const LinearScan<float>&);                \
-  void linear_scan(const LinearScan<double>&);               \
-  void linear_scan(const LinearScan<Complex<float>>&);       \
-  void linear_scan(const LinearScan<Complex<double>>&);      \
-  void gae(const Gae<float>&);                               \
-  void gae(const Gae<double>&);                              \
-  void discounted_returns(const DiscountedReturns<float>&);  \
-  void discounted_returns(const DiscountedReturns<double>&); \
+#define SSM_FAST_DECLARE(isa)                                                        \
+  namespace isa {                                                                    \
+  Index dense_scan_scratch(Index N, bool is_double);                                 \
+  void dense_scan(const DenseScan<float>&);                                          \
+  void dense_scan(const DenseScan<double>&);                                         \
+  Index weight_grad_scratch(Index G, Index B, Index T_len, Index N, bool is_double); \
+  void weight_grad(const WeightGrad<float>&);                                        \
+  void weight_grad(const WeightGrad<double>&);                                       \
+  void linear_scan(const LinearScan<float>&);                                        \
+  void linear_scan(const LinearScan<double>&);                                       \
+  void linear_scan(const LinearScan<Complex<float>>&);                               \
+  void linear_scan(const LinearScan<Complex<double>>&);                              \
+  void gae(const Gae<float>&);                                                       \
+  void gae(const Gae<double>&);                                                      \
+  void discounted_returns(const DiscountedReturns<float>&);                          \
+  void discounted_returns(const DiscountedReturns<double>&);                         \
   }
 SSM_FAST_DECLARE(baseline)
 SSM_FAST_DECLARE(avx2)

@@ -10,6 +10,8 @@ def num_threads() -> int: ...
 
 dense_scan_float32: _Kernel
 dense_scan_float64: _Kernel
+weight_grad_float32: _Kernel
+weight_grad_float64: _Kernel
 linear_scan_float32: _Kernel
 linear_scan_float64: _Kernel
 linear_scan_complex64: _Kernel

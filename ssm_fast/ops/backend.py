@@ -117,3 +117,17 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """``x`` with elements of its last dimension side by side, as the kernels need it."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def fold(x: Tensor, in_dim: int | None, size: int, to: int) -> Tensor:
+    """Merge a vmapped dimension of ``x`` into its dimension ``to``."""
+    if in_dim is None:
+        x = x.unsqueeze(to).expand(*x.shape[:to], size, *x.shape[to:])
+    else:
+        x = x.movedim(in_dim, to)
+    return x.flatten(to, to + 1)

@@ -15,9 +15,12 @@ from ssm_fast.ops.backend import (
     check_shape,
     check_tensors,
     choose,
+    fold,
+    last_contiguous,
     native_kernel,
     needs_autograd,
 )
+from ssm_fast.ops.weight_grad import incoming, weight_grad
 
 
 def reference(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None) -> Tensor:
@@ -54,17 +57,13 @@ def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bo
     return _empty_states(u)
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 @torch.library.impl("ssm_fast::dense_scan", "CPU")
 def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
     s = _empty_states(u)
     if s.numel() == 0:
         return s
-    u = _last_contiguous(u)
-    s0 = None if s0 is None else _last_contiguous(s0)
+    u = last_contiguous(u)
+    s0 = None if s0 is None else last_contiguous(s0)
     native_kernel("dense_scan", u.dtype)(
         u.data_ptr(),
         u.stride()[:3],
@@ -82,26 +81,6 @@ def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bo
     return s
 
 
-def _incoming(s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
-    """The state h that enters each step, [G, B, T, N]: ``s`` one step earlier in sweep order."""
-    edge = torch.zeros_like(s[:, :, :1]) if s0 is None else s0.unsqueeze(2)  # [G, B, 1, N]
-    if reverse:
-        if reset is not None:
-            s = s.masked_fill(reset.unsqueeze(-1), 0)
-        return torch.cat([s[:, :, 1:], edge], dim=2)
-    h = torch.cat([edge, s[:, :, :-1]], dim=2)
-    return h if reset is None else h.masked_fill(reset.unsqueeze(-1), 0)
-
-
-def _outer_sum(x: Tensor, y: Tensor) -> Tensor:
-    """Sum over b, t of x y^T per group, as one GEMM: [G, B, T, N] twice -> [G, N, N]."""
-    if x.stride(2) > x.stride(1):
-        x, y = x.transpose(1, 2), y.transpose(1, 2)
-    G, _, _, N = x.shape
-    rows = x.shape[1] * x.shape[2]
-    return x.reshape(G, rows, N).mT @ y.reshape(G, rows, N)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, A, s0, reset, ctx.reverse = inputs
     ctx.save_for_backward(A, s0, reset, output)
@@ -114,21 +93,12 @@ def _gradients(scan: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     adjoint = scan(grad, A.mT, None, reset, not ctx.reverse)  # [G, B, T, N], the gradient of u
     grad_A = grad_s0 = None
     if ctx.needs_input_grad[1]:
-        grad_A = _outer_sum(adjoint, _incoming(s, s0, reset, ctx.reverse))
+        grad_A = weight_grad(adjoint, s, s0, reset, ctx.reverse)
     if ctx.needs_input_grad[2]:
         grad_s0 = adjoint[:, :, 0] @ A
         if reset is not None:
             grad_s0 = grad_s0.masked_fill(reset[:, :, 0, None], 0)
     return adjoint, grad_A, grad_s0, None, None
-
-
-def _fold(x: Tensor, in_dim: int | None, size: int, to: int) -> Tensor:
-    """Merge a vmapped dimension of ``x`` into its dimension ``to``."""
-    if in_dim is None:
-        x = x.unsqueeze(to).expand(*x.shape[:to], size, *x.shape[to:])
-    else:
-        x = x.movedim(in_dim, to)
-    return x.flatten(to, to + 1)
 
 
 class DenseScan(torch.autograd.Function):
@@ -157,7 +127,7 @@ class DenseScan(torch.autograd.Function):
         A, s0, reset, s = ctx.saved_tensors
         source = torch.zeros_like(s) if u_t is None else u_t
         if A_t is not None:
-            source = source + _incoming(s, s0, reset, ctx.reverse) @ A_t.mT.unsqueeze(1)
+            source = source + incoming(s, s0, reset, ctx.reverse) @ A_t.mT.unsqueeze(1)
         return DenseScan.apply(source, A, s0_t, reset, ctx.reverse)
 
     @staticmethod
@@ -172,10 +142,10 @@ class DenseScan(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         V = info.batch_size
         to = 1 if in_dims[1] is None else 0  # a shared matrix: more rows; its own: more groups
-        u = _fold(u, in_dims[0], V, to)
-        A = _fold(A, in_dims[1], V, 0) if to == 0 else A
-        s0 = None if s0 is None else _fold(s0, in_dims[2], V, to)
-        reset = None if reset is None else _fold(reset, in_dims[3], V, to)
+        u = fold(u, in_dims[0], V, to)
+        A = fold(A, in_dims[1], V, 0) if to == 0 else A
+        s0 = None if s0 is None else fold(s0, in_dims[2], V, to)
+        reset = None if reset is None else fold(reset, in_dims[3], V, to)
         return DenseScan.apply(u, A, s0, reset, reverse).unflatten(to, (V, -1)), to
 
 
