@@ -1,0 +1,73 @@
+"""Measure contenders side by side: alternating rounds in one process, medians, ratios."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+MAX_SECONDS = 20.0  # for all contenders of one contest
+ROUNDS = 21
+
+
+def contest(
+    benchmark: BenchmarkFixture,
+    ours: str,
+    contenders: dict[str, Callable[[], Any]],
+    *,
+    floor: str | None = None,
+) -> dict[str, float]:
+    """Time every contender in alternating rounds and record the medians beside the benchmark.
+
+    Args:
+        benchmark: pytest-benchmark's fixture; it tracks the contender ``ours``.
+        ours: name of our contender.
+        contenders: what to time, by name.
+        floor: name of the contender that is a physical floor rather than a peer.
+
+    Returns:
+        The median of each contender in milliseconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for run in contenders.values():
+        run()
+    start = time.perf_counter()
+    while len(seconds[ours]) < ROUNDS:
+        for name, run in contenders.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+        if time.perf_counter() - start > MAX_SECONDS and len(seconds[ours]) >= 3:
+            break
+    medians = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
+    benchmark.extra_info |= {
+        "ours": ours,
+        "floor": floor,
+        "median_ms": medians,
+        "over_ours": {name: ms / medians[ours] for name, ms in medians.items()},
+        "rounds": len(seconds[ours]),
+    }
+    benchmark.pedantic(contenders[ours], rounds=5, iterations=1)
+    return medians
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    from ssm_fast.ops.backend import native
+
+    return {
+        "processor": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "isa": native.isa(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
