@@ -139,19 +139,34 @@ def load_model(path: str | os.PathLike[str], cls: type[Any] | None = None) -> Mo
     """
     if cls is not None and cls not in _MODELS.values():
         raise TypeError(f"cls must be one of {sorted(_MODELS)}, got {cls!r}")
+    model, _ = load_checkpoint(path)
+    if cls is not None and type(model) is not cls:
+        raise ValueError(f"{_shown(path)}: it holds a {type(model).__name__}, not {cls.__name__}")
+    return model
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Model, dict[str, str]]:
+    """A model and the ``metadata`` that it was saved with, from one reading of its file.
+
+    Args:
+        path: A file of `save_model`.
+
+    Returns:
+        What `load_model` and `read_metadata` return.
+
+    Raises:
+        ValueError: As `load_model`.
+    """
     with _opened(path) as file:
         header = _header(file)
         name = header["class"]
-        found = _MODELS.get(name)
-        if found is None:
+        if name not in _MODELS:
             raise ValueError(f"unknown class {name!r}, expected one of {sorted(_MODELS)}")
-        if cls is not None and found is not cls:
-            raise ValueError(f"it holds a {name}, not a {cls.__name__}")
         names = list(file.keys())
-        model = _skeleton(found, header["config"], len(names))
+        model = _skeleton(_MODELS[name], header["config"], len(names))
         tensors = _tensors(file, names, model.state_dict())
     model.load_state_dict(tensors, assign=True)
-    return model
+    return model, _metadata(header)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -167,8 +182,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         ValueError: If the file is missing, unreadable, damaged or of another format.
     """
     with _opened(path) as file:
-        header = _header(file)
-    return {key: value for key, value in header.items() if key not in _RESERVED}
+        return _metadata(_header(file))
 
 
 @contextlib.contextmanager
@@ -215,6 +229,10 @@ def _header(file: Any) -> dict[str, str]:
     return header
 
 
+def _metadata(header: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in header.items() if key not in _RESERVED}
+
+
 def _skeleton(cls: type[Model], config: str, num_tensors: int) -> Model:
     """The model that ``config`` describes, on the meta device: shapes without memory."""
     try:
@@ -233,7 +251,8 @@ def _skeleton(cls: type[Model], config: str, num_tensors: int) -> Model:
             raise ValueError(f"config {key!r} must be {kinds}, got {type(value).__name__}")
         if type(value) is int and abs(value) > _MAX_SIZE:
             raise ValueError(f"config {key!r} must be at most {_MAX_SIZE}, got {value}")
-    if arguments.get("num_layers", 1) > num_tensors:
+    # Time and memory to build it are those of the file's own tensors: A, B, C, D, bias a layer.
+    if 5 * arguments.get("num_layers", 1) > max(num_tensors, 5):
         raise ValueError(
             f"config asks for {arguments['num_layers']} layers, the file has {num_tensors} tensors"
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ssm_fast.checkpoint import Model, load_model, read_metadata
+from ssm_fast.checkpoint import Model, load_checkpoint
 from ssm_fast.core import ImprovedSSM
 
 
@@ -46,10 +47,10 @@ class Policy:
     def predict(
         self,
         obs: ArrayLike,
-        state: NDArray[np.floating] | None = None,
+        state: NDArray[Any] | None = None,
         episode_start: ArrayLike | None = None,
         deterministic: bool = True,
-    ) -> tuple[NDArray[np.generic], NDArray[np.floating]]:
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
         """Choose actions, as Stable-Baselines3's ``predict`` does.
 
         Args:
@@ -62,7 +63,7 @@ class Policy:
 
         Returns:
             - The action: ``[K]`` or ``[B, K]`` in the model's dtype, clipped to the bounds; of a
-              discrete space int64, ``[]`` or ``[B]``.
+              discrete space int64, a NumPy scalar or ``[B]``.
             - The next state, ``[L, B, N]`` (`StateSpaceModel`: ``[B, N]``), ``B`` 1 for a single
               observation.
 
@@ -107,7 +108,7 @@ class Policy:
         return logits.argmax(-1), h
 
     def _tensor(self, name: str, values: ArrayLike) -> Tensor:
-        array = np.asarray(values)
+        array = np.asarray(values, order="C")
         if array.dtype.kind not in "fiub":
             raise TypeError(f"{name} must be numeric, got dtype {array.dtype}")
         weight = next(self.model.parameters())
@@ -146,8 +147,7 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
     Raises:
         ValueError: If the file is not a sound checkpoint; the message names it.
     """
-    model = load_model(path)
-    metadata = read_metadata(path)
+    model, metadata = load_checkpoint(path)
     try:
         bounds = {
             key: json.loads(metadata[key])
