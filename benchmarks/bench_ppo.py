@@ -1,0 +1,78 @@
+"""End-to-end PPO steps per second on HalfCheetah-v5 beside SB3 PPO and sb3-contrib RecurrentPPO.
+
+The settings of all three: 8 environments x 256 steps, 10 epochs. Minibatches hold 256 steps, as users of
+RecurrentPPO choose them (64 for the feed-forward PPO, its default).
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.env_runner.environment import Environment
+from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
+
+ENV = "HalfCheetah-v5"
+ENVS, STEPS, EPOCHS = 8, 256, 10
+ITERATION = ENVS * STEPS
+ITERATIONS = 4
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the peers warn of their own dependencies
+
+
+def ssm_fast_seconds(iterations: int) -> float:
+    torch.manual_seed(0)
+    with Environment(ENV, batch_size=ENVS, seed=0) as env:
+        model = ImprovedSSM(env.input_dim, env.action_dim, normalize_observations=True)
+        trainer = PPOTrainer(model, num_steps=STEPS, mini_batch_size=256, ppo_epochs=EPOCHS, seed=0)
+        began = time.perf_counter()
+        trainer.train(env, total_timesteps=iterations * ITERATION)
+        return time.perf_counter() - began
+
+
+def stable_baselines3_seconds(recurrent: bool, iterations: int) -> float:
+    if recurrent:
+        from sb3_contrib import RecurrentPPO as Algorithm
+    else:
+        from stable_baselines3 import PPO as Algorithm
+    from stable_baselines3.common.env_util import make_vec_env
+
+    env = make_vec_env(ENV, n_envs=ENVS, seed=0)
+    policy, options = "MlpPolicy", {"batch_size": 64}
+    if recurrent:
+        policy = "MlpLstmPolicy"
+        options = {"batch_size": 256, "policy_kwargs": {"lstm_hidden_size": 64}}
+    model = Algorithm(policy, env, n_steps=STEPS, n_epochs=EPOCHS, seed=0, device="cpu", **options)
+    began = time.perf_counter()
+    model.learn(iterations * ITERATION)
+    seconds = time.perf_counter() - began
+    env.close()
+    return seconds
+
+
+def test_ppo_steps_per_second(benchmark):
+    pytest.importorskip("sb3_contrib", reason="peer: sb3-contrib")
+    run = {
+        "ssm_fast": ssm_fast_seconds,
+        "SB3 PPO (MLP 64)": lambda n: stable_baselines3_seconds(False, n),
+        "sb3-contrib RecurrentPPO (LSTM 64)": lambda n: stable_baselines3_seconds(True, n),
+    }
+    ssm_fast_seconds(1)  # warm up
+    seconds = dict.fromkeys(run, 0.0)
+    for _ in range(2):  # alternating: what the machine does beside this falls on all of them
+        for name, train in run.items():
+            seconds[name] += train(ITERATIONS)
+    per_step = {name: s * 1e3 / (2 * ITERATIONS * ITERATION) for name, s in seconds.items()}
+    ours = per_step["ssm_fast"]
+    benchmark.extra_info |= {
+        "ours": "ssm_fast",
+        "floor": None,
+        "median_ms": per_step,
+        "over_ours": {name: ms / ours for name, ms in per_step.items()},
+        "steps_per_second": {name: 1e3 / ms for name, ms in per_step.items()},
+        "rounds": 2,
+    }
+    benchmark.pedantic(lambda: ssm_fast_seconds(1), rounds=1, iterations=1)
