@@ -33,7 +33,7 @@ AnyEnvironment: TypeAlias = (
 _LOGGER = logging.getLogger(__name__)
 _STEPS_PER_ITERATION = 2048  # over all environments, where num_steps is not given
 _LONGEST_SEQUENCE = 16  # where sequence_length is not given
-_WARM_UP_STEPS = 2048  # over all environments, before the first iteration
+_WARM_UP_STEPS = 2048  # over all environments, before the first iteration; at most a rollout
 _REWARD_CLIP = 10.0  # of the scaled reward
 _EPISODE_WINDOW = 20  # episodes in the reported mean
 _STATE_VERSION = 1
@@ -224,7 +224,7 @@ class PPOTrainer:
         self._env: Environment | None = None
         self._observation: NDArray[np.float32] = np.empty(0, dtype=np.float32)
         self._state = torch.empty(0)  # [num_layers, B, N]
-        self._reset = torch.empty(0)  # [B] bool
+        self._reset = np.empty(0, dtype=np.bool_)  # [B]
         self._return = torch.empty(0)  # [B], discounted, of the episodes under way
 
     def train(
@@ -364,69 +364,57 @@ class PPOTrainer:
         model, device = self.model, self.device
         B, T = env.batch_size, num_steps or self._steps_of(env)
         dtype = next(model.parameters()).dtype
-        observations = torch.empty(B, T, env.input_dim, dtype=dtype)  # [B, T, input_dim]
-        actions = (
-            torch.empty(B, T, dtype=torch.int64)  # [B, T]
-            if env.discrete
-            else torch.empty(B, T, env.action_dim, dtype=dtype)  # [B, T, action_dim]
-        )
-        log_probs = torch.empty(B, T, dtype=dtype)  # [B, T]
-        rewards = torch.empty(B, T, dtype=dtype)  # [B, T]
-        terminated = torch.empty(B, T, dtype=torch.bool)  # [B, T]
-        truncated = torch.empty(B, T, dtype=torch.bool)  # [B, T]
-        reset = torch.empty(B, T, dtype=torch.bool)  # [B, T]
-        boundaries: list[tuple[NDArray[np.intp], int, NDArray[np.float32]]] = []
+        observations = np.empty((B, T, env.input_dim), dtype=np.float32)  # [B, T, input_dim]
+        rewards = np.empty((B, T))  # [B, T]
+        terminated, truncated, reset = np.empty((3, B, T), dtype=np.bool_)  # [B, T]
+        actions: list[Tensor] = []  # T of [B, action_dim] or [B]
+        log_probs: list[Tensor] = []  # T of [B]
+        boundary_rows: list[NDArray[np.intp]] = []
+        boundary_steps: list[NDArray[np.intp]] = []
+        boundary_observations: list[NDArray[np.float32]] = []
         returns: list[float] = []
         lengths: list[int] = []
         initial_state = state = self._state
-        obs, first = self._observation, self._reset
+        observation, first = self._observation, self._reset
         with torch.no_grad():
             for t in range(T):
-                x = torch.from_numpy(obs).to(dtype)  # [B, input_dim]
-                action, log_prob, _, state = model.get_action(x.to(device), state)
-                observations[:, t] = x
-                actions[:, t] = action
-                log_probs[:, t] = log_prob
-                reset[:, t] = first
+                x = torch.from_numpy(observation).to(device, dtype)  # [B, input_dim]
+                action, log_prob, _, state = model.get_action(x, state)
+                actions.append(action)
+                log_probs.append(log_prob)
+                observations[:, t], reset[:, t] = observation, first
                 try:
-                    obs, reward, ended, cut, info = env.step(actions[:, t].numpy())
+                    observation, reward, ends, cut, info = env.step(action.cpu().numpy())
                 except FloatingPointError as error:
                     self._env = None
                     raise FloatingPointError(f"rollout step {t}: {error}") from error
-                done = ended | cut  # [B]
-                rewards[:, t] = torch.from_numpy(reward)
-                terminated[:, t] = torch.from_numpy(ended)
-                truncated[:, t] = torch.from_numpy(cut)
-                first = torch.from_numpy(done)
-                if done.any():
-                    state = state * (~first).to(device, dtype)[:, None]  # [num_layers, B, N]
-                    returns.extend(info["episode_return"][done].tolist())
-                    lengths.extend(info["episode_length"][done].tolist())
-                needs_value = ~ended if t == T - 1 else cut & ~ended  # [B]
-                if needs_value.any():
-                    rows = np.flatnonzero(needs_value)
-                    boundaries.append((rows, t, info["final_obs"][rows]))
-        self._observation, self._state, self._reset = obs, state, first
+                rewards[:, t], terminated[:, t], truncated[:, t] = reward, ends, cut
+                first = ends | cut  # [B]
+                if first.any():
+                    keep = torch.from_numpy(~first).to(device, dtype)  # [B]
+                    state = state * keep[:, None]  # [num_layers, B, N]
+                    returns.extend(info["episode_return"][first].tolist())
+                    lengths.extend(info["episode_length"][first].tolist())
+                elif t < T - 1:
+                    continue
+                rows = np.flatnonzero(~ends if t == T - 1 else cut & ~ends)
+                boundary_rows.append(rows)
+                boundary_steps.append(np.full_like(rows, t))
+                boundary_observations.append(info["final_obs"][rows])
+        self._observation, self._state, self._reset = observation, state, first
         self.timesteps += B * T
-        rows = np.concatenate([rows for rows, _, _ in boundaries] or [np.empty(0, np.intp)])
-        steps = np.concatenate(
-            [np.full(len(rows), t) for rows, t, _ in boundaries] or [np.empty(0, np.intp)]
-        )
-        last_observations = np.concatenate(
-            [final for _, _, final in boundaries] or [np.empty((0, env.input_dim), np.float32)]
-        )
         return Rollout(
-            observations.to(device),
-            actions.to(device),
-            log_probs.to(device),
-            rewards.to(device),
-            terminated.to(device),
-            truncated.to(device),
-            reset.to(device),
+            torch.from_numpy(observations).to(device, dtype),
+            torch.stack(actions, dim=1),
+            torch.stack(log_probs, dim=1),
+            torch.from_numpy(rewards).to(device, dtype),
+            torch.from_numpy(terminated).to(device),
+            torch.from_numpy(truncated).to(device),
+            torch.from_numpy(reset).to(device),
             initial_state,
-            torch.from_numpy(rows).to(device, torch.int64),
-            torch.from_numpy(steps).to(device, torch.int64),
-            torch.from_numpy(last_observations).to(device, dtype),
+            torch.from_numpy(np.concatenate(boundary_rows)).to(device),
+            torch.from_numpy(np.concatenate(boundary_steps)).to(device),
+            torch.from_numpy(np.concatenate(boundary_observations)).to(device, dtype),
             returns,
             lengths,
         )
@@ -462,7 +450,7 @@ class PPOTrainer:
         """Resets the environments, their states and their running returns."""
         self._observation, _ = env.reset(seed=seed)
         self._state = self.model.init_hidden(env.batch_size)
-        self._reset = torch.ones(env.batch_size, dtype=torch.bool)
+        self._reset = np.ones(env.batch_size, dtype=np.bool_)
         self._return = torch.zeros(env.batch_size, dtype=torch.float64)
         self._env = env
 
@@ -476,7 +464,8 @@ class PPOTrainer:
         if norm is None or float(norm.count) > 0:
             return
         self._begin(env, self._episode_seed(2**32 - 1))
-        rollout = self.collect_rollout(env, max(1, _WARM_UP_STEPS // env.batch_size))
+        steps = min(self._steps_of(env), max(1, _WARM_UP_STEPS // env.batch_size))
+        rollout = self.collect_rollout(env, steps)
         norm.update(rollout.observations.flatten(0, 1))
 
     # Learning
