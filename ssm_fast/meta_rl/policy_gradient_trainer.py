@@ -1,0 +1,421 @@
+"""REINFORCE with a recurrent policy over whole episodes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_fast import ops
+from ssm_fast.checkpoint import save_model
+from ssm_fast.core.ssm import StateSpaceModel
+from ssm_fast.env_runner.environment import Environment
+from ssm_fast.meta_rl.ppo_trainer import TrainingResult
+from ssm_fast.meta_rl.run import RunDirectory
+
+_LOGGER = logging.getLogger(__name__)
+_STATE_VERSION = 1
+_SETTINGS = (
+    "learning_rate",
+    "gamma",
+    "entropy_coef",
+    "max_grad_norm",
+    "transition_lr_scale",
+    "anneal_lr",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """One episode a row, from its reset to its end; `T` is the longest one's length.
+
+    Attributes:
+        observations: `[B, T, input_dim]`.
+        actions: `[B, T]` int64.
+        rewards: `[B, T]`, zero past the end.
+        terminated: `[B, T]` bool, set at most once a row.
+        truncated: `[B, T]` bool, set at most once a row.
+        valid: `[B, T]` bool, the step belongs to the episode.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor
+
+
+class PolicyGradientTrainer:
+    """REINFORCE (Williams 1992) for discrete actions, with a leave-one-out baseline.
+
+    An iteration plays one episode in each of the `B` environments and takes one step of Adam on
+    all of them: one pass of the model over the sequences `[B, T]`. The baseline of step `t` is the
+    mean return-to-go of the *other* episodes at step `t`. It is independent of the action, so the
+    gradient stays unbiased, and it follows the time that is left before a time limit, which the
+    policy does not see. Advantages are scaled by the deviation of the returns, not by their own:
+    once all episodes are equally good, the gradient vanishes instead of being noise blown up.
+
+    Every iteration starts from seeds that follow from `seed` and its number alone. A checkpoint
+    thus needs no state of a simulator or generator, and a resumed run equals the uninterrupted one
+    bitwise on the same machine.
+
+    Args:
+        model: The policy: its outputs are the logits of the actions. It is moved to `device`.
+        learning_rate: Of Adam, at the start.
+        gamma: Discount factor.
+        entropy_coef: Weight of the entropy bonus.
+        max_grad_norm: Gradients are scaled down to this norm.
+        transition_lr_scale: The transition matrix `A` learns at this fraction of the learning rate.
+            Adam moves all its entries by about the learning rate, which moves its spectral radius
+            `N` times as far: at the full rate it passes 1 within a few updates, and the policy
+            collapses.
+        anneal_lr: Decay the learning rate linearly to zero.
+        checkpoint_interval: Iterations between checkpoints.
+        seed: Of the environments and the sampled actions. By default drawn from torch's global
+            generator.
+        device: Where the model acts and learns.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: StateSpaceModel,
+        learning_rate: float = 5e-3,
+        gamma: float = 0.99,
+        *,
+        entropy_coef: float = 0.0,
+        max_grad_norm: float = 0.5,
+        transition_lr_scale: float = 0.1,
+        anneal_lr: bool = True,
+        checkpoint_interval: int = 10,
+        seed: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        for name, value, in_range, expected in (
+            ("learning_rate", learning_rate, learning_rate > 0.0, "positive"),
+            ("gamma", gamma, 0.0 <= gamma <= 1.0, "in [0, 1]"),
+            ("entropy_coef", entropy_coef, entropy_coef >= 0.0, "at least 0"),
+            ("max_grad_norm", max_grad_norm, max_grad_norm > 0.0, "positive"),
+            ("transition_lr_scale", transition_lr_scale, transition_lr_scale >= 0.0, "at least 0"),
+            ("checkpoint_interval", checkpoint_interval, checkpoint_interval >= 1, "at least 1"),
+            ("seed", seed, seed >= 0, "at least 0"),
+        ):
+            if not in_range or not math.isfinite(value):
+                raise ValueError(f"{name} must be finite and {expected}, got {value}")
+
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.learning_rate = learning_rate
+        self.gamma = gamma
+        self.entropy_coef = entropy_coef
+        self.max_grad_norm = max_grad_norm
+        self.transition_lr_scale = transition_lr_scale
+        self.anneal_lr = anneal_lr
+        self.checkpoint_interval = checkpoint_interval
+        self.seed = seed
+        others = [parameter for parameter in model.parameters() if parameter is not model.A]
+        self.optimizer = torch.optim.Adam(
+            [{"params": others}, {"params": [model.A]}], lr=learning_rate, fused=True
+        )
+        self.iteration = 0
+        self.episodes = 0
+        self.timesteps = 0
+        self._first_episode = 0  # of the call to train that is under way
+        self._batch_size = 0  # of that call
+        self._seconds = 0.0
+
+    def train(
+        self,
+        env: Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any],
+        total_episodes: int,
+        log_interval: int = 10,
+        *,
+        callback: Callable[[dict[str, float]], bool | None] | None = None,
+        run: RunDirectory | None = None,
+        resume: bool = False,
+    ) -> TrainingResult:
+        """Plays and learns from `total_episodes` episodes.
+
+        Args:
+            env: The environments; as many episodes make an update, and the last one takes what is
+                left. A single environment leaves the baseline nothing to compare with.
+            total_episodes: Episodes over all environments. A second call adds as many, with a
+                learning-rate schedule of its own.
+            log_interval: Iterations between lines of the log (logger
+                `ssm_fast.meta_rl.policy_gradient_trainer`, level INFO).
+            callback: Called with the metrics after each iteration; training stops after the one for
+                which it returns False.
+            run: Where checkpoints, the learning curve and TensorBoard events go.
+            resume: Continue from the newest intact checkpoint of `run`, where it has one;
+                `total_episodes` then counts from the start of the run.
+
+        Returns:
+            The episodes and metrics of this call.
+
+        Raises:
+            FloatingPointError: NaN or infinity in an observation, a reward, a gradient or a weight.
+                The last checkpoint is intact.
+            ValueError: The environment does not fit the model, or the checkpoint these settings.
+        """
+        for name, value in (("total_episodes", total_episodes), ("log_interval", log_interval)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        env = self._prepare(env)
+        self._first_episode = self.episodes
+        self._batch_size = env.batch_size
+        if resume:
+            if run is None:
+                raise ValueError("resume needs the run to continue")
+            self._resume(run)
+        last = self._first_episode + total_episodes
+        result = TrainingResult(0, 0, [], [], [])
+        while self.episodes < last:
+            metrics = self._iterate(env, last, result)
+            if run is not None:
+                run.append_row(metrics)
+                run.log_scalars(
+                    {f"train/{name}": value for name, value in metrics.items()}, self.timesteps
+                )
+                if self.iteration % self.checkpoint_interval == 0 or self.episodes == last:
+                    self._checkpoint(run, env)
+            if self.iteration % log_interval == 0 or self.episodes == last:
+                _LOGGER.info(
+                    "%d episodes, return %.1f, entropy %.3f, %.0f steps/s",
+                    self.episodes,
+                    metrics["episode_return"],
+                    metrics["entropy"],
+                    metrics["steps_per_second"],
+                )
+            if callback is not None and callback(dict(metrics)) is False:
+                break
+        return TrainingResult(
+            self.timesteps,
+            self.iteration,
+            result.episode_returns,
+            result.episode_lengths,
+            result.metrics,
+        )
+
+    def _iterate(self, env: Environment, last: int, result: TrainingResult) -> dict[str, float]:
+        """One batch of episodes and one update."""
+        start = time.perf_counter()
+        learning_rate = self.learning_rate
+        if self.anneal_lr:
+            learning_rate *= (last - self.episodes) / (last - self._first_episode)
+        others, transition = self.optimizer.param_groups
+        others["lr"] = learning_rate
+        transition["lr"] = learning_rate * self.transition_lr_scale
+        try:
+            episodes = self.collect_episodes(env, min(env.batch_size, last - self.episodes))
+            losses = self.update(episodes)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"iteration {self.iteration}: {error}") from error
+        returns = episodes.rewards.sum(1).tolist()  # [B]
+        lengths = episodes.valid.sum(1).tolist()  # [B]
+        self.iteration += 1
+        self.episodes += len(returns)
+        self.timesteps += sum(lengths)
+        result.episode_returns.extend(returns)
+        result.episode_lengths.extend(lengths)
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        metrics = {
+            "iteration": float(self.iteration),
+            "timesteps": float(self.timesteps),
+            "episodes": float(self.episodes),
+            "episode_return": sum(returns) / len(returns),
+            "episode_length": sum(lengths) / len(lengths),
+            **losses,
+            "learning_rate": learning_rate,
+            "seconds": self._seconds,
+            "steps_per_second": sum(lengths) / seconds,
+        }
+        result.metrics.append(metrics)
+        return metrics
+
+    def collect_episodes(self, env: Environment, count: int | None = None) -> Episodes:
+        """Plays one episode in each of the first `count` environments with the current policy.
+
+        The seeds of the environments and of the actions follow from the trainer's seed and
+        iteration, so a second call with the same weights returns the same episodes.
+
+        Args:
+            env: The environments.
+            count: `B`; all of them by default.
+
+        Returns:
+            The episodes, on the trainer's device.
+        """
+        B = env.batch_size if count is None else count
+        env_seed, action_seed = np.random.SeedSequence((self.seed, self.iteration)).generate_state(
+            2
+        )
+        generator = torch.Generator(self.device).manual_seed(int(action_seed))
+        dtype = self.model.A.dtype
+        steps: list[tuple[Tensor, ...]] = []
+        obs, _ = env.reset(seed=int(env_seed >> 1))
+        running = np.arange(env.batch_size) < B  # [env.batch_size]
+        state = self.model.init_hidden(env.batch_size)  # [env.batch_size, N]
+        with torch.no_grad():
+            while running.any():
+                x = torch.from_numpy(obs).to(self.device, dtype)  # [env.batch_size, input_dim]
+                logits, state = self.model(x, state)  # [env.batch_size, action_dim]
+                noise = torch.empty_like(logits).exponential_(generator=generator)
+                actions = (logits - noise.log()).argmax(-1)  # Gumbel-max
+                obs, reward, ended, cut, _ = env.step(actions.cpu().numpy())
+                step = (np.where(running, reward, 0.0), ended & running, cut & running, running)
+                steps.append((x[:B], actions[:B], *(torch.from_numpy(a[:B]) for a in step)))
+                running = running & ~(ended | cut)
+        x, actions, *rest = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+        rewards, terminated, truncated, valid = (column.to(self.device) for column in rest)
+        return Episodes(x, actions, rewards.to(dtype), terminated, truncated, valid)
+
+    def update(self, episodes: Episodes) -> dict[str, float]:
+        """Takes one step of Adam on a batch of whole episodes.
+
+        Returns:
+            `policy_loss`, `entropy` and `grad_norm`.
+        """
+        advantages = self.compute_advantages(episodes)  # [B, T]
+        logits, _ = self.model(episodes.observations)  # [B, T, action_dim]
+        log_probs = F.log_softmax(logits, dim=-1)  # [B, T, action_dim]
+        taken = log_probs.gather(-1, episodes.actions.unsqueeze(-1)).squeeze(-1)  # [B, T]
+        entropies = -(log_probs.exp() * log_probs).sum(-1)  # [B, T]
+        steps = episodes.valid.sum()
+        policy_loss = -(taken * advantages).sum() / steps
+        entropy = (entropies * episodes.valid).sum() / steps
+        loss = policy_loss - self.entropy_coef * entropy
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        if not math.isfinite(float(grad_norm)):
+            raise FloatingPointError(f"loss {float(loss)}, gradient norm {float(grad_norm)}")
+        self.optimizer.step()
+        return {
+            "policy_loss": float(policy_loss.detach()),
+            "entropy": float(entropy.detach()),
+            "grad_norm": float(grad_norm),
+        }
+
+    def compute_advantages(self, episodes: Episodes) -> Tensor:
+        """Returns-to-go less their leave-one-out baseline, over the deviation of the returns.
+
+        Where no other episode is as long, the baseline is the mean over all steps of the batch.
+
+        Returns:
+            `[B, T]`, zero where an episode has ended.
+        """
+        valid = episodes.valid.to(episodes.rewards.dtype)  # [B, T]
+        returns = valid * ops.discounted_returns(
+            episodes.rewards, episodes.terminated, episodes.truncated, self.gamma
+        )  # [B, T]
+        others = valid.sum(0) - 1.0  # [T]
+        mean = returns.sum() / valid.sum()
+        baseline = torch.where(
+            others > 0, (returns.sum(0) - returns) / others.clamp(min=1.0), mean
+        )  # [B, T]
+        deviation = returns[episodes.valid].std(correction=0)
+        return valid * (returns - baseline) / (deviation + 1e-8)
+
+    def _prepare(
+        self,
+        env: Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any],
+    ) -> Environment:
+        """Wraps a Gymnasium environment and checks that it fits the model."""
+        if not isinstance(env, Environment):
+            env = Environment.wrap(env)
+        if not env.discrete:
+            raise ValueError(
+                f"{env.env_name} must have a Discrete action space for REINFORCE, "
+                f"got {env.single_action_space}"
+            )
+        for name, size, expected in (
+            ("observations", env.input_dim, self.model.input_dim),
+            ("actions", env.action_dim, self.model.output_dim),
+        ):
+            if size != expected:
+                raise ValueError(
+                    f"{name} of {env.env_name} must have size {expected} as in the model, got {size}"
+                )
+        return env
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of a run depends on."""
+        return {
+            "version": _STATE_VERSION,
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
+            "batch_size": self._batch_size,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "iteration": self.iteration,
+            "episodes": self.episodes,
+            "timesteps": self.timesteps,
+            "first_episode": self._first_episode,
+            "seconds": self._seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state of `state_dict`.
+
+        Raises:
+            ValueError: It belongs to other settings or another model, or is incomplete.
+        """
+        try:
+            if state["version"] != _STATE_VERSION:
+                raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
+            stored = {**state["settings"], "batch_size": state["batch_size"]}
+            current = {name: getattr(self, name) for name in _SETTINGS}
+            current["batch_size"] = self._batch_size or stored["batch_size"]
+            for name, value in current.items():
+                if stored[name] != value:
+                    raise ValueError(
+                        f"{name} must be {stored[name]!r} as in the run that is resumed, "
+                        f"got {value!r}"
+                    )
+            for name, tensor in state["model"].items():
+                if not torch.isfinite(tensor).all():
+                    raise ValueError(f"model tensor {name} is not finite")
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.iteration = int(state["iteration"])
+            self.episodes = int(state["episodes"])
+            self.timesteps = int(state["timesteps"])
+            self._first_episode = int(state["first_episode"])
+            self._batch_size = int(state["batch_size"])
+            self._seconds = float(state["seconds"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"training state does not fit: {error}") from error
+
+    def _checkpoint(self, run: RunDirectory, env: Environment) -> None:
+        def write_model(path: Path) -> None:
+            save_model(path, self.model, {"env_id": env.env_name})
+
+        run.save_checkpoint(self.iteration, self.state_dict(), write_model)
+
+    def _resume(self, run: RunDirectory) -> None:
+        checkpoint = run.latest_checkpoint()
+        if checkpoint is not None:
+            try:
+                self.load_state_dict(checkpoint.state)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: {error}") from error
+        run.drop_checkpoints_after(self.iteration)
+        run.truncate_rows(self.iteration)
