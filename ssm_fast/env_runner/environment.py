@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -120,6 +121,8 @@ class Environment:
         vector: VectorEnv[Any, Any, Any] | None,
         seed: int | None,
     ) -> None:
+        spec = envs[0].spec if envs else vector.spec if vector is not None else None
+        self.max_episode_steps: int | None = spec.max_episode_steps if spec is not None else None
         self.env_name = env_name
         self._envs = envs
         self._vector = vector
@@ -334,6 +337,18 @@ class Environment:
             "max_return": float(returns.max()),
             "mean_length": float(lengths.mean()),
         }
+
+    def policy_metadata(self) -> dict[str, str]:
+        """What the file of a policy should say of the environment that it was trained in.
+
+        The keys are `env_id` and, for continuous actions, `action_low` and `action_high` (JSON), as
+        `ssm_fast.load_policy` reads them.
+        """
+        metadata = {"env_id": self.env_name}
+        if self.action_low is not None and self.action_high is not None:
+            metadata["action_low"] = json.dumps(self.action_low.tolist())
+            metadata["action_high"] = json.dumps(self.action_high.tolist())
+        return metadata
 
     def close(self) -> None:
         """Closes the environments; a second call does nothing."""

@@ -192,8 +192,6 @@ class PolicyGradientTrainer:
                 run.log_scalars(
                     {f"train/{name}": value for name, value in metrics.items()}, self.timesteps
                 )
-                if self.iteration % self.checkpoint_interval == 0 or self.episodes == last:
-                    self._checkpoint(run, env)
             if self.iteration % log_interval == 0 or self.episodes == last:
                 _LOGGER.info(
                     "%d episodes, return %.1f, entropy %.3f, %.0f steps/s",
@@ -202,7 +200,12 @@ class PolicyGradientTrainer:
                     metrics["entropy"],
                     metrics["steps_per_second"],
                 )
-            if callback is not None and callback(dict(metrics)) is False:
+            stop = callback is not None and callback(dict(metrics)) is False
+            if run is not None and (
+                stop or self.episodes == last or self.iteration % self.checkpoint_interval == 0
+            ):
+                self._checkpoint(run, env)
+            if stop:
                 break
         return TrainingResult(
             self.timesteps,
@@ -238,9 +241,9 @@ class PolicyGradientTrainer:
         metrics = {
             "iteration": float(self.iteration),
             "timesteps": float(self.timesteps),
-            "episodes": float(self.episodes),
             "episode_return": sum(returns) / len(returns),
             "episode_length": sum(lengths) / len(lengths),
+            "episodes": float(len(returns)),
             **losses,
             "learning_rate": learning_rate,
             "seconds": self._seconds,
@@ -406,7 +409,7 @@ class PolicyGradientTrainer:
 
     def _checkpoint(self, run: RunDirectory, env: Environment) -> None:
         def write_model(path: Path) -> None:
-            save_model(path, self.model, {"env_id": env.env_name})
+            save_model(path, self.model, env.policy_metadata())
 
         run.save_checkpoint(self.iteration, self.state_dict(), write_model)
 

@@ -58,7 +58,7 @@ class RunDirectory:
     ```
     config.json                      what the run was started with
     checkpoints/iteration_00000020/  model.safetensors, training.pt, manifest.json (SHA-256 of both)
-    model.safetensors                the newest weights, for `ssm_fast.load_policy`
+    policy.safetensors               the newest weights, for `ssm_fast.load_policy`
     curve.csv, curve.png             the learning curve, a row an iteration
     tensorboard/                     event files
     ```
@@ -86,7 +86,7 @@ class RunDirectory:
         self.keep = keep
         self.config_path = self.path / "config.json"
         self.checkpoints_path = self.path / "checkpoints"
-        self.model_path = self.path / _MODEL_FILE
+        self.model_path = self.path / "policy.safetensors"
         self.curve_path = self.path / "curve.csv"
         self.figure_path = self.path / "curve.png"
         self.tensorboard_path = self.path / "tensorboard"

@@ -72,7 +72,8 @@ class Counter(gymnasium.Env):
 
 
 @pytest.fixture(autouse=True)
-def _registered():
+def _registered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes MUJOCO_LOG.TXT where it stands
     gymnasium.register("Counter-v0", entry_point=Counter, disable_env_checker=True)
     yield
     del gymnasium.registry["Counter-v0"]

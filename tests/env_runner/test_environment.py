@@ -9,6 +9,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from ssm_fast.env_runner.environment import Environment
 
+pytestmark = pytest.mark.isa_independent
+
 
 def by_hand(name, seed, actions, **kwargs):
     """One row stepped with gymnasium.make alone: an independent account of same-step autoreset."""
@@ -139,6 +141,15 @@ def test_attributes_follow_the_spaces():
         assert (env.input_dim, env.action_dim, env.discrete) == (6, 3, True)
         assert env.action_low is None
         assert env.single_action_space.n == 3
+        assert env.max_episode_steps == 500
+        assert env.policy_metadata() == {"env_id": "Acrobot-v1"}
+    with Environment("Pendulum-v1", max_episode_steps=9) as env:
+        assert env.max_episode_steps == 9
+        assert env.policy_metadata() == {
+            "env_id": "Pendulum-v1",
+            "action_low": "[-2.0]",
+            "action_high": "[2.0]",
+        }
 
 
 def test_observations_of_other_shapes_and_dtypes_are_flattened():

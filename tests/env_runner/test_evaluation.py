@@ -6,6 +6,8 @@ import pytest
 
 from ssm_fast.env_runner.evaluation import evaluate
 
+pytestmark = pytest.mark.isa_independent
+
 
 class Tilt:
     """Pushes CartPole's cart towards the lean, and every third step the other way.

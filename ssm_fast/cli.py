@@ -1,0 +1,557 @@
+"""The command line `ssm-fast`: train, evaluate, info."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import torch
+
+import ssm_fast
+from ssm_fast import _native
+
+try:
+    import gymnasium
+    import tyro
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from ssm_fast.checkpoint import read_metadata, save_model, write_atomic
+    from ssm_fast.core.improved_ssm import ImprovedSSM
+    from ssm_fast.core.ssm import StateSpaceModel
+    from ssm_fast.env_runner import Environment, Evaluation, evaluate
+    from ssm_fast.meta_rl.policy_gradient_trainer import PolicyGradientTrainer
+    from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
+    from ssm_fast.meta_rl.run import RunDirectory
+except ModuleNotFoundError as error:
+    sys.stderr.write(f"ssm-fast: {error.name} is missing: pip install 'ssm_fast[rl]'\n")
+    raise SystemExit(2) from None
+
+# Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.
+EVALUATION_SEED = 3_000_000_000
+_EVALUATION_EPISODES = 10
+_SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "policy_gradient": {"env": "CartPole-v1", "episodes": 1500, "batch_size": 16, "seed": 0},
+    "improved": {"env": "HalfCheetah-v5", "steps": 1_000_000, "batch_size": 8, "seed": 0},
+}
+_MODEL_OPTIONS = {
+    "policy_gradient": ("state_dim", "hidden_dim"),
+    "improved": ("state_dim", "hidden_dim", "num_layers"),
+}
+_TRAINER_OPTIONS = {
+    "policy_gradient": (
+        "learning_rate",
+        "gamma",
+        "entropy_coef",
+        "max_grad_norm",
+        "anneal_lr",
+        "checkpoint_interval",
+    ),
+    "improved": (
+        "learning_rate",
+        "gamma",
+        "gae_lambda",
+        "clip_epsilon",
+        "value_coef",
+        "entropy_coef",
+        "max_grad_norm",
+        "ppo_epochs",
+        "mini_batch_size",
+        "num_steps",
+        "sequence_length",
+        "target_kl",
+        "anneal_lr",
+        "checkpoint_interval",
+    ),
+}
+
+
+def _default(text: str, metavar: str) -> Any:
+    """Says what an option that is not given comes to, and what it takes."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})", metavar=metavar)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a policy and evaluate it.
+
+    The run folder receives config.json, checkpoints, TensorBoard events, curve.csv, curve.png,
+    policy.safetensors (for `ssm-fast evaluate` and `ssm_fast.load_policy`) and evaluation.json.
+    What is not given takes the default of the mode and its trainer, or, with --resume, the value
+    that the run was started with.
+    """
+
+    mode: Annotated[
+        Literal["policy_gradient", "improved"] | None,
+        _default("improved", "{policy_gradient,improved}"),
+    ] = None
+    """policy_gradient: REINFORCE with StateSpaceModel (discrete actions). improved: recurrent PPO
+    with ImprovedSSM (any actions)."""
+    env: Annotated[
+        str | None,
+        _default(
+            "improved: HalfCheetah-v5, policy_gradient: CartPole-v1", "{policy_gradient,improved}"
+        ),
+    ] = None
+    """Gymnasium id."""
+    episodes: Annotated[int | None, _default("policy_gradient: 1500", "INT")] = None
+    """Stop after so many episodes."""
+    steps: Annotated[
+        int | None, _default("improved: 1000000, where --episodes is not given", "INT")
+    ] = None
+    """Stop after so many environment steps."""
+    seed: Annotated[int | None, _default("0", "INT")] = None
+    """Seed of the weights, the environments and the actions."""
+    out: Annotated[Path | None, _default("runs/MODE-ENV-seedSEED", "PATH")] = None
+    """Run folder."""
+    resume: bool = False
+    """Continue the run in the run folder exactly where its last checkpoint left it."""
+    lr: Annotated[float | None, _default("improved: 3e-4, policy_gradient: 5e-3", "FLOAT")] = None
+    """Learning rate at the start."""
+    gamma: Annotated[float | None, _default("0.99", "FLOAT")] = None
+    """Discount factor."""
+    batch_size: Annotated[int | None, _default("improved: 8, policy_gradient: 16", "INT")] = None
+    """Environments side by side."""
+    state_dim: Annotated[int | None, _default("improved: 64, policy_gradient: 32", "INT")] = None
+    """Size of the recurrent state."""
+    hidden_dim: Annotated[int | None, _default("improved: 128, policy_gradient: 64", "INT")] = None
+    """Width of the network around it."""
+    num_layers: Annotated[int | None, _default("2; improved only", "INT")] = None
+    """Layers, each with a state."""
+    entropy_coef: Annotated[float | None, _default("0", "FLOAT")] = None
+    """Weight of the entropy bonus."""
+    max_grad_norm: Annotated[float | None, _default("0.5", "FLOAT")] = None
+    """Gradients are scaled down to this norm."""
+    anneal_lr: Annotated[bool | None, _default("True", "{True,False}")] = None
+    """Decay the learning rate linearly to zero."""
+    checkpoint_interval: Annotated[
+        int | None, _default("improved: 20, policy_gradient: 10", "INT")
+    ] = None
+    """Iterations between checkpoints."""
+    gae_lambda: Annotated[float | None, _default("0.95; improved only", "FLOAT")] = None
+    """Weight of longer returns in the advantages."""
+    clip_epsilon: Annotated[float | None, _default("0.2; improved only", "FLOAT")] = None
+    """PPO's clipping range."""
+    value_coef: Annotated[float | None, _default("0.5; improved only", "FLOAT")] = None
+    """Weight of the value loss."""
+    ppo_epochs: Annotated[int | None, _default("10; improved only", "INT")] = None
+    """Passes over each rollout."""
+    mini_batch_size: Annotated[int | None, _default("128; improved only", "INT")] = None
+    """Steps in a minibatch."""
+    num_steps: Annotated[int | None, _default("2048 over all of them; improved only", "INT")] = None
+    """Steps of each environment in a rollout."""
+    sequence_length: Annotated[int | None, _default("at most 16; improved only", "INT")] = None
+    """Steps that are learnt from as one sequence."""
+    target_kl: Annotated[float | None, _default("none; improved only", "FLOAT")] = None
+    """End an update early beyond this KL divergence."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Play a trained policy and print its returns."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A policy.safetensors, or a run folder."""
+    episodes: int = _EVALUATION_EPISODES
+    """Number of episodes."""
+    seed: int = EVALUATION_SEED
+    """Seed of the first episode; the next ones count up."""
+    env: str | None = None
+    """Gymnasium id; by default the one that the policy was trained in."""
+    deterministic: bool = True
+    """Play the mode of the policy, not samples."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions, instruction sets, threads and GPUs."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: The arguments; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit code: 0, 1 when training broke down on NaN or infinity, 2 for a mistake in the
+        input, 130 after Ctrl-C.
+    """
+    options = tyro.extras.subcommand_cli_from_dict(
+        {"train": Train, "evaluate": Evaluate, "info": Info},
+        prog="ssm-fast",
+        description="State-space-model policies: training and evaluation.",
+        args=args,
+    )
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            if isinstance(options, Train):
+                _train(options)
+            elif isinstance(options, Evaluate):
+                _evaluate(options)
+            else:
+                _info()
+        except (ValueError, OSError) as error:
+            return _fail(2, _sentence(error))
+        except FloatingPointError as error:
+            return _fail(1, f"training stopped: {_sentence(error)}")
+        except KeyboardInterrupt as interrupt:
+            return _fail(130, _sentence(interrupt) or "interrupted")
+    return 0
+
+
+# train
+
+
+def _train(options: Train) -> None:
+    """Trains, or continues to, and evaluates."""
+    out = options.out or _default_folder(options)
+    settings = _settings(options, out)
+    mode, env_id, seed = settings["mode"], settings["env"], settings["seed"]
+    _route_mujoco_warnings(env_id)
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    with Environment(env_id, settings["batch_size"], seed=seed) as env:
+        _total(settings, env)
+        trainer = _trainer(settings, env)
+        with RunDirectory(out, resume=options.resume) as run:
+            run.write_config({**settings, "versions": _versions()})
+            _say(f"training in {env_id} ({mode}, seed {seed}); run folder {run.path}")
+            try:
+                _learn(trainer, env, settings, run, options.resume)
+            except ValueError:
+                if not run.read_rows():
+                    run.config_path.unlink()  # nothing was learnt: the folder stays free
+                raise
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"interrupted; {_how_to_resume(run)}") from None
+            except FloatingPointError as error:
+                raise FloatingPointError(f"{error}; {_how_to_resume(run)}") from error
+            # The weights of the last checkpoint, or newer ones where --episodes ended the run.
+            save_model(run.model_path, trainer.model, env.policy_metadata())
+            run.plot_curve(f"{env_id}, {mode}, seed {seed}")
+            seconds = time.perf_counter() - start
+
+            policy = ssm_fast.load_policy(run.model_path)
+            result = evaluate(policy, env_id, _EVALUATION_EPISODES, EVALUATION_SEED)
+            run.log_scalars({"evaluation/return": result.mean}, trainer.timesteps)
+            report = {
+                "env": env_id,
+                "deterministic": True,
+                "seed": EVALUATION_SEED,
+                "returns": result.returns.tolist(),
+                "mean": result.mean,
+                "std": result.std,
+                "timesteps": trainer.timesteps,
+                "seconds": seconds,
+            }
+            contents = json.dumps(report, indent=2) + "\n"
+            write_atomic(run.path / "evaluation.json", lambda path: path.write_text(contents))
+            _say(f"{trainer.timesteps:,} steps in {seconds:.0f} s; policy {run.model_path}")
+            _say(_describe(env_id, result, deterministic=True))
+
+
+def _default_folder(options: Train) -> Path:
+    mode = options.mode or "improved"
+    env_id = options.env or _DEFAULTS[mode]["env"]
+    name = env_id.replace("/", "_").replace(":", "_")
+    return Path("runs") / f"{mode}-{name}-seed{options.seed or 0}"
+
+
+def _settings(options: Train, out: Path) -> dict[str, Any]:
+    """What the run is started or continued with: `mode`, and the options of that mode."""
+    given = {
+        name: value
+        for name, value in asdict(options).items()
+        if value is not None and name not in ("out", "resume")
+    }
+    if "lr" in given:
+        given["learning_rate"] = given.pop("lr")
+    if options.resume:
+        run = RunDirectory(out, resume=True)
+        if run.config_path.exists():
+            return _continued(given, _stored_settings(run), run)
+        _say(f"{out} holds no run yet: starting one")
+    mode = given.get("mode", "improved")
+    settings: dict[str, Any] = {"mode": mode, **dict.fromkeys(_options_of(mode)), **_DEFAULTS[mode]}
+    if mode == "improved" and "episodes" in given:
+        settings["steps"] = None
+    for name in given:
+        if name not in settings:
+            raise ValueError(f"--{name} is not an option of --mode {mode}")
+    settings.update(given)
+    return settings
+
+
+def _continued(given: dict[str, Any], stored: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
+    """The settings of the run, with as many steps or episodes as are asked for now."""
+    for name, value in given.items():
+        if name in ("steps", "episodes"):
+            stored[name] = value
+        elif stored.get(name) != value:
+            option = "lr" if name == "learning_rate" else name
+            raise ValueError(
+                f"--{option} must be {stored.get(name)} as in the run in {run.path}, got {value}"
+            )
+    return stored
+
+
+def _stored_settings(run: RunDirectory) -> dict[str, Any]:
+    """The settings in config.json, checked."""
+    stored = run.read_config()
+    mode = stored.get("mode")
+    if mode not in _DEFAULTS:
+        raise ValueError(f"{run.config_path}: mode must be one of {list(_DEFAULTS)}, got {mode!r}")
+    kinds = get_type_hints(Train)
+    kinds["learning_rate"] = kinds["lr"]
+    for name in _options_of(mode):
+        value, kind = stored.get(name), get_args(kinds[name])[0]
+        if value is None and name not in ("env", "seed", "batch_size"):
+            continue
+        if type(value) is not kind:
+            raise ValueError(f"{run.config_path}: {name} must be {kind.__name__}, got {value!r}")
+    return {name: stored.get(name) for name in ("mode", *_options_of(mode))}
+
+
+def _options_of(mode: str) -> tuple[str, ...]:
+    shared = ("env", "episodes", "steps", "seed", "batch_size")
+    return shared + _MODEL_OPTIONS[mode] + _TRAINER_OPTIONS[mode]
+
+
+def _trainer(settings: dict[str, Any], env: Environment) -> PolicyGradientTrainer | PPOTrainer:
+    """The model and trainer of the settings; what is None is left to their defaults."""
+
+    def chosen(names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: settings[name] for name in names if settings[name] is not None}
+
+    mode = settings["mode"]
+    if mode == "policy_gradient" and not env.discrete:
+        raise ValueError(
+            f"--mode policy_gradient needs discrete actions; {env.env_name} has "
+            f"{env.single_action_space}: use --mode improved"
+        )
+    model_options = chosen(_MODEL_OPTIONS[mode])
+    trainer_options = chosen(_TRAINER_OPTIONS[mode]) | {"seed": settings["seed"]}
+    if mode == "policy_gradient":
+        standard = StateSpaceModel(
+            input_dim=env.input_dim, output_dim=env.action_dim, **model_options
+        )
+        return PolicyGradientTrainer(standard, **trainer_options)
+    improved = ImprovedSSM(
+        env.input_dim,
+        env.action_dim,
+        discrete=env.discrete,
+        normalize_observations=True,
+        **model_options,
+    )
+    return PPOTrainer(improved, **trainer_options)
+
+
+def _total(settings: dict[str, Any], env: Environment) -> int:
+    """What the trainer counts up to: episodes of REINFORCE, steps of PPO."""
+    episodes, steps = settings["episodes"], settings["steps"]
+    for name in ("episodes", "steps"):
+        if settings[name] is not None and settings[name] < 1:
+            raise ValueError(f"--{name} must be at least 1, got {settings[name]}")
+    if settings["mode"] == "policy_gradient":
+        if episodes is None:
+            raise ValueError("--episodes is needed")
+        return int(episodes)
+    if steps is not None:
+        return int(steps)
+    if episodes is None or env.max_episode_steps is None:
+        raise ValueError(f"--steps is needed: the episodes of {env.env_name} have no time limit")
+    return int(episodes * env.max_episode_steps)
+
+
+def _learn(
+    trainer: PolicyGradientTrainer | PPOTrainer,
+    env: Environment,
+    settings: dict[str, Any],
+    run: RunDirectory,
+    resume: bool,
+) -> None:
+    """Runs the trainer up to the limits of the settings."""
+    total = _total(settings, env)
+    episodes, steps = settings["episodes"], settings["steps"]
+    checkpoint = run.latest_checkpoint() if resume else None
+    ended, timesteps = 0.0, 0.0
+    if checkpoint is not None:
+        rows = [row for row in run.read_rows() if row["iteration"] <= checkpoint.iteration]
+        ended = sum(row["episodes"] for row in rows)
+        timesteps = float(checkpoint.state["timesteps"])
+
+    def is_done() -> bool:
+        return (episodes is not None and ended >= episodes) or (
+            steps is not None and timesteps >= steps
+        )
+
+    if checkpoint is not None and is_done():
+        trainer.load_state_dict(checkpoint.state)
+        return
+    run.open_tensorboard(purge_step=int(timesteps) + 1 if resume else None)
+    by_episodes = episodes is not None
+    limit = episodes if by_episodes else steps
+    with _progress(limit, "episodes" if by_episodes else "steps") as show:
+
+        def after_iteration(metrics: dict[str, float]) -> bool:
+            nonlocal ended, timesteps
+            ended += metrics["episodes"]
+            timesteps = metrics["timesteps"]
+            show(ended if by_episodes else timesteps, metrics)
+            return not is_done()
+
+        trainer.train(env, total, callback=after_iteration, run=run, resume=resume)
+
+
+@contextmanager
+def _progress(total: int, unit: str) -> Iterator[Callable[[float, dict[str, float]], None]]:
+    """Yields a function that shows progress: a bar on a terminal, a line now and then elsewhere."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        last = time.monotonic()
+
+        def write_line(done: float, metrics: dict[str, float]) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < _SECONDS_BETWEEN_LINES and done < total:
+                return
+            last = now
+            sys.stderr.write(f"{done:,.0f} of {total:,} {unit}, {_figures(metrics)}\n")
+            sys.stderr.flush()
+
+        yield write_line
+        return
+
+    with Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=console,
+        refresh_per_second=4,
+    ) as bar:
+        task = bar.add_task(unit, total=total, figures="")
+
+        def move_bar(done: float, metrics: dict[str, float]) -> None:
+            bar.update(task, completed=min(done, total), figures=_figures(metrics))
+
+        yield move_bar
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    return f"return {metrics['episode_return']:.1f}, {metrics['steps_per_second']:,.0f} steps/s"
+
+
+def _how_to_resume(run: RunDirectory) -> str:
+    return f"the last checkpoint is intact, continue with: ssm-fast train --resume --out {run.path}"
+
+
+# evaluate
+
+
+def _evaluate(options: Evaluate) -> None:
+    path = options.path / "policy.safetensors" if options.path.is_dir() else options.path
+    env_id = options.env or read_metadata(path).get("env_id")
+    if env_id is None:
+        raise ValueError(f"{path} does not say which environment it is for: give --env")
+    _route_mujoco_warnings(env_id)
+    if not options.deterministic:
+        torch.manual_seed(options.seed)
+    result = evaluate(
+        ssm_fast.load_policy(path), env_id, options.episodes, options.seed, options.deterministic
+    )
+    _say(_describe(env_id, result, options.deterministic))
+
+
+def _describe(env_id: str, result: Evaluation, deterministic: bool) -> str:
+    kind = "deterministic" if deterministic else "stochastic"
+    return (
+        f"{kind} evaluation of {len(result.returns)} episodes of {env_id}: "
+        f"return {result.mean:.1f} +- {result.std:.1f} "
+        f"(min {result.returns.min():.1f}, max {result.returns.max():.1f})"
+    )
+
+
+# info
+
+
+def _info() -> None:
+    for name, text in _versions().items():
+        _say(f"{name:12} {text}")
+    _say(f"{'ISA':12} {_native.isa()} (available: {', '.join(_native.available_isas())})")
+    _say(f"{'threads':12} {torch.get_num_threads()} of {os.cpu_count()} processors")
+    if not torch.cuda.is_available():
+        _say(f"{'GPU':12} none")
+    for i in range(torch.cuda.device_count()):
+        _say(f"{'GPU':12} {torch.cuda.get_device_name(i)}")
+
+
+def _versions() -> dict[str, str]:
+    versions = {"ssm_fast": ssm_fast.__version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "gymnasium", "mujoco"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+# What the commands share
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _fail(code: int, sentence: str) -> int:
+    sys.stderr.write(f"ssm-fast: {sentence}\n")
+    return code
+
+
+def _sentence(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    sys.stderr.write(f"ssm-fast: warning: {_sentence(message)}\n")
+
+
+def _route_mujoco_warnings(env_id: str) -> None:
+    """Keeps MuJoCo from writing MUJOCO_LOG.TXT and from repeating itself for every environment."""
+    spec = gymnasium.registry.get(env_id)
+    if spec is None or "mujoco" not in str(spec.entry_point) or find_spec("mujoco") is None:
+        return
+    import mujoco
+
+    seen: set[str] = set()
+
+    def write_once(text: str) -> None:
+        if text not in seen and "deprecated" not in text:
+            sys.stderr.write(f"MuJoCo: {text}\n")
+        seen.add(text)
+
+    mujoco.set_mju_user_warning(write_once)
