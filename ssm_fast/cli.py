@@ -108,9 +108,7 @@ class Train:
     with ImprovedSSM (any actions)."""
     env: Annotated[
         str | None,
-        _default(
-            "improved: HalfCheetah-v5, policy_gradient: CartPole-v1", "{policy_gradient,improved}"
-        ),
+        _default("improved: HalfCheetah-v5, policy_gradient: CartPole-v1", "STR"),
     ] = None
     """Gymnasium id."""
     episodes: Annotated[int | None, _default("policy_gradient: 1500", "INT")] = None
@@ -125,6 +123,10 @@ class Train:
     """Run folder."""
     resume: bool = False
     """Continue the run in the run folder exactly where its last checkpoint left it."""
+    threads: Annotated[int | None, _default("improved: torch's own, policy_gradient: 1", "INT")] = (
+        None
+    )
+    """Threads of torch and the kernels. On a machine that others use, fewer are faster."""
     lr: Annotated[float | None, _default("improved: 3e-4, policy_gradient: 5e-3", "FLOAT")] = None
     """Learning rate at the start."""
     gamma: Annotated[float | None, _default("0.99", "FLOAT")] = None
@@ -229,6 +231,10 @@ def _train(options: Train) -> None:
     settings = _settings(options, out)
     mode, env_id, seed = settings["mode"], settings["env"], settings["seed"]
     _route_mujoco_warnings(env_id)
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}")
+    if options.threads is not None or mode == "policy_gradient":
+        torch.set_num_threads(options.threads or 1)
     torch.manual_seed(seed)
     start = time.perf_counter()
     with Environment(env_id, settings["batch_size"], seed=seed) as env:
@@ -283,7 +289,7 @@ def _settings(options: Train, out: Path) -> dict[str, Any]:
     given = {
         name: value
         for name, value in asdict(options).items()
-        if value is not None and name not in ("out", "resume")
+        if value is not None and name not in ("out", "resume", "threads")
     }
     if "lr" in given:
         given["learning_rate"] = given.pop("lr")
