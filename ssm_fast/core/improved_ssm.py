@@ -263,6 +263,28 @@ class ImprovedSSM(nn.Module):
             entropy = gaussian_entropy(self.log_std).expand_as(value)  # [B, T]
         return log_prob, value, entropy
 
+    def unroll(
+        self, x: Tensor, hidden_state: Tensor | None = None, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The values and the states of every step of a sequence.
+
+        Args:
+            x: Observations ``[B, T, I]``.
+            hidden_state: ``[L, B, N]``; zeros when ``None``. It is not modified.
+            reset: ``[B, T]``, as in ``forward``.
+
+        Returns:
+            Values ``[B, T]`` and the states after each step ``[L, B, T, N]``.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        if x.ndim != 3:
+            raise ValueError(f"x must have shape [B, T, I], got {list(x.shape)}")
+        features, states = self._features(x, hidden_state, reset, every_state=True)
+        return self.critic(features).squeeze(-1), torch.stack(states)
+
     def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""
         from ssm_fast.checkpoint import save_model
@@ -277,9 +299,16 @@ class ImprovedSSM(nn.Module):
         return load_model(path, cls)
 
     def _features(
-        self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None
+        self,
+        x: Tensor,
+        hidden_state: Tensor | None,
+        reset: Tensor | None,
+        every_state: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        """The last layer's features ``[..., H]`` and each layer's next state ``[B, N]``."""
+        """The last layer's features ``[..., H]`` and each layer's next state ``[B, N]``.
+
+        With ``every_state``, all states of a sequence stand for the next one, ``[B, T, N]``.
+        """
         self._check(x, hidden_state, reset)
         if self.obs_norm is not None:
             x = self.obs_norm(x)
@@ -292,7 +321,11 @@ class ImprovedSSM(nn.Module):
         h = torch.tanh(self.encoder(x))  # [B, H] or [B, T, H]
         states: list[Tensor] = []
         for layer, s in zip(cast("list[SSMLayer]", self.layers), state, strict=True):
-            y, s_next = layer.step(h, s) if one_step else layer(h, s, reset)  # as h, [B, N]
+            if every_state:
+                s_next = layer.states(h, s, reset)  # [B, T, N]
+                y = layer.readout(s_next, h)  # [B, T, H]
+            else:
+                y, s_next = layer.step(h, s) if one_step else layer(h, s, reset)  # as h, [B, N]
             states.append(s_next)
             y = torch.tanh(y)
             h = h + y if self.use_residual else y
@@ -333,8 +366,8 @@ def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         ``[...]``, summed over the components.
     """
     z = (actions - mean) / log_std.exp()  # [..., K]
-    normaliser = log_std.sum() + 0.5 * math.log(2.0 * math.pi) * log_std.shape[-1]  # []
-    return z.square().sum(-1).mul(-0.5) - normaliser  # [...]
+    energy = torch.addcmul(log_std, z, z, value=0.5).sum(-1)  # [...]
+    return torch.rsub(energy, -0.5 * math.log(2.0 * math.pi) * log_std.shape[-1])  # [...]
 
 
 def gaussian_entropy(log_std: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -134,6 +135,9 @@ class PPOTrainer:
         clip_value_loss: Also clip the change of the value since the rollout by `clip_epsilon`.
         target_kl: End an update after the epoch whose mean KL divergence is above this.
         checkpoint_interval: Iterations between checkpoints.
+        num_threads: Of torch while training; None leaves them as they are. The products of a
+            minibatch are too small to gain from a second thread, and where that one waits for a
+            busy core they take many times as long.
         seed: Of the environments, the action noise and the shuffling. By default drawn from torch's
             global generator.
 
@@ -163,6 +167,7 @@ class PPOTrainer:
         clip_value_loss: bool = False,
         target_kl: float | None = None,
         checkpoint_interval: int = 20,
+        num_threads: int | None = 1,
         seed: int | None = None,
     ) -> None:
         _check_range("learning_rate", learning_rate, above=0.0)
@@ -179,6 +184,8 @@ class PPOTrainer:
             _check_range("num_steps", num_steps, at_least=1)
         if sequence_length is not None:
             _check_range("sequence_length", sequence_length, at_least=1)
+        if num_threads is not None:
+            _check_range("num_threads", num_threads, at_least=1)
         if target_kl is not None:
             _check_range("target_kl", target_kl, above=0.0)
         if seed is None:
@@ -204,6 +211,7 @@ class PPOTrainer:
         self.clip_value_loss = clip_value_loss
         self.target_kl = target_kl
         self.checkpoint_interval = checkpoint_interval
+        self.num_threads = num_threads
         self.seed = seed
 
         self.optimizer = torch.optim.Adam(
@@ -271,7 +279,7 @@ class PPOTrainer:
             total_timesteps / (self._steps_of(env) * env.batch_size)
         )
         result = TrainingResult(0, 0, [], [], [])
-        with torch.random.fork_rng(self._cuda_devices()):
+        with torch.random.fork_rng(self._cuda_devices()), _threads(self.num_threads):
             self._restore_random_state()
             self._env = None
             while self.iteration < last:
@@ -560,37 +568,19 @@ class PPOTrainer:
             The state before each sequence `[num_layers, S, N]`, the values `[B, T]`, and the values
             of what the steps led to `[B, T]`.
         """
-        T = rollout.rewards.shape[1]
-        state = rollout.initial_state
-        states, values = [], []
-        for t in range(0, T, L):
-            states.append(state)
-            _, _, value, state = self.model(
-                rollout.observations[:, t : t + L], state, rollout.reset[:, t : t + L]
-            )
-            values.append(value)
-        all_states = torch.stack(states, dim=2).flatten(1, 2)  # [num_layers, S, N], S = B * (T / L)
-        all_values = torch.cat(values, dim=1)  # [B, T]
-        next_values = torch.zeros_like(all_values)
-        next_values[:, :-1] = all_values[:, 1:]
-        if rollout.boundary_rows.numel() == 0:
-            return all_states, all_values, next_values
-
-        # A boundary's sequence is played again, with the observation that no step holds put in
-        # behind it. What follows that in the sequence has no influence on it.
+        values, states = self.model.unroll(
+            rollout.observations, rollout.initial_state, rollout.reset
+        )  # [B, T], [num_layers, B, T, N]
+        next_values = torch.empty_like(values)
+        next_values[:, :-1] = values[:, 1:]
+        next_values[:, -1] = 0.0  # where the last step ended an episode; no boundary then
         rows, steps = rollout.boundary_rows, rollout.boundary_steps  # [M]
-        sequence = rows * (T // L) + steps // L  # [M]
-        place = steps % L + 1  # [M]
-        each = torch.arange(len(rows), device=rows.device)
-        x = rollout.observations.new_zeros(len(rows), L + 1, rollout.observations.shape[-1])
-        x[:, :L] = _sequences(rollout.observations, L)[sequence]
-        x[each, place] = rollout.boundary_observations
-        reset = torch.zeros(len(rows), L + 1, dtype=torch.bool, device=rows.device)  # [M, L + 1]
-        reset[:, :L] = _sequences(rollout.reset, L)[sequence]
-        reset[each, place] = False
-        _, _, value, _ = self.model(x, all_states[:, sequence], reset)
-        next_values[rows, steps] = value[each, place]
-        return all_states, all_values, next_values
+        _, _, beyond, _ = self.model(rollout.boundary_observations, states[:, rows, steps])
+        next_values[rows, steps] = beyond
+        starts = torch.cat(
+            (rollout.initial_state.unsqueeze(2), states[:, :, L - 1 : -1 : L]), dim=2
+        )  # [num_layers, B, T / L, N]
+        return starts.flatten(1, 2), values, next_values
 
     def _step(
         self,
@@ -800,6 +790,16 @@ class PPOTrainer:
 
     def _cuda_devices(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _sequences(x: Tensor, L: int) -> Tensor:

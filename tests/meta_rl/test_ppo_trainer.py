@@ -4,6 +4,7 @@ import math
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -466,11 +467,9 @@ class TestFailures:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-import torch
 sys.path.insert(0, sys.argv[1])
 from test_ppo_trainer import _resumable
 from ssm_fast.meta_rl.run import RunDirectory
-torch.set_num_threads(1)
 env, trainer = _resumable(sys.argv[2])
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[4] == "write":
@@ -532,13 +531,6 @@ def _assert_same(x: Any, y: Any, path: str = "") -> None:
 
 
 class TestResume:
-    @pytest.fixture(autouse=True)
-    def _one_thread(self) -> Any:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        yield
-        torch.set_num_threads(threads)
-
     @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1", "InvertedPendulum-v5"])
     def test_equals_the_uninterrupted_run(self, env_id: str, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path / "whole")
@@ -554,11 +546,13 @@ class TestResume:
 
             def callback(
                 m: dict[str, float], stop_at: int = stop_at, metrics: Any = metrics
-            ) -> bool:
+            ) -> None:
                 metrics.append(m)
-                return m["iteration"] < stop_at
+                if m["iteration"] == stop_at:
+                    raise KeyboardInterrupt
 
-            trainer.train(env, 7 * 64, run=run, resume=True, callback=callback)
+            with suppress(KeyboardInterrupt):
+                trainer.train(env, 7 * 64, run=run, resume=True, callback=callback)
             assert metrics[0]["iteration"] == starts_at + 1
         _assert_same(_outcome(trainer, run), whole)
 
