@@ -405,6 +405,15 @@ def test_write_atomic_writes_new_and_replaces_old(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
+def test_write_atomic_never_touches_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_text("old")
+    with path.open() as reader:
+        write_atomic(path, lambda temporary: temporary.write_text("new and longer"))
+        assert reader.read() == "old"
+    assert path.read_text() == "new and longer"
+
+
 def test_write_atomic_follows_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")

@@ -307,6 +307,15 @@ def test_vmap_of_grad_over_task_parameters_equals_a_loop(options: dict[str, Any]
                 torch.testing.assert_close(together[name][g], expected, rtol=1e-9, atol=1e-12)
 
 
+def test_compiles_to_one_graph() -> None:
+    model = make(normalize_observations=True)
+    x, h, reset, actions = inputs(model)
+    compiled = torch.compile(model.evaluate_actions, fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        compiled(x, actions, h, reset), model.evaluate_actions(x, actions, h, reset)
+    )
+
+
 def test_initialisation() -> None:
     torch.manual_seed(0)
     model = ImprovedSSM(17, 6)
