@@ -266,7 +266,7 @@ def test_gradients_of_evaluate_actions(discrete: bool) -> None:
         (value.detach() + 0.1 * torch.randn_like(value)).requires_grad_()
         for value in evaluate.parameters()
     ]
-    assert gradcheck(run, (x, h, *values))
+    assert gradcheck(run, (x, h, *values), fast_mode=True)  # in full in test_ssm_layer.py
 
 
 class Evaluate(nn.Module):
