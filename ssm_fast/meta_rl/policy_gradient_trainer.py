@@ -308,7 +308,9 @@ class PolicyGradientTrainer:
         loss.backward()  # type: ignore[no-untyped-call]
         grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         if not math.isfinite(float(grad_norm)):
-            raise FloatingPointError(f"loss {float(loss)}, gradient norm {float(grad_norm)}")
+            raise FloatingPointError(
+                f"loss {float(loss.detach())}, gradient norm {float(grad_norm)}"
+            )
         self.optimizer.step()
         return {
             "policy_loss": float(policy_loss.detach()),
