@@ -33,7 +33,7 @@ AnyEnvironment: TypeAlias = (
 
 _LOGGER = logging.getLogger(__name__)
 _STEPS_PER_ITERATION = 2048  # over all environments, where num_steps is not given
-_LONGEST_SEQUENCE = 16  # where sequence_length is not given
+_LONGEST_SEQUENCE = 8  # where sequence_length is not given
 _WARM_UP_STEPS = 2048  # over all environments, before the first iteration; at most a rollout
 _REWARD_CLIP = 10.0  # of the scaled reward
 _EPISODE_WINDOW = 20  # episodes in the reported mean
@@ -127,7 +127,7 @@ class PPOTrainer:
         device: Where the model acts and learns.
         num_steps: Steps of each environment in a rollout. By default 2048 over all of them.
         sequence_length: Steps of a sequence; must divide `num_steps`. By default the largest
-            divisor that is at most 16 and at most `mini_batch_size`.
+            divisor that is at most 8 and at most `mini_batch_size`.
         anneal_lr: Decay the learning rate linearly to zero.
         recompute_advantages: Refresh values, advantages and initial states in every epoch, not only
             in the first.
@@ -148,7 +148,7 @@ class PPOTrainer:
     def __init__(
         self,
         model: ImprovedSSM,
-        learning_rate: float = 3e-4,
+        learning_rate: float = 2e-4,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         clip_epsilon: float = 0.2,
@@ -274,7 +274,7 @@ class PPOTrainer:
         if resume:
             if run is None:
                 raise ValueError("resume needs the run to continue")
-            self._resume(run)
+            self._resume(run, env)
         last = self._first_iteration + math.ceil(
             total_timesteps / (self._steps_of(env) * env.batch_size)
         )
@@ -763,13 +763,20 @@ class PPOTrainer:
         def write_model(path: Path) -> None:
             save_model(path, self.model, metadata)
 
-        run.save_checkpoint(self.iteration, self.state_dict(), write_model)
+        state = {**self.state_dict(), "batch_size": env.batch_size}
+        run.save_checkpoint(self.iteration, state, write_model)
 
-    def _resume(self, run: RunDirectory) -> None:
+    def _resume(self, run: RunDirectory, env: Environment) -> None:
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:
             try:
                 self.load_state_dict(checkpoint.state)
+                batch_size = checkpoint.state.get("batch_size")
+                if batch_size != env.batch_size:
+                    raise ValueError(
+                        f"batch_size must be {batch_size} as in the run that is resumed, "
+                        f"got {env.batch_size}"
+                    )
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: {error}") from error
         run.drop_checkpoints_after(self.iteration)

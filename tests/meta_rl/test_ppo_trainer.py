@@ -361,8 +361,8 @@ class TestTrain:
         result = trainer.train(env, 200, callback=lambda m: metrics.append(m) and None)
         assert result.timesteps == (208 if kind == "env" else 240)
         assert metrics == result.metrics
-        assert metrics[0]["learning_rate"] == 3e-4
-        assert metrics[-1]["learning_rate"] == pytest.approx(3e-4 / len(metrics))
+        assert metrics[0]["learning_rate"] == trainer.learning_rate
+        assert metrics[-1]["learning_rate"] == pytest.approx(trainer.learning_rate / len(metrics))
         env.close()
 
     def test_returns_are_those_of_whole_episodes(self) -> None:
@@ -378,7 +378,7 @@ class TestTrain:
             result = trainer.train(_drift(2), 96)
             assert result.timesteps == timesteps
         assert result.iterations == 4
-        assert result.metrics[0]["learning_rate"] == 3e-4
+        assert result.metrics[0]["learning_rate"] == trainer.learning_rate
 
     def test_same_seed_same_weights(self) -> None:
         models = []
@@ -585,6 +585,13 @@ class TestResume:
         trainer = PPOTrainer(trainer.model, seed=12)
         with pytest.raises(ValueError, match=r"iteration_.*ppo_epochs must be 2 as in the run"):
             trainer.train(env, 64, run=run, resume=True)
+
+    def test_another_batch_size(self, tmp_path: Path) -> None:
+        run = RunDirectory(tmp_path)
+        env, trainer = _resumable("CartPole-v1")
+        trainer.train(env, 64, run=run)
+        with pytest.raises(ValueError, match=r"batch_size must be 2 as in the run .* got 3"):
+            trainer.train(Environment("CartPole-v1", batch_size=3), 64, run=run, resume=True)
 
     def test_another_model(self, tmp_path: Path) -> None:
         _, trainer = _resumable("CartPole-v1")
