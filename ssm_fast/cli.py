@@ -123,11 +123,10 @@ class Train:
     """Run folder."""
     resume: bool = False
     """Continue the run in the run folder exactly where its last checkpoint left it."""
-    threads: Annotated[int | None, _default("improved: torch's own, policy_gradient: 1", "INT")] = (
-        None
-    )
-    """Threads of torch and the kernels. On a machine that others use, fewer are faster."""
-    lr: Annotated[float | None, _default("improved: 3e-4, policy_gradient: 5e-3", "FLOAT")] = None
+    threads: Annotated[int, _default("1", "INT")] = 1
+    """Threads of torch and the kernels. These models are too small to gain from more, and where
+    another process has the core, more are several times slower."""
+    lr: Annotated[float | None, _default("improved: 2e-4, policy_gradient: 5e-3", "FLOAT")] = None
     """Learning rate at the start."""
     gamma: Annotated[float | None, _default("0.99", "FLOAT")] = None
     """Discount factor."""
@@ -161,7 +160,7 @@ class Train:
     """Steps in a minibatch."""
     num_steps: Annotated[int | None, _default("2048 over all of them; improved only", "INT")] = None
     """Steps of each environment in a rollout."""
-    sequence_length: Annotated[int | None, _default("at most 16; improved only", "INT")] = None
+    sequence_length: Annotated[int | None, _default("at most 8; improved only", "INT")] = None
     """Steps that are learnt from as one sequence."""
     target_kl: Annotated[float | None, _default("none; improved only", "FLOAT")] = None
     """End an update early beyond this KL divergence."""
@@ -231,10 +230,9 @@ def _train(options: Train) -> None:
     settings = _settings(options, out)
     mode, env_id, seed = settings["mode"], settings["env"], settings["seed"]
     _route_mujoco_warnings(env_id)
-    if options.threads is not None and options.threads < 1:
+    if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}")
-    if options.threads is not None or mode == "policy_gradient":
-        torch.set_num_threads(options.threads or 1)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(seed)
     start = time.perf_counter()
     with Environment(env_id, settings["batch_size"], seed=seed) as env:
@@ -370,7 +368,7 @@ def _trainer(settings: dict[str, Any], env: Environment) -> PolicyGradientTraine
         normalize_observations=True,
         **model_options,
     )
-    return PPOTrainer(improved, **trainer_options)
+    return PPOTrainer(improved, num_threads=None, **trainer_options)
 
 
 def _total(settings: dict[str, Any], env: Environment) -> int:
