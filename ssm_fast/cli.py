@@ -50,7 +50,7 @@ EVALUATION_SEED = 3_000_000_000
 _EVALUATION_EPISODES = 10
 _SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "policy_gradient": {"env": "CartPole-v1", "episodes": 1500, "batch_size": 16, "seed": 0},
+    "policy_gradient": {"env": "CartPole-v1", "episodes": 1600, "batch_size": 16, "seed": 0},
     "improved": {"env": "HalfCheetah-v5", "steps": 1_000_000, "batch_size": 8, "seed": 0},
 }
 _MODEL_OPTIONS = {
@@ -111,7 +111,7 @@ class Train:
         _default("improved: HalfCheetah-v5, policy_gradient: CartPole-v1", "STR"),
     ] = None
     """Gymnasium id."""
-    episodes: Annotated[int | None, _default("policy_gradient: 1500", "INT")] = None
+    episodes: Annotated[int | None, _default("policy_gradient: 1600", "INT")] = None
     """Stop after so many episodes."""
     steps: Annotated[
         int | None, _default("improved: 1000000, where --episodes is not given", "INT")
@@ -128,7 +128,9 @@ class Train:
     another process has the core, more are several times slower."""
     lr: Annotated[float | None, _default("improved: 2e-4, policy_gradient: 5e-3", "FLOAT")] = None
     """Learning rate at the start."""
-    gamma: Annotated[float | None, _default("0.99", "FLOAT")] = None
+    gamma: Annotated[float | None, _default("improved: 0.99, policy_gradient: 0.999", "FLOAT")] = (
+        None
+    )
     """Discount factor."""
     batch_size: Annotated[int | None, _default("improved: 8, policy_gradient: 16", "INT")] = None
     """Environments side by side."""
@@ -398,6 +400,9 @@ def _learn(
     """Runs the trainer up to the limits of the settings."""
     total = _total(settings, env)
     episodes, steps = settings["episodes"], settings["steps"]
+    unit, limit = ("steps", steps) if episodes is None else ("episodes", episodes)
+    if isinstance(trainer, PPOTrainer):
+        steps = None  # it stops by itself, after whole rollouts
     checkpoint = run.latest_checkpoint() if resume else None
     ended, timesteps = 0.0, 0.0
     if checkpoint is not None:
@@ -414,15 +419,13 @@ def _learn(
         trainer.load_state_dict(checkpoint.state)
         return
     run.open_tensorboard(purge_step=int(timesteps) + 1 if resume else None)
-    by_episodes = episodes is not None
-    limit = episodes if by_episodes else steps
-    with _progress(limit, "episodes" if by_episodes else "steps") as show:
+    with _progress(limit, unit) as show:
 
         def after_iteration(metrics: dict[str, float]) -> bool:
             nonlocal ended, timesteps
             ended += metrics["episodes"]
             timesteps = metrics["timesteps"]
-            show(ended if by_episodes else timesteps, metrics)
+            show(ended if unit == "episodes" else timesteps, metrics)
             return not is_done()
 
         trainer.train(env, total, callback=after_iteration, run=run, resume=resume)
@@ -482,6 +485,7 @@ def _evaluate(options: Evaluate) -> None:
     if env_id is None:
         raise ValueError(f"{path} does not say which environment it is for: give --env")
     _route_mujoco_warnings(env_id)
+    torch.set_num_threads(1)
     if not options.deterministic:
         torch.manual_seed(options.seed)
     result = evaluate(

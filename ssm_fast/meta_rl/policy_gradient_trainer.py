@@ -74,7 +74,8 @@ class PolicyGradientTrainer:
     Args:
         model: The policy: its outputs are the logits of the actions. It is moved to `device`.
         learning_rate: Of Adam, at the start.
-        gamma: Discount factor.
+        gamma: Discount factor. CartPole-v1 needs more than 0.99: the cart leaves its track after
+            300 steps, and at 0.99 one run in ten forgets to prevent it.
         entropy_coef: Weight of the entropy bonus.
         max_grad_norm: Gradients are scaled down to this norm.
         transition_lr_scale: The transition matrix `A` learns at this fraction of the learning rate.
@@ -95,7 +96,7 @@ class PolicyGradientTrainer:
         self,
         model: StateSpaceModel,
         learning_rate: float = 5e-3,
-        gamma: float = 0.99,
+        gamma: float = 0.999,
         *,
         entropy_coef: float = 0.0,
         max_grad_norm: float = 0.5,
@@ -321,7 +322,9 @@ class PolicyGradientTrainer:
     def compute_advantages(self, episodes: Episodes) -> Tensor:
         """Returns-to-go less their leave-one-out baseline, over the deviation of the returns.
 
-        Where no other episode is as long, the baseline is the mean over all steps of the batch.
+        Where no other episode is as long there is nothing to compare with, and the advantage is
+        zero: measured by the mean of the batch, the longest episode would be blamed for the end
+        that its time limit brings. A batch of one episode has the mean of its returns as baseline.
 
         Returns:
             `[B, T]`, zero where an episode has ended.
@@ -331,9 +334,9 @@ class PolicyGradientTrainer:
             episodes.rewards, episodes.terminated, episodes.truncated, self.gamma
         )  # [B, T]
         others = valid.sum(0) - 1.0  # [T]
-        mean = returns.sum() / valid.sum()
+        alone = returns if len(returns) > 1 else returns.mean()
         baseline = torch.where(
-            others > 0, (returns.sum(0) - returns) / others.clamp(min=1.0), mean
+            others > 0, (returns.sum(0) - returns) / others.clamp(min=1.0), alone
         )  # [B, T]
         deviation = returns[episodes.valid].std(correction=0)
         return valid * (returns - baseline) / (deviation + 1e-8)

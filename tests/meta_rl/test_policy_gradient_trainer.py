@@ -126,10 +126,18 @@ class TestUpdate:
                     continue
                 others = [r[t] for c, r in enumerate(returns) if c != b and t < len(r)]
                 alone += not others
-                baseline = np.mean(others) if others else every.mean()
+                baseline = np.mean(others) if others else row[t]
                 want = (row[t] - baseline) / every.std()
                 assert float(got[b, t]) == pytest.approx(want, rel=1e-6, abs=1e-6)
         assert alone, "the longest episode must be alone at its end"
+
+    def test_one_episode_is_measured_by_its_mean(self) -> None:
+        trainer = PolicyGradientTrainer(_model().double(), gamma=1.0, seed=4)
+        advantages = trainer.compute_advantages(_episodes(trainer, 1))
+        T = advantages.shape[1]
+        returns = np.arange(T, 0, -1.0)
+        want = (returns - returns.mean()) / returns.std()
+        np.testing.assert_allclose(advantages[0], want, rtol=1e-6)
 
     def test_equal_episodes_teach_nothing(self) -> None:
         trainer = PolicyGradientTrainer(_model(), seed=4)

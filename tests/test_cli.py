@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import ssm_fast
+from ssm_fast import cli
+from ssm_fast.checkpoint import load_model
+from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.core.ssm import StateSpaceModel
+from ssm_fast.env_runner import Environment, evaluate
+from ssm_fast.meta_rl.run import RunDirectory
+
+pytestmark = pytest.mark.isa_independent
+
+REINFORCE = ["train", "--mode", "policy_gradient", "--batch_size", "4", "--episodes", "12"]
+PPO = [
+    *("train", "--mode", "improved", "--env", "Pendulum-v1", "--batch_size", "2"),
+    *("--num_steps", "40", "--ppo_epochs", "2", "--state_dim", "4", "--hidden_dim", "8"),
+]
+TIMED = ("seconds", "steps_per_second")
+
+
+class Breaks(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """CartPole that returns NaN at its 150th step."""
+
+    def __init__(self) -> None:
+        super().__init__(gymnasium.make("CartPole-v1"))
+        self.steps = 0
+
+    def step(self, action: Any) -> Any:
+        obs, *rest = super().step(action)
+        self.steps += 1
+        return (obs * np.nan if self.steps == 150 else obs, *rest)
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    gymnasium.register("Breaks-v0", entry_point=Breaks)
+    gymnasium.register("Endless-v0", entry_point="gymnasium.envs.classic_control:PendulumEnv")
+    yield
+    del gymnasium.registry["Breaks-v0"], gymnasium.registry["Endless-v0"]
+    torch.set_num_threads(threads)
+
+
+def _rows(path: Path | str) -> list[dict[str, float]]:
+    """The learning curve without what a clock says; NaN is left out, which no NaN equals."""
+    rows = RunDirectory(path, resume=True).read_rows()
+    return [{k: v for k, v in row.items() if k not in TIMED and not math.isnan(v)} for row in rows]
+
+
+def _assert_same_policy(*runs: str) -> None:
+    one, other = (dict(load_model(Path(run, "policy.safetensors")).state_dict()) for run in runs)
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+class TestTrain:
+    @pytest.mark.parametrize(
+        ("args", "env_id", "model"),
+        [
+            ([*REINFORCE, "--state_dim", "5", "--hidden-dim", "6"], "CartPole-v1", StateSpaceModel),
+            ([*PPO, "--steps", "160", "--num_layers", "1"], "Pendulum-v1", ImprovedSSM),
+        ],
+    )
+    def test_leaves_a_whole_run(
+        self, args: list[str], env_id: str, model: type, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([*args, "--seed", "3", "--lr", "1e-3", "--out", "out"]) == 0
+        out = Path("out")
+        config = json.loads((out / "config.json").read_text())
+        assert (config["env"], config["seed"], config["learning_rate"]) == (env_id, 3, 1e-3)
+        assert config["versions"]["torch"] == torch.__version__
+        assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+        assert len(list((out / "tensorboard").glob("events.*"))) == 1
+        assert len(list((out / "checkpoints").iterdir())) >= 1
+        rows = _rows(out)
+        assert rows[-1]["timesteps"] > 0
+
+        policy = ssm_fast.load_policy(out / "policy.safetensors")
+        assert type(policy.model) is model
+        assert (policy.action_low is None) == (env_id == "CartPole-v1")
+        report = json.loads((out / "evaluation.json").read_text())
+        want = evaluate(policy, env_id, 10, report["seed"])
+        assert report["returns"] == want.returns.tolist()
+        assert report["timesteps"] == rows[-1]["timesteps"]
+
+        text = capsys.readouterr().out
+        line = f"deterministic evaluation of 10 episodes of {env_id}: return {want.mean:.1f} "
+        assert text.splitlines()[-1].startswith(line)
+        assert cli.main(["evaluate", "out"]) == 0
+        assert capsys.readouterr().out.startswith(line)
+
+    def test_evaluation_has_seeds_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seeds: list[int] = []
+        reset = Environment.reset
+
+        def record(self: Environment, seed: Any = None) -> Any:
+            seeds.append(seed)
+            return reset(self, seed)
+
+        monkeypatch.setattr(Environment, "reset", record)
+        assert cli.main(REINFORCE) == 0
+        assert cli.main([*PPO, "--steps", "160"]) == 0
+        evaluations = [seed for seed in seeds if seed >= 2**31]
+        assert evaluations == [cli.EVALUATION_SEED] * 2
+        assert len(seeds) > 4
+        assert max(set(seeds) - set(evaluations)) + 1000 < cli.EVALUATION_SEED
+
+    def test_default_folder_and_a_second_run(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*REINFORCE, "--seed", "1"]) == 0
+        assert Path("runs/policy_gradient-CartPole-v1-seed1/policy.safetensors").exists()
+        before = _rows("runs/policy_gradient-CartPole-v1-seed1")
+        capsys.readouterr()
+        assert cli.main([*REINFORCE, "--seed", "1"]) == 2
+        assert "holds a run already" in capsys.readouterr().err
+        assert _rows("runs/policy_gradient-CartPole-v1-seed1") == before
+
+    def test_limits(self) -> None:
+        assert cli.main([*REINFORCE, "--episodes", "10", "--out", "a"]) == 0
+        assert [row["episodes"] for row in _rows("a")] == [4, 4, 2]
+        assert cli.main([*REINFORCE, "--episodes", "400", "--steps", "150", "--out", "b"]) == 0
+        rows = _rows("b")
+        assert rows[-2]["timesteps"] < 150 <= rows[-1]["timesteps"]
+        # Pendulum's episodes have 200 steps: 2 environments end one each in every fifth rollout
+        assert cli.main([*PPO, "--episodes", "4", "--out", "c"]) == 0
+        assert [row["episodes"] for row in _rows("c")] == [0, 0, 0, 0, 2, 0, 0, 0, 0, 2]
+
+    def test_policy_is_the_newest_where_episodes_end_a_run_early(self) -> None:
+        args = ["train", "--env", "CartPole-v1", "--batch_size", "2", "--num_steps", "40"]
+        assert cli.main([*args, "--episodes", "6", "--out", "out"]) == 0
+        rows = _rows("out")
+        ended = np.cumsum([row["episodes"] for row in rows])
+        assert ended[-1] >= 6
+        assert (ended[:-1] < 6).all()
+        assert Path("out/policy.safetensors").exists()
+        assert cli.main(["evaluate", "out", "--episodes", "2"]) == 0
+
+    def test_progress_lines(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+        assert cli.main(REINFORCE) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.split(",")[0] for line in lines] == [f"{n} of 12 episodes" for n in (4, 8, 12)]
+        assert re.fullmatch(r".* return \d+\.\d, [\d,]+ steps/s", lines[0])
+
+    def test_progress_bar(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLUMNS", "120")
+        assert cli.main(REINFORCE) == 0
+        plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+        assert "━" in plain
+        assert "12/12 episodes" in plain
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("args", "text"),
+        [
+            (["train", "--env", "Nope-v0"], "'Nope-v0' cannot be made"),
+            (["train", "--env", "FrozenLake-v1"], "observation space must be a Box"),
+            ([*REINFORCE, "--env", "Pendulum-v1"], "needs discrete actions; Pendulum-v1 has Box"),
+            ([*REINFORCE, "--lr", "-1"], "learning_rate must be finite and positive, got -1.0"),
+            ([*REINFORCE, "--lr", "nan"], "learning_rate must be finite"),
+            ([*REINFORCE, "--episodes", "0"], "--episodes must be at least 1, got 0"),
+            ([*REINFORCE, "--batch_size", "0"], "batch_size must be at least 1, got 0"),
+            ([*REINFORCE, "--state_dim", "0"], "state_dim"),
+            ([*REINFORCE, "--seed", "-1"], "seed must not be negative, got -1"),
+            ([*REINFORCE, "--threads", "0"], "--threads must be at least 1, got 0"),
+            ([*REINFORCE, "--clip_epsilon", "0.1"], "--clip_epsilon is not an option of --mode"),
+            ([*PPO, "--steps", "0"], "--steps must be at least 1, got 0"),
+            ([*PPO, "--sequence_length", "7"], "sequence_length"),
+            ([*PPO, "--env", "Endless-v0", "--episodes", "3"], "--steps is needed"),
+        ],
+    )
+    def test_a_mistake_in_training_is_one_sentence(
+        self, args: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([*args, "--out", "out"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("ssm-fast: ")
+        assert text in error
+        assert error.count("\n") == 1
+        assert not Path("out/config.json").exists(), "the folder must stay free"
+
+    @pytest.mark.parametrize("option", [["--lr", "abc"], ["--no-such"], ["--mode", "meta"]])
+    def test_a_mistake_in_the_command_line(
+        self, option: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([*REINFORCE, *option])
+        assert stopped.value.code == 2
+        assert option[0] in capsys.readouterr().err
+
+    def test_an_unwritable_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
+        Path("file").write_text("")
+        assert cli.main([*REINFORCE, "--out", "file/run"]) == 2
+        assert "file/run cannot be written to" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("args", "text"),
+        [
+            (["missing.safetensors"], "'missing.safetensors': cannot be read"),
+            (["garbage.safetensors"], "'garbage.safetensors': truncated, or not"),
+            (["empty"], "policy.safetensors': cannot be read"),
+            (["nowhere.safetensors"], "give --env"),
+            (["nowhere.safetensors", "--env", "Acrobot-v1"], "obs must have shape"),
+            (["nowhere.safetensors", "--env", "Nope-v0"], "'Nope-v0' cannot be made"),
+            (["nowhere.safetensors", "--env", "CartPole-v1", "--episodes", "0"], "episodes"),
+        ],
+    )
+    def test_a_mistake_in_evaluation_is_one_sentence(
+        self, args: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("garbage.safetensors").write_text("not a checkpoint")
+        Path("empty").mkdir()
+        StateSpaceModel().save("nowhere.safetensors")
+        assert cli.main(["evaluate", *args]) == 2
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
+
+    def test_nan_keeps_the_last_checkpoint(self, capsys: pytest.CaptureFixture[str]) -> None:
+        args = [*REINFORCE, "--env", "Breaks-v0", "--episodes", "400"]
+        assert cli.main([*args, "--checkpoint_interval", "1", "--out", "out"]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(
+            r"iteration \d+: Breaks-v0: environment \d .* non-finite observation", error
+        )
+        assert error.endswith("continue with: ssm-fast train --resume --out out")
+        checkpoint = RunDirectory("out", resume=True).latest_checkpoint()
+        assert checkpoint is not None
+        assert checkpoint.iteration >= 1
+
+
+class TestResume:
+    args = (
+        *("train", "--mode", "policy_gradient", "--batch_size", "4", "--episodes", "240"),
+        *("--lr", "1e-3", "--checkpoint_interval", "2"),
+    )
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+    def test_equals_the_uninterrupted_run(
+        self, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([*self.args, "--out", "whole"]) == 0
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ssm_fast", *self.args, "--out", "part"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        checkpoint = Path("part/checkpoints/iteration_00000008")
+        deadline = time.monotonic() + 120.0
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        assert not Path("part/evaluation.json").exists(), "the signal must come before the end"
+        if number == signal.SIGINT:
+            assert process.returncode == 130
+            assert error.splitlines()[-1] == (
+                "ssm-fast: interrupted; the last checkpoint is intact, continue with: "
+                "ssm-fast train --resume --out part"
+            )
+            assert "Traceback" not in error
+        else:
+            assert process.returncode == -signal.SIGKILL
+        assert len(_rows("part")) < 60
+
+        capsys.readouterr()
+        assert cli.main(["train", "--resume", "--out", "part"]) == 0
+        assert _rows("part") == _rows("whole")
+        assert len(_rows("part")) == 60
+        _assert_same_policy("part", "whole")
+        assert Path("part/config.json").read_bytes() == Path("whole/config.json").read_bytes()
+        reports = [json.loads(Path(x, "evaluation.json").read_text()) for x in ("part", "whole")]
+        assert reports[0]["returns"] == reports[1]["returns"]
+
+    def test_ppo(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        args = [*PPO, "--steps", "800", "--checkpoint_interval", "3"]
+        assert cli.main([*args, "--out", "whole"]) == 0
+        append = RunDirectory.append_row
+
+        def interrupt(self: RunDirectory, row: Any) -> None:
+            append(self, row)
+            if row["iteration"] == 8:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "append_row", interrupt)
+            assert cli.main([*args, "--out", "part"]) == 130
+        assert cli.main([*args, "--out", "part", "--resume"]) == 0
+        assert _rows("part") == _rows("whole")
+        _assert_same_policy("part", "whole")
+
+    def test_of_a_finished_run_evaluates_again(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*PPO, "--episodes", "2", "--out", "out"]) == 0
+        line, rows = capsys.readouterr().out.splitlines()[-1], _rows("out")
+        assert cli.main(["train", "--resume", "--out", "out"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == line
+        assert _rows("out") == rows
+
+    def test_with_more_episodes(self) -> None:
+        assert cli.main([*REINFORCE, "--out", "out"]) == 0
+        assert cli.main(["train", "--resume", "--episodes", "20", "--out", "out"]) == 0
+        assert sum(row["episodes"] for row in _rows("out")) == 20
+        assert json.loads(Path("out/config.json").read_text())["episodes"] == 20
+
+    def test_without_a_run_starts_one(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*REINFORCE, "--resume", "--out", "out"]) == 0
+        assert "out holds no run yet: starting one" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("option", "text"),
+        [
+            (["--lr", "0.5"], "--lr must be 0.001 as in the run in out, got 0.5"),
+            (["--seed", "5"], "--seed must be 0"),
+            (["--env", "Acrobot-v1"], "--env must be CartPole-v1"),
+            (["--mode", "improved"], "--mode must be policy_gradient"),
+            (["--gae_lambda", "0.9"], "--gae_lambda must be None"),
+        ],
+    )
+    def test_with_another_setting(
+        self, option: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([*REINFORCE, "--lr", "0.001", "--out", "out"]) == 0
+        assert cli.main(["train", "--resume", "--out", "out", *option]) == 2
+        assert text in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ({"mode": "meta"}, "mode must be one of"),
+            ({"seed": "0"}, "seed must be int, got '0'"),
+            ({"batch_size": None}, "batch_size must be int, got None"),
+            ({"gamma": True}, "gamma must be float, got True"),
+            ({"state_dim": 33}, "does not fit"),
+        ],
+    )
+    def test_with_a_tampered_config(
+        self, change: dict[str, Any], text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([*REINFORCE, "--out", "out"]) == 0
+        path = Path("out/config.json")
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        assert cli.main(["train", "--resume", "--episodes", "99", "--out", "out"]) == 2
+        assert text in capsys.readouterr().err
+
+    @pytest.mark.filterwarnings("default")
+    def test_with_damaged_checkpoints(self, capsys: pytest.CaptureFixture[str]) -> None:
+        args = [*REINFORCE, "--checkpoint_interval", "1"]
+        assert cli.main([*args, "--out", "out"]) == 0
+        rows = _rows("out")
+        states = sorted(Path("out/checkpoints").glob("*/training.pt"))
+        states[-1].write_bytes(states[-1].read_bytes()[:-7])
+        assert cli.main(["train", "--resume", "--out", "out"]) == 0
+        assert "ssm-fast: warning: skipped a damaged checkpoint" in capsys.readouterr().err
+        assert _rows("out") == rows
+        for state in Path("out/checkpoints").glob("*/training.pt"):
+            state.write_bytes(b"garbage")
+        assert cli.main(["train", "--resume", "--out", "out"]) == 2
+        assert "no intact checkpoint in out" in capsys.readouterr().err
+
+
+class TestCommands:
+    def test_info(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["info"]) == 0
+        text = capsys.readouterr().out
+        for name, version in (
+            ("ssm_fast", ssm_fast.__version__),
+            ("torch", torch.__version__),
+            ("gymnasium", gymnasium.__version__),
+        ):
+            assert re.search(rf"^{name} +{re.escape(version)}$", text, re.MULTILINE)
+        assert re.search(r"^ISA +\w+ \(available: .*baseline", text, re.MULTILINE)
+        assert re.search(rf"^threads +{torch.get_num_threads()} of", text, re.MULTILINE)
+        assert re.search(r"^GPU ", text, re.MULTILINE)
+
+    def test_stochastic_evaluation_is_reproducible(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        torch.manual_seed(0)
+        StateSpaceModel().save("policy.safetensors")
+        args = ["evaluate", "policy.safetensors", "--env", "CartPole-v1"]
+        texts = []
+        for option in ([], [], ["--seed", "5"], ["--deterministic"]):
+            kind = option if option == ["--deterministic"] else ["--no-deterministic", *option]
+            assert cli.main([*args, *kind]) == 0
+            texts.append(capsys.readouterr().out)
+        assert texts[0] == texts[1]
+        assert texts[0].startswith("stochastic evaluation of 10 episodes")
+        assert len(set(texts)) == 3
+
+    def test_python_m(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "ssm_fast", "train", "--env", "Nope-v0"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert done.stderr.startswith("ssm-fast: env_name 'Nope-v0' cannot be made")
+        assert done.stderr.count("\n") == 1
