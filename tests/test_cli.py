@@ -294,8 +294,11 @@ class TestResume:
         reports = [json.loads(Path(x, "evaluation.json").read_text()) for x in ("part", "whole")]
         assert reports[0]["returns"] == reports[1]["returns"]
 
-    def test_ppo(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        args = [*PPO, "--steps", "800", "--checkpoint_interval", "3"]
+    @pytest.mark.parametrize(
+        "limit", [["--steps", "800"], ["--env", "CartPole-v1", "--episodes", "50"]]
+    )
+    def test_ppo(self, limit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        args = [*PPO, *limit, "--checkpoint_interval", "3"]
         assert cli.main([*args, "--out", "whole"]) == 0
         append = RunDirectory.append_row
 
@@ -308,6 +311,7 @@ class TestResume:
             patch.setattr(RunDirectory, "append_row", interrupt)
             assert cli.main([*args, "--out", "part"]) == 130
         assert cli.main([*args, "--out", "part", "--resume"]) == 0
+        assert len(_rows("part")) > 8
         assert _rows("part") == _rows("whole")
         _assert_same_policy("part", "whole")
 
