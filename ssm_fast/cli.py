@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 import warnings
@@ -473,7 +474,7 @@ def _figures(metrics: dict[str, float]) -> str:
 
 
 def _how_to_resume(run: RunDirectory) -> str:
-    return f"the last checkpoint is intact, continue with: ssm-fast train --resume --out {run.path}"
+    return f"the last checkpoint is intact, continue with: ssm-fast train --resume --out {shlex.quote(str(run.path))}"
 
 
 # evaluate
