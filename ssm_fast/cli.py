@@ -474,7 +474,8 @@ def _figures(metrics: dict[str, float]) -> str:
 
 
 def _how_to_resume(run: RunDirectory) -> str:
-    return f"the last checkpoint is intact, continue with: ssm-fast train --resume --out {shlex.quote(str(run.path))}"
+    command = f"ssm-fast train --resume --out {shlex.quote(str(run.path))}"
+    return f"the last checkpoint is intact, continue with: {command}"
 
 
 # evaluate
