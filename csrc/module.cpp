@@ -6,6 +6,7 @@
 #include <array>
 #include <memory>
 #include <new>
+#include <tuple>
 
 #include "dispatch.h"
 
@@ -84,6 +85,44 @@ void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides
                             static_cast<T*>(scratch.get())};
   const py::gil_scoped_release release;
   SSM_FAST_CALL(dense_scan(params));
+}
+
+template <class T>
+void norm_scan(Sweep sweep, Address u, Strides<3> u_strides, Address c, Strides<3> c_strides, Address A,
+               Strides<3> A_strides, Address weight, Index weight_stride, Address bias, Index bias_stride, Address n,
+               Strides<3> n_strides, Address rstd, Address s0, Strides<2> s0_strides, Address reset,
+               Strides<3> reset_strides, Address s, Address x, Strides<3> s_strides, Strides<4> sizes, double eps) {
+  const auto [G, B, T_len, N] = sizes;
+  const int threads = threads_for(double(G * B * T_len) * double(N * N), G * B);
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(norm_scan_scratch(N, sizeof(T) == 8)) * threads);
+  NormScan<T> params{};
+  params.u = at<T>(u);
+  std::tie(params.u_g, params.u_b, params.u_t) = std::tuple_cat(u_strides);
+  params.c = at<T>(c);
+  std::tie(params.c_g, params.c_b, params.c_t) = std::tuple_cat(c_strides);
+  params.A = at<T>(A);
+  std::tie(params.A_g, params.A_row, params.A_col) = std::tuple_cat(A_strides);
+  params.weight = at<T>(weight);
+  params.weight_g = weight_stride;
+  params.bias = at<T>(bias);
+  params.bias_g = bias_stride;
+  params.n = at<T>(n);
+  std::tie(params.n_g, params.n_b, params.n_t) = std::tuple_cat(n_strides);
+  params.rstd = at<T>(rstd);
+  params.s0 = at<T>(s0);
+  std::tie(params.s0_g, params.s0_b) = std::tuple_cat(s0_strides);
+  params.reset = at<std::uint8_t>(reset);
+  std::tie(params.reset_g, params.reset_b, params.reset_t) = std::tuple_cat(reset_strides);
+  params.s = at<T>(s);
+  params.x = at<T>(x);
+  std::tie(params.s_g, params.s_b, params.s_t) = std::tuple_cat(s_strides);
+  std::tie(params.G, params.B, params.T_len, params.N) = std::tuple_cat(sizes);
+  params.eps = T(eps);
+  params.sweep = sweep;
+  params.threads = threads;
+  params.scratch = static_cast<T*>(scratch.get());
+  const py::gil_scoped_release release;
+  SSM_FAST_CALL(norm_scan(params));
 }
 
 template <class T>
@@ -205,6 +244,12 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("num_threads", [] { return omp_get_max_threads(); });
   m.def("dense_scan_float32", &dense_scan<float>);
   m.def("dense_scan_float64", &dense_scan<double>);
+  py::enum_<Sweep>(m, "Sweep")
+      .value("forward", Sweep::forward)
+      .value("tangent", Sweep::tangent)
+      .value("adjoint", Sweep::adjoint);
+  m.def("norm_scan_float32", &norm_scan<float>);
+  m.def("norm_scan_float64", &norm_scan<double>);
   m.def("weight_grad_float32", &weight_grad<float>);
   m.def("weight_grad_float64", &weight_grad<double>);
   m.def("linear_scan_float32", &linear_scan<float>);

@@ -31,6 +31,40 @@ struct DenseScan {
   T* scratch;  // `threads` times dense_scan_scratch elements, aligned to 64 bytes
 };
 
+// The sweeps of norm_scan. With P(x) = x - mean(x) - n mean(x n):
+//   forward: z_t = A h_{t-1} + u_t, n_t = (z_t - mean) rstd, s_t = n_t w + b
+//   tangent: x_t = A h_{t-1} + u_t, s_t = c_t + w rstd P(x_t), where h are states s
+//   adjoint: x_t = A h_{t+1} + u_t, s_t = c_t + rstd P(w x_t), in reverse
+enum class Sweep { forward, tangent, adjoint };
+
+template <class T>
+struct NormScan {
+  const T* u;
+  Index u_g, u_b, u_t;
+  const T* c;
+  Index c_g, c_b, c_t;
+  const T* A;
+  Index A_g, A_row, A_col;
+  const T* weight;
+  Index weight_g;
+  const T* bias;
+  Index bias_g;
+  T* n;  // written by the forward sweep unless null, else read
+  Index n_g, n_b, n_t;
+  T* rstd;  // contiguous [G, B, T], as n
+  const T* s0;
+  Index s0_g, s0_b;
+  const std::uint8_t* reset;
+  Index reset_g, reset_b, reset_t;
+  T *s, *x;  // x is null in the forward sweep
+  Index s_g, s_b, s_t;
+  Index G, B, T_len, N;
+  T eps;
+  Sweep sweep;
+  int threads;
+  T* scratch;  // `threads` times norm_scan_scratch elements, aligned to 64 bytes
+};
+
 // grad[g] = sum over b and t of x_t h_t^T, with h the incoming states of a DenseScan.
 template <class T>
 struct WeightGrad {
@@ -101,6 +135,9 @@ struct DiscountedReturns {
   Index dense_scan_scratch(Index N, bool is_double);                                 \
   void dense_scan(const DenseScan<float>&);                                          \
   void dense_scan(const DenseScan<double>&);                                         \
+  Index norm_scan_scratch(Index N, bool is_double);                                  \
+  void norm_scan(const NormScan<float>&);                                            \
+  void norm_scan(const NormScan<double>&);                                           \
   Index weight_grad_scratch(Index G, Index B, Index T_len, Index N, bool is_double); \
   void weight_grad(const WeightGrad<float>&);                                        \
   void weight_grad(const WeightGrad<double>&);                                       \

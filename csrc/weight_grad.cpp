@@ -1,11 +1,11 @@
 // weight_grad: the sum over rows and time of x_t h_t^T, one GEMM after the sweep; docs/ops/weight_grad.md.
 #include "ops.h"
+#include "recurrence.h"
 #include "simd.h"
 
 namespace ssm_fast::SSM_FAST_ISA {
 namespace {
 
-constexpr int kMaxRows = 6;
 constexpr Index kBlock = 96;            // rows of x and h that stay in cache while all tiles visit them
 constexpr Index kChunkRows = 512;       // rows a partial sum covers at least
 constexpr Index kMaxChunks = 32;        // partial sums over all groups: more than cores need

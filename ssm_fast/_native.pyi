@@ -1,8 +1,14 @@
 from collections.abc import Sequence
+from enum import Enum
 from typing import Protocol
 
+class Sweep(Enum):
+    forward = 0
+    tangent = 1
+    adjoint = 2
+
 class _Kernel(Protocol):
-    def __call__(self, *arguments: float | bool | Sequence[int]) -> None: ...
+    def __call__(self, *arguments: float | bool | Sequence[int] | Sweep) -> None: ...
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
@@ -10,6 +16,8 @@ def num_threads() -> int: ...
 
 dense_scan_float32: _Kernel
 dense_scan_float64: _Kernel
+norm_scan_float32: _Kernel
+norm_scan_float64: _Kernel
 weight_grad_float32: _Kernel
 weight_grad_float64: _Kernel
 linear_scan_float32: _Kernel

@@ -8,7 +8,7 @@ import torch  # before _native: the compiled module uses the OpenMP runtime that
 from torch import Tensor
 
 try:
-    from ssm_fast import _native as native
+    import ssm_fast._native as native
 except ModuleNotFoundError as error:
     if error.name != "ssm_fast._native":
         raise
@@ -117,6 +117,14 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def empty_states(u: Tensor) -> Tensor:
+    """Memory for the states in the layout of ``u``: time-major if ``u`` is, else batch-major."""
+    G, B, T, N = u.shape
+    if u.stride(2) > u.stride(1) > 0 and B > 1:
+        return u.new_empty(G, T, B, N).transpose(1, 2)
+    return u.new_empty(G, B, T, N)
 
 
 def last_contiguous(x: Tensor) -> Tensor:

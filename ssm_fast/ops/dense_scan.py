@@ -15,6 +15,7 @@ from ssm_fast.ops.backend import (
     check_shape,
     check_tensors,
     choose,
+    empty_states,
     fold,
     last_contiguous,
     native_kernel,
@@ -44,22 +45,14 @@ LIBRARY.define(
 _op = torch.ops.ssm_fast.dense_scan
 
 
-def _empty_states(u: Tensor) -> Tensor:
-    """Memory for the states in the layout of ``u``: time-major if ``u`` is, else batch-major."""
-    G, B, T, N = u.shape
-    if u.stride(2) > u.stride(1) > 0 and B > 1:
-        return u.new_empty(G, T, B, N).transpose(1, 2)
-    return u.new_empty(G, B, T, N)
-
-
 @torch.library.register_fake("ssm_fast::dense_scan")
 def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
-    return _empty_states(u)
+    return empty_states(u)
 
 
 @torch.library.impl("ssm_fast::dense_scan", "CPU")
 def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
-    s = _empty_states(u)
+    s = empty_states(u)
     if s.numel() == 0:
         return s
     u = last_contiguous(u)
