@@ -23,7 +23,8 @@ test: $(VENV)/.installed-dev
 
 # The kernels once more at every instruction set below the one that the processor would choose.
 test-isa: $(VENV)/.installed-dev
-	set -e; for isa in $$($(BIN)/python -I -c "from ssm_fast.ops.backend import native; print(*native.available_isas()[:-1])"); do \
+	set -e; levels="$$($(BIN)/python -I -c "from ssm_fast.ops.backend import native; print(*native.available_isas()[:-1])")"; \
+	for isa in $$levels; do \
 	  echo "SSM_FAST_ISA=$$isa"; SSM_FAST_ISA=$$isa $(BIN)/pytest tests/ops -m "not isa_independent"; \
 	done
 

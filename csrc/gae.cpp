@@ -7,17 +7,18 @@ namespace {
 
 constexpr Index kColumns = 1024;
 
-// The source term and the coefficient of one step, and what is written beside the scanned value.
+// The source term of one step, and the coefficient of the step behind it; zero where that is cut off.
 template <class T>
 struct Step {
   T source, coefficient;
 };
 
+// A value that is not used may be anything, NaN included, so it is left out rather than multiplied by zero.
 template <class T>
 inline Step<T> step_of(const Gae<T>& p, Index i, bool) {
-  const T alive = T(p.terminated[i] == 0);
-  const T running = T((p.terminated[i] | p.truncated[i]) == 0);
-  return {fused(p.gamma * alive, p.next_values[i], p.rewards[i]) - p.values[i], p.gamma * p.gae_lambda * running};
+  const T bootstrap = p.terminated[i] ? T(0) : p.next_values[i];
+  const T coefficient = (p.terminated[i] | p.truncated[i]) ? T(0) : p.gamma * p.gae_lambda;
+  return {fused(p.gamma, bootstrap, p.rewards[i]) - p.values[i], coefficient};
 }
 template <class T>
 inline void write(const Gae<T>& p, Index i, T scanned) {
@@ -27,14 +28,19 @@ inline void write(const Gae<T>& p, Index i, T scanned) {
 
 template <class T>
 inline Step<T> step_of(const DiscountedReturns<T>& p, Index i, bool last) {
-  const T alive = T(p.terminated[i] == 0);
-  const T bootstraps = T((int(p.truncated[i]) | int(last)) != 0);
-  return {fused(p.gamma * alive * bootstraps, p.next_values[i], p.rewards[i]),
-          p.gamma * alive * T((int(p.truncated[i]) | int(last)) == 0)};
+  const bool ends = (int(p.truncated[i]) | int(last)) != 0;
+  const T bootstrap = (ends && !p.terminated[i]) ? p.next_values[i] : T(0);
+  return {fused(p.gamma, bootstrap, p.rewards[i]), (ends || p.terminated[i]) ? T(0) : p.gamma};
 }
 template <class T>
 inline void write(const DiscountedReturns<T>& p, Index i, T scanned) {
   p.returns[i] = scanned;
+}
+
+// coefficient * later + source, where a coefficient of zero cuts off whatever came later.
+template <class T>
+inline T advance(T coefficient, T later, T source) {
+  return coefficient == T(0) ? source : fused(coefficient, later, source);
 }
 
 // Columns are contiguous: `later` holds the scanned values of the step behind.
@@ -48,7 +54,7 @@ void scan_columns(const P& p, Index m, Index c, Index count) {
 #pragma GCC ivdep
     for (Index j = 0; j < count; ++j) {
       const Step<T> step = step_of(p, row + j, last);
-      later[j] = fused(step.coefficient, later[j], step.source);
+      later[j] = advance(step.coefficient, later[j], step.source);
       write(p, row + j, later[j]);
     }
   }
@@ -78,7 +84,7 @@ void scan_rows(const P& p, Index m) {
     transpose<T>(source);
     transpose<T>(coefficient);
     for (int j = width - 1; j >= 0; --j) {
-      later = fused_vector(coefficient[j], later, source[j]);
+      later = coefficient[j] == Vector<T>{} ? source[j] : fused_vector(coefficient[j], later, source[j]);
       source[j] = later;
     }
     transpose<T>(source);

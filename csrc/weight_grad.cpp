@@ -11,18 +11,13 @@ constexpr Index kChunkRows = 512;       // rows a partial sum covers at least
 constexpr Index kMaxChunks = 32;        // partial sums over all groups: more than cores need
 constexpr Index kMaxPartial = 1 << 21;  // elements of all partial sums together
 
-template <class T>
-Index padded(Index N) {
-  return (N + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
-}
-
 // How many partial sums a group is cut into: a rule of the sizes alone, so that the order of the
 // additions, and with it every bit of the result, is the same for any number of threads.
 template <class T>
 Index chunks_of(Index G, Index B, Index T_len, Index N) {
   Index chunks = B * T_len / kChunkRows;
   const Index by_groups = kMaxChunks / G;
-  const Index by_memory = kMaxPartial / (G * N * padded<T>(N));
+  const Index by_memory = kMaxPartial / (G * N * round_up(N, kWidth<T>));
   if (chunks > by_groups) chunks = by_groups;
   if (chunks > by_memory) chunks = by_memory;
   return chunks < 1 ? 1 : chunks;
@@ -116,7 +111,7 @@ void sum_chunk(const WeightGrad<T>& p, Index g, Index first, Index end, T* C, In
 
 template <class T>
 void run(const WeightGrad<T>& p) {
-  const Index stride = padded<T>(p.N);
+  const Index stride = round_up(p.N, kWidth<T>);
   const Index chunks = chunks_of<T>(p.G, p.B, p.T_len, p.N);
   const Index rows = p.B * p.T_len;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(p.threads)
@@ -144,8 +139,8 @@ void run(const WeightGrad<T>& p) {
 }  // namespace
 
 Index weight_grad_scratch(Index G, Index B, Index T_len, Index N, bool is_double) {
-  return is_double ? G * chunks_of<double>(G, B, T_len, N) * N * padded<double>(N)
-                   : G * chunks_of<float>(G, B, T_len, N) * N * padded<float>(N);
+  return is_double ? G * chunks_of<double>(G, B, T_len, N) * N * round_up(N, kWidth<double>)
+                   : G * chunks_of<float>(G, B, T_len, N) * N * round_up(N, kWidth<float>);
 }
 void weight_grad(const WeightGrad<float>& p) { run(p); }
 void weight_grad(const WeightGrad<double>& p) { run(p); }

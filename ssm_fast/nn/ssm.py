@@ -227,7 +227,10 @@ class SSM(nn.Module):
             flat = data.new_zeros(T * B, *data.shape[1:]).index_copy(0, rows, data)
             return flat.view(T, B, *data.shape[1:])  # [T, B, ...]
 
-        padded_reset = None if reset is None else pad(self._check_packed_reset(reset, packed))
+        # Reset in every step of padding, so that a state cannot run away there and spoil gradients.
+        padded_reset = ~real.to(x.device)  # [T, B]
+        if reset is not None:
+            padded_reset = padded_reset | (pad(self._check_packed_reset(reset, packed)) != 0)
         hx = self._check_state(hx, B, batched=True)  # [L, B, N]
         if hx is not None and packed.sorted_indices is not None:
             hx = hx.index_select(1, packed.sorted_indices)  # [L, B, N], longest first

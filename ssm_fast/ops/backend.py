@@ -93,8 +93,10 @@ def check_dtype(
 
 
 def check_tensors(**values: object) -> None:
-    """Raise TypeError unless every value is a tensor."""
+    """Raise TypeError unless every value is a tensor, or None for an argument that may be."""
     for name, value in values.items():
+        if value is None and name in ("s0", "h0"):
+            continue
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 

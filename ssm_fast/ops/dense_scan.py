@@ -179,7 +179,7 @@ def dense_scan(
         ValueError: a shape or device is wrong, or ``impl`` is unknown or cannot run there.
         TypeError: a dtype is not supported, or the dtypes differ.
     """
-    check_tensors(u=u, A=A)
+    check_tensors(u=u, A=A, s0=s0)
     if u.dim() not in (3, 4):
         raise ValueError(f"u must have shape [B, T, N] or [G, B, T, N], got {list(u.shape)}")
     chosen = choose("dense_scan", impl, u.device)

@@ -31,14 +31,13 @@ def gae_reference(
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence as a loop of torch calls: [M, T, C]."""
-    alive = (~terminated).to(rewards.dtype)  # a bool times a Python float would be float32
-    running = (~(terminated | truncated)).to(rewards.dtype)
-    delta = rewards + gamma * alive * next_values - values
-    discount = gamma * gae_lambda * running
+    # what is not used may be anything, NaN included
+    delta = rewards + gamma * next_values.masked_fill(terminated, 0) - values
+    ended = terminated | truncated
     advantages = torch.empty_like(delta)
     later = torch.zeros_like(delta[:, 0])
     for t in reversed(range(delta.shape[1])):
-        later = delta[:, t] + discount[:, t] * later
+        later = delta[:, t] + gamma * gae_lambda * later.masked_fill(ended[:, t], 0)
         advantages[:, t] = later
     return advantages, advantages + values
 
@@ -48,11 +47,10 @@ def discounted_returns_reference(
 ) -> Tensor:
     """The recurrence as a loop of torch calls: [M, T, C]."""
     returns = torch.empty_like(rewards)
-    alive = (~terminated).to(rewards.dtype)  # a bool times a Python float would be float32
     later = next_values[:, -1]
     for t in reversed(range(rewards.shape[1])):
         later = torch.where(truncated[:, t], next_values[:, t], later)
-        later = rewards[:, t] + gamma * alive[:, t] * later
+        later = rewards[:, t] + gamma * later.masked_fill(terminated[:, t], 0)
         returns[:, t] = later
     return returns
 

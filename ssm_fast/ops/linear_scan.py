@@ -190,7 +190,7 @@ def linear_scan(
         ValueError: a shape or device is wrong, or ``impl`` is unknown or cannot run there.
         TypeError: a dtype is not supported, or the dtypes differ.
     """
-    check_tensors(a=a, b=b)
+    check_tensors(a=a, b=b, h0=h0)
     chosen = choose("linear_scan", impl, b.device)
     check_dtype("linear_scan", {"b": b, "a": a, "h0": h0}, complex_too=True)
     if not -b.dim() <= dim < b.dim():

@@ -545,7 +545,7 @@ def norm_scan(
         ValueError: a shape, device or range is wrong, or ``impl`` is unknown or cannot run there.
         TypeError: a dtype is not supported, or the dtypes differ.
     """
-    check_tensors(u=u, A=A, weight=weight, bias=bias)
+    check_tensors(u=u, A=A, weight=weight, bias=bias, s0=s0)
     if u.dim() not in (3, 4):
         raise ValueError(f"u must have shape [B, T, N] or [G, B, T, N], got {list(u.shape)}")
     chosen = choose("norm_scan", impl, u.device)

@@ -154,8 +154,6 @@ def weight_grad(
     Returns:
         ``[G, N, N]``, bitwise the same for any number of threads.
     """
-    if x.device.type != "cpu":
-        return reference(x, s, s0, reset, reverse)
     if not torch.compiler.is_compiling() and needs_autograd(x, s, s0):
         return WeightGrad.apply(x, s, s0, reset, reverse)
     return _op(x, s, s0, reset, reverse)

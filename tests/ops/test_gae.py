@@ -114,6 +114,37 @@ def test_truncation_bootstraps_and_termination_does_not():
     torch.testing.assert_close(over, torch.tensor([[6.0 + 0.5 * 1.0, 1.0, 6.0]]))
 
 
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_values_that_are_not_used_may_be_nan(dim, impl):
+    B, T = 18, 20
+    rewards, values, next_values, terminated, truncated = rollout(B, T)
+    spoilt = next_values.masked_fill(terminated, torch.nan)
+    tensors = (rewards, values, next_values, terminated, truncated)
+    expected = gae(*tensors, 0.9, 0.8)[0]
+    broken = (rewards, values, spoilt, terminated, truncated)
+    inputs = broken if dim == 1 else [x.T for x in broken]
+    actual = gae(*inputs, 0.9, 0.8, dim=dim, impl=impl)[0]
+    torch.testing.assert_close(actual if dim == 1 else actual.T, expected)
+
+    last = torch.arange(T) == T - 1
+    unused = terminated | ~(truncated | last)
+    expected = discounted_returns(rewards, terminated, truncated, 0.9, next_values)
+    inputs = [rewards, terminated, truncated, next_values.masked_fill(unused, torch.nan)]
+    r, te, tr, v = inputs if dim == 1 else [x.T for x in inputs]
+    actual = discounted_returns(r, te, tr, 0.9, v, dim=dim, impl=impl)
+    torch.testing.assert_close(actual if dim == 1 else actual.T, expected)
+
+
+def test_an_end_cuts_off_a_later_infinity():
+    rewards = torch.tensor([[1.0, 1.0, torch.inf]])
+    zeros, never = torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.bool)
+    ends = torch.tensor([[False, True, False]])
+    for impl in ("native", "reference"):
+        advantages, _ = gae(rewards, zeros, zeros, ends, never, 0.5, 1.0, impl=impl)
+        torch.testing.assert_close(advantages, torch.tensor([[1.5, 1.0, torch.inf]]))
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 4), (5,), (2, 3, 4, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_number_of_dimensions(shape, dtype):
@@ -192,6 +223,11 @@ def test_empty_sizes(shape):
             {"rewards": torch.zeros(2, 3, dtype=torch.long)},
             TypeError,
             "rewards of gae must be float32",
+        ),
+        (
+            {"terminated": torch.zeros(2, 3, dtype=torch.bool, device="meta")},
+            ValueError,
+            "terminated must be on cpu",
         ),
         ({"truncated": [False]}, TypeError, "truncated must be a torch.Tensor, got list"),
     ],

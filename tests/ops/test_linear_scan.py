@@ -256,6 +256,8 @@ def test_empty_sizes(shape):
         ({"dim": 2}, ValueError, r"dim must be a dimension of b, \[3, 4\], got 2"),
         ({"b": torch.ones(3, 4, dtype=torch.int32)}, TypeError, "b of linear_scan must be float32"),
         ({"a": torch.ones(3, 4, dtype=torch.float64)}, TypeError, "a must have the dtype of b"),
+        ({"h0": 0.0}, TypeError, "h0 must be a torch.Tensor, got float"),
+        ({"a": torch.ones(3, 4, device="meta")}, ValueError, "a must be on the device of b, cpu"),
         ({"b": 3.0}, TypeError, "b must be a torch.Tensor, got float"),
         ({"impl": "triton"}, ValueError, "cannot run on cpu"),
     ],
