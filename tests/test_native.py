@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,20 +66,6 @@ def test_one_openmp_runtime_is_loaded():
     maps = Path("/proc/self/maps").read_text().splitlines()
     runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line}
     assert len(runtimes) == 1
-
-
-@pytest.mark.skipif(shutil.which("nm") is None, reason="nm of binutils is not installed")
-def test_no_kernel_symbol_leaves_the_module():
-    """A weak symbol shared by two levels could be linked from the one with wider instructions."""
-    symbols = subprocess.run(
-        ["nm", "--dynamic", "--demangle", "--defined-only", native.__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    names = [line.split(maxsplit=2)[2] for line in symbols.splitlines()]
-    assert any("PyInit__native" in name for name in names)
-    assert [n for n in names for isa in ("baseline", "avx2", "avx512") if f"::{isa}::" in n] == []
 
 
 @pytest.mark.parametrize("path", KERNEL_SOURCES, ids=lambda path: path.name)
