@@ -11,6 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 SEED ?= 0
 STEPS ?= 1000000
 OUT ?= runs/halfcheetah-seed$(SEED)
+RESULTS ?= build/bench
 
 .PHONY: train test test-isa bench wheel lint format clean
 
@@ -29,8 +30,8 @@ test-isa: $(VENV)/.installed-dev
 	done
 
 bench: $(VENV)/.installed-bench
-	mkdir -p build/bench
-	$(BIN)/pytest benchmarks --benchmark-json=build/bench/kernels.json
+	mkdir -p $(RESULTS)
+	SSM_FAST_BENCH_RESULTS=$(RESULTS) $(BIN)/pytest benchmarks --benchmark-json=$(RESULTS)/pytest-benchmark.json
 
 wheel: $(VENV)/.installed-dev
 	rm -rf dist

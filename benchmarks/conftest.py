@@ -32,7 +32,11 @@ def pytest_terminal_summary(
         folder.mkdir(parents=True, exist_ok=True)
         payload = {"machine": machine(), "contests": contests}
         (folder / "kernels.json").write_text(json.dumps(payload, indent=2) + "\n")
-        (folder / "kernels.md").write_text("# Kernel benchmarks\n\n" + "\n".join(lines) + "\n")
+        (folder / "kernels.md").write_text(
+            "# Kernel benchmarks\n\n`SSM_FAST_BENCH_RESULTS=benchmarks/results pytest benchmarks` on:\n"
+            + "\n".join(lines)
+            + "\n"
+        )
 
 
 def _machine_lines() -> list[str]:

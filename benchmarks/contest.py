@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
+import shutil
 import statistics
+import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,14 +65,37 @@ def contest(
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """What the numbers were measured on, and which commit they are of."""
+    import ssm_fast
     from ssm_fast.ops.backend import native
 
     return {
-        "processor": platform.processor() or platform.machine(),
+        "ssm_fast": ssm_fast.__version__,
+        "commit": _commit(),
+        "processor": _processor(),
+        "processors": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "isa": native.isa(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+        if match:
+            return match[1]
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree that these benchmarks lie in, if it is a git checkout."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
