@@ -197,7 +197,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The arguments; `sys.argv[1:]` by default.
 
     Returns:
-        The exit code: 0, 1 when training broke down on NaN or infinity, 2 for a mistake in the
+        The exit code: 0, 1 when training or an evaluation broke down on NaN or infinity, 2 for a mistake in the
         input, 130 after Ctrl-C.
     """
     options = tyro.extras.subcommand_cli_from_dict(
@@ -218,7 +218,8 @@ def main(args: Sequence[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             return _fail(2, _sentence(error))
         except FloatingPointError as error:
-            return _fail(1, f"training stopped: {_sentence(error)}")
+            stopped = "training" if isinstance(options, Train) else "evaluation"
+            return _fail(1, f"{stopped} stopped: {_sentence(error)}")
         except KeyboardInterrupt as interrupt:
             return _fail(130, _sentence(interrupt) or "interrupted")
     return 0
@@ -297,7 +298,10 @@ def _settings(options: Train, out: Path) -> dict[str, Any]:
     if options.resume:
         run = RunDirectory(out, resume=True)
         if run.config_path.exists():
-            return _continued(given, _stored_settings(run), run)
+            stored = _stored_settings(run)
+            if "env" not in given:
+                _refuse_import(stored["env"], run.config_path)
+            return _continued(given, stored, run)
         _say(f"{out} holds no run yet: starting one")
     mode = given.get("mode", "improved")
     settings: dict[str, Any] = {"mode": mode, **dict.fromkeys(_options_of(mode)), **_DEFAULTS[mode]}
@@ -475,6 +479,9 @@ def _figures(metrics: dict[str, float]) -> str:
 
 def _how_to_resume(run: RunDirectory) -> str:
     command = f"ssm-fast train --resume --out {shlex.quote(str(run.path))}"
+    env_id = run.read_config()["env"]
+    if ":" in env_id:  # never imported on the word of config.json
+        command += f" --env {shlex.quote(env_id)}"
     return f"the last checkpoint is intact, continue with: {command}"
 
 
@@ -483,9 +490,12 @@ def _how_to_resume(run: RunDirectory) -> str:
 
 def _evaluate(options: Evaluate) -> None:
     path = options.path / "policy.safetensors" if options.path.is_dir() else options.path
-    env_id = options.env or read_metadata(path).get("env_id")
+    env_id = options.env
     if env_id is None:
-        raise ValueError(f"{path} does not say which environment it is for: give --env")
+        env_id = read_metadata(path).get("env_id")
+        if env_id is None:
+            raise ValueError(f"{path} does not say which environment it is for: give --env")
+        _refuse_import(env_id, path)
     _route_mujoco_warnings(env_id)
     torch.set_num_threads(1)
     if not options.deterministic:
@@ -548,6 +558,15 @@ def _sentence(message: object) -> str:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     sys.stderr.write(f"ssm-fast: warning: {_sentence(message)}\n")
+
+
+def _refuse_import(env_id: str, source: Path) -> None:
+    """Gymnasium imports the module of an id like `module:Name-v0`: a file must not ask for it."""
+    if ":" in env_id:
+        raise ValueError(
+            f"{source} names the environment {env_id!r}, which imports a module: "
+            "give --env if you trust it"
+        )
 
 
 def _route_mujoco_warnings(env_id: str) -> None:

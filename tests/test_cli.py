@@ -37,6 +37,8 @@ TIMED = ("seconds", "steps_per_second")
 class Breaks(gymnasium.Wrapper[Any, Any, Any, Any]):
     """CartPole that returns NaN at its 150th step."""
 
+    nan_at = 150
+
     def __init__(self) -> None:
         super().__init__(gymnasium.make("CartPole-v1"))
         self.steps = 0
@@ -44,7 +46,7 @@ class Breaks(gymnasium.Wrapper[Any, Any, Any, Any]):
     def step(self, action: Any) -> Any:
         obs, *rest = super().step(action)
         self.steps += 1
-        return (obs * np.nan if self.steps == 150 else obs, *rest)
+        return (obs * np.nan if self.steps == self.nan_at else obs, *rest)
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +238,42 @@ class TestErrors:
         error = capsys.readouterr().err
         assert text in error
         assert error.count("\n") == 1
+
+    def test_nan_in_an_evaluation(self, capsys: pytest.CaptureFixture[str]) -> None:
+        StateSpaceModel().save("policy.safetensors")
+        args = ["evaluate", "policy.safetensors", "--env", "Breaks-v0", "--episodes", "1"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Breaks, "nan_at", 3)
+            assert cli.main(args) == 1
+        assert capsys.readouterr().err.startswith("ssm-fast: evaluation stopped: Breaks-v0: ")
+
+    def test_a_file_cannot_make_an_environment_import_a_module(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.syspath_prepend(tmp_path)
+        (tmp_path / "marked.py").write_text(
+            "from pathlib import Path\nimport gymnasium\nPath('marker').touch()\n"
+            "gymnasium.register('Marked-v0', "
+            "entry_point='gymnasium.envs.classic_control:CartPoleEnv', max_episode_steps=9)\n"
+        )
+        env_id = "marked:Marked-v0"
+        StateSpaceModel().save("policy.safetensors", {"env_id": env_id})
+        assert cli.main([*REINFORCE, "--out", "out"]) == 0
+        config = json.loads(Path("out/config.json").read_text())
+        Path("out/config.json").write_text(json.dumps({**config, "env": env_id}))
+        evaluate_it = ["evaluate", "policy.safetensors", "--episodes", "2"]
+        resume_it = ["train", "--resume", "--episodes", "20", "--out", "out"]
+        for args in (evaluate_it, resume_it):
+            capsys.readouterr()
+            assert cli.main(args) == 2
+            assert "give --env if you trust it" in capsys.readouterr().err
+            assert not Path("marker").exists()
+        try:
+            assert cli.main([*evaluate_it, "--env", env_id]) == 0
+            assert Path("marker").exists()
+            assert cli.main([*resume_it, "--env", env_id]) == 0
+        finally:
+            gymnasium.registry.pop("Marked-v0", None)
 
     def test_nan_keeps_the_last_checkpoint(self, capsys: pytest.CaptureFixture[str]) -> None:
         args = [*REINFORCE, "--env", "Breaks-v0", "--episodes", "400"]
