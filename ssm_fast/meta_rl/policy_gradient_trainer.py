@@ -22,6 +22,7 @@ from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
 
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
@@ -398,19 +399,21 @@ class PolicyGradientTrainer:
                         f"{name} must be {stored[name]!r} as in the run that is resumed, "
                         f"got {value!r}"
                     )
-            for name, tensor in state["model"].items():
-                if not torch.isfinite(tensor).all():
-                    raise ValueError(f"model tensor {name} is not finite")
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.iteration = int(state["iteration"])
-            self.episodes = int(state["episodes"])
-            self.timesteps = int(state["timesteps"])
-            self._first_episode = int(state["first_episode"])
-            self._batch_size = int(state["batch_size"])
+            weights = check_tensors("model", state["model"], self.model.state_dict())
+            load_adam(self.optimizer, state["optimizer"])
+            self.model.load_state_dict(weights)
+            self.iteration = read_count(state, "iteration")
+            self.episodes = read_count(state, "episodes")
+            self.timesteps = read_count(state, "timesteps")
+            self._first_episode = read_count(state, "first_episode")
+            self._batch_size = read_count(state, "batch_size")
             self._seconds = float(state["seconds"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"training state does not fit: {error}") from error
+        except (
+            *(KeyError, IndexError, TypeError, ValueError),
+            *(AttributeError, RuntimeError, OverflowError),
+        ) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"training state does not fit: {reason}") from error
 
     def _checkpoint(self, run: RunDirectory, env: Environment) -> None:
         def write_model(path: Path) -> None:

@@ -25,6 +25,7 @@ from ssm_fast.checkpoint import save_model
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
+from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
 from ssm_fast.nn.running_norm import RunningNorm
 
 AnyEnvironment: TypeAlias = (
@@ -698,21 +699,28 @@ class PPOTrainer:
         """
         try:
             self._check_settings(state)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.return_norm.load_state_dict(state["return_norm"])
+            weights = check_tensors("model", state["model"], self.model.state_dict())
+            statistics = check_tensors(
+                "return_norm", state["return_norm"], self.return_norm.state_dict()
+            )
+            load_adam(self.optimizer, state["optimizer"])
+            self.model.load_state_dict(weights)
+            self.return_norm.load_state_dict(statistics)
             self._shuffle.set_state(state["shuffle"])
             self._random_state = torch.Generator().set_state(state["random_state"]).get_state()
             self._cuda_random_state = state["cuda_random_state"]
-            self.iteration = int(state["iteration"])
-            self.timesteps = int(state["timesteps"])
-            self._first_iteration = int(state["first_iteration"])
+            self.iteration = read_count(state, "iteration")
+            self.timesteps = read_count(state, "timesteps")
+            self._first_iteration = read_count(state, "first_iteration")
             self._seconds = float(state["seconds"])
             self._recent_returns.clear()
             self._recent_lengths.clear()
             self._recent_returns.extend(float(x) for x in state["recent_returns"])
             self._recent_lengths.extend(int(x) for x in state["recent_lengths"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (
+            *(KeyError, IndexError, TypeError, ValueError),
+            *(AttributeError, RuntimeError, OverflowError),
+        ) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"training state does not fit: {reason}") from error
         self._env = None
@@ -726,9 +734,6 @@ class PPOTrainer:
                     f"{name} must be {state['settings'][name]!r} as in the run that is resumed, "
                     f"got {value!r}"
                 )
-        for name, tensor in state["model"].items():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"model tensor {name} is not finite")
 
     def _settings(self) -> dict[str, Any]:
         names = (

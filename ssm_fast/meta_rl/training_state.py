@@ -1,0 +1,116 @@
+"""Checks of a training state from a file, before any of it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LARGEST_COUNT = 2**53  # as large as float64, in which the learning curve holds it, is exact
+
+
+def check_tensors(
+    what: str, stored: Mapping[str, Any], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Compares a `state_dict` with the one that it is to replace.
+
+    Names, shapes and dtypes are compared before any element is read: a few bytes of a file can
+    stand for a tensor of any size, with strides of zero.
+
+    Args:
+        what: What the tensors belong to, for the messages.
+        stored: The tensors of the file.
+        expected: Those of the module.
+
+    Returns:
+        The tensors of the file.
+
+    Raises:
+        ValueError: A tensor is missing or not expected, has another shape or dtype, is not finite,
+            or is a negative variance or count.
+    """
+    missing, extra = (
+        sorted(set(expected) - set(stored)),
+        sorted(set(stored) - set(expected), key=str),
+    )
+    if missing or extra:
+        raise ValueError(f"{what} tensors missing: {missing[:8]}, not expected: {extra[:8]}")
+    for name, wanted in expected.items():
+        _check_kind(f"{what} tensor {name}", stored[name], wanted.shape, wanted.dtype)
+    for name in expected:
+        at_least = 0.0 if name.rpartition(".")[2] in ("var", "count") else -math.inf
+        _check_values(f"{what} tensor {name}", stored[name], at_least)
+    return {name: stored[name] for name in expected}
+
+
+def load_adam(optimizer: torch.optim.Adam, stored: Mapping[str, Any]) -> None:
+    """Takes the moments, step counts and learning rates of an Adam's `state_dict`.
+
+    Everything else stays as `optimizer` has it. `Adam.load_state_dict` itself takes moments of any
+    shape, and the fused kernel then writes beyond them.
+
+    Args:
+        optimizer: The optimizer.
+        stored: The `state_dict` of another one.
+
+    Raises:
+        ValueError: The groups differ, or a moment has another shape or dtype than its parameter, is
+            not finite, or is a negative square.
+    """
+    own = optimizer.state_dict()
+    groups, stored_groups = own["param_groups"], list(stored["param_groups"])
+    if len(stored_groups) != len(groups):
+        raise ValueError(f"optimizer must have {len(groups)} groups, got {len(stored_groups)}")
+    for group, stored_group in zip(groups, stored_groups, strict=True):
+        if list(stored_group["params"]) != group["params"]:
+            raise ValueError("optimizer groups must hold the same parameters")
+        group["lr"] = float(stored_group["lr"])
+        if not (math.isfinite(group["lr"]) and group["lr"] >= 0.0):
+            raise ValueError(f"optimizer learning rate must be at least 0, got {group['lr']}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for i, parameter in enumerate(parameters):
+        if i not in stored["state"]:
+            continue  # it has had no gradient yet
+        moments = stored["state"][i]
+        _check_kind(f"optimizer step {i}", moments["step"], torch.Size(), torch.float32)
+        _check_values(f"optimizer step {i}", moments["step"], 0.0)
+        state[i] = {"step": moments["step"].clone()}
+        for name, at_least in (("exp_avg", -math.inf), ("exp_avg_sq", 0.0)):
+            what = f"optimizer {name} {i}"
+            _check_kind(what, moments[name], parameter.shape, parameter.dtype)
+            _check_values(what, moments[name], at_least)
+            # A copy of its own, laid out like the parameter, as Adam makes it.
+            state[i][name] = torch.empty_like(parameter, requires_grad=False).copy_(moments[name])
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def read_count(state: Mapping[str, Any], name: str) -> int:
+    """Returns the count `name` of a training state.
+
+    Raises:
+        ValueError: It is no integer from 0 to 2**53.
+    """
+    count = state[name]
+    if type(count) is not int or not 0 <= count <= _LARGEST_COUNT:
+        raise ValueError(f"{name} must be a count, got {str(count)[:40]}")
+    return count
+
+
+def _check_kind(what: str, tensor: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        raise ValueError(f"{what} must be a dense tensor, got {type(tensor).__name__}")
+    if tensor.shape != shape:
+        raise ValueError(f"{what} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{what} must have dtype {dtype}, got {tensor.dtype}")
+
+
+def _check_values(what: str, tensor: Tensor, at_least: float) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{what} is not finite")
+    if at_least > -math.inf and bool((tensor < at_least).any()):
+        raise ValueError(f"{what} must be at least {at_least}")
