@@ -150,7 +150,8 @@ class Train:
     checkpoint_interval: Annotated[
         int | None, _default("improved: 20, policy_gradient: 10", "INT")
     ] = None
-    """Iterations between checkpoints."""
+    """Iterations between checkpoints. In improved, all environments are reset there: at least five
+    episodes of the time limit lie between two of them."""
     gae_lambda: Annotated[float | None, _default("0.95; improved only", "FLOAT")] = None
     """Weight of longer returns in the advantages."""
     clip_epsilon: Annotated[float | None, _default("0.2; improved only", "FLOAT")] = None
@@ -240,8 +241,8 @@ def _train(options: Train) -> None:
     torch.manual_seed(seed)
     start = time.perf_counter()
     with Environment(env_id, settings["batch_size"], seed=seed) as env:
-        _total(settings, env)
         trainer = _trainer(settings, env)
+        _total(settings, env, trainer)
         with RunDirectory(out, resume=options.resume) as run:
             run.write_config({**settings, "versions": _versions()})
             _say(f"training in {env_id} ({mode}, seed {seed}); run folder {run.path}")
@@ -378,13 +379,15 @@ def _trainer(settings: dict[str, Any], env: Environment) -> PolicyGradientTraine
     return PPOTrainer(improved, num_threads=None, **trainer_options)
 
 
-def _total(settings: dict[str, Any], env: Environment) -> int:
+def _total(
+    settings: dict[str, Any], env: Environment, trainer: PolicyGradientTrainer | PPOTrainer
+) -> int:
     """What the trainer counts up to: episodes of REINFORCE, steps of PPO."""
     episodes, steps = settings["episodes"], settings["steps"]
     for name in ("episodes", "steps"):
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"--{name} must be at least 1, got {settings[name]}")
-    if settings["mode"] == "policy_gradient":
+    if isinstance(trainer, PolicyGradientTrainer):
         if episodes is None:
             raise ValueError("--episodes is needed")
         return int(episodes)
@@ -392,7 +395,7 @@ def _total(settings: dict[str, Any], env: Environment) -> int:
         return int(steps)
     if episodes is None or env.max_episode_steps is None:
         raise ValueError(f"--steps is needed: the episodes of {env.env_name} have no time limit")
-    return int(episodes * env.max_episode_steps)
+    return trainer.timesteps_for(env, episodes)
 
 
 def _learn(
@@ -403,7 +406,7 @@ def _learn(
     resume: bool,
 ) -> None:
     """Runs the trainer up to the limits of the settings."""
-    total = _total(settings, env)
+    total = _total(settings, env, trainer)
     episodes, steps = settings["episodes"], settings["steps"]
     unit, limit = ("steps", steps) if episodes is None else ("episodes", episodes)
     if isinstance(trainer, PPOTrainer):

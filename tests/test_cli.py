@@ -142,6 +142,24 @@ class TestTrain:
         assert cli.main([*PPO, "--episodes", "4", "--out", "c"]) == 0
         assert [row["episodes"] for row in _rows("c")] == [0, 0, 0, 0, 2, 0, 0, 0, 0, 2]
 
+    def test_episodes_of_ppo_across_resets(self) -> None:
+        # an interval is 3 iterations of 40 steps: 5 episodes of 23 steps a row, and 5 steps lost
+        gymnasium.register(
+            "Short-v0",
+            entry_point="gymnasium.envs.classic_control:PendulumEnv",
+            max_episode_steps=23,
+        )
+        try:
+            args = [*PPO, "--env", "Short-v0", "--checkpoint_interval", "1"]
+            assert cli.main([*args, "--episodes", "29", "--out", "out"]) == 0
+        finally:
+            del gymnasium.registry["Short-v0"]
+        rows = _rows("out")
+        ended = np.cumsum([row["episodes"] for row in rows])
+        assert ended[-1] >= 29
+        assert (ended[:-1] < 29).all()
+        assert rows[-1]["learning_rate"] == pytest.approx(2e-4 / len(rows))
+
     def test_policy_is_the_newest_where_episodes_end_a_run_early(self) -> None:
         args = ["train", "--env", "CartPole-v1", "--batch_size", "2", "--num_steps", "40"]
         assert cli.main([*args, "--episodes", "6", "--out", "out"]) == 0
@@ -338,6 +356,9 @@ class TestResume:
     def test_ppo(self, limit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         args = [*PPO, *limit, "--checkpoint_interval", "3"]
         assert cli.main([*args, "--out", "whole"]) == 0
+        # episodes short enough for an interval of 3 iterations
+        for env_id in ("Pendulum-v1", "CartPole-v1"):
+            monkeypatch.setattr(gymnasium.registry[env_id], "max_episode_steps", 24)
         append = RunDirectory.append_row
 
         def interrupt(self: RunDirectory, row: Any) -> None:
@@ -350,6 +371,7 @@ class TestResume:
             assert cli.main([*args, "--out", "part"]) == 130
         assert cli.main([*args, "--out", "part", "--resume"]) == 0
         assert len(_rows("part")) > 8
+        assert Path("part/checkpoints/iteration_00000006").exists()
         assert _rows("part") == _rows("whole")
         _assert_same_policy("part", "whole")
 

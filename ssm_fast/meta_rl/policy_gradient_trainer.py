@@ -281,6 +281,13 @@ class PolicyGradientTrainer:
             while running.any():
                 x = torch.from_numpy(obs).to(self.device, dtype)  # [env.batch_size, input_dim]
                 logits, state = self.model(x, state)  # [env.batch_size, action_dim]
+                finite = torch.isfinite(logits).all(-1)  # [env.batch_size]
+                if not bool(finite.all()):
+                    row = int(finite.logical_not().nonzero()[0])
+                    raise FloatingPointError(
+                        f"step {len(steps)}: {env.env_name}: the logits of environment {row} are "
+                        f"not finite: {logits[row].tolist()}"
+                    )
                 noise = torch.empty_like(logits).exponential_(generator=generator)
                 actions = (logits - noise.log()).argmax(-1)  # Gumbel-max
                 obs, reward, ended, cut, _ = env.step(actions.cpu().numpy())

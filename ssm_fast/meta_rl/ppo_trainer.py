@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -37,6 +36,7 @@ _STEPS_PER_ITERATION = 2048  # over all environments, where num_steps is not giv
 _LONGEST_SEQUENCE = 8  # where sequence_length is not given
 _WARM_UP_STEPS = 2048  # over all environments, before the first iteration; at most a rollout
 _REWARD_CLIP = 10.0  # of the scaled reward
+_EPISODES_PER_INTERVAL = 5  # of the time limit, at least, between two resets of all environments
 _EPISODE_WINDOW = 20  # episodes in the reported mean
 _STATE_VERSION = 1
 
@@ -112,7 +112,8 @@ class PPOTrainer:
 
     Every `checkpoint_interval` iterations all environments are reset with a seed that follows from
     `seed` and the iteration. A checkpoint thus needs no simulator state, and a resumed run equals
-    the uninterrupted one bitwise on the same machine.
+    the uninterrupted one bitwise on the same machine. A reset cuts episodes off, so where the
+    environment has a time limit, at least five times as many steps lie between two of them.
 
     Args:
         model: The policy. It is moved to `device`.
@@ -135,7 +136,8 @@ class PPOTrainer:
         scale_rewards: Divide rewards by the running deviation of the return.
         clip_value_loss: Also clip the change of the value since the rollout by `clip_epsilon`.
         target_kl: End an update after the epoch whose mean KL divergence is above this.
-        checkpoint_interval: Iterations between checkpoints.
+        checkpoint_interval: Iterations between checkpoints; more where five episodes of the
+            environment's time limit take more.
         num_threads: Of torch while training; None leaves them as they are. The products of a
             minibatch are too small to gain from a second thread, and where that one waits for a
             busy core they take many times as long.
@@ -279,15 +281,14 @@ class PPOTrainer:
         last = self._first_iteration + math.ceil(
             total_timesteps / (self._steps_of(env) * env.batch_size)
         )
+        interval = self.reset_interval(env)
         result = TrainingResult(0, 0, [], [], [])
         with torch.random.fork_rng(self._cuda_devices()), _threads(self.num_threads):
             self._restore_random_state()
             self._env = None
             while self.iteration < last:
                 metrics = self._iterate(env, last, result, run)
-                if run is not None and (
-                    self.iteration % self.checkpoint_interval == 0 or self.iteration == last
-                ):
+                if run is not None and (self.iteration % interval == 0 or self.iteration == last):
                     self._checkpoint(run, env)
                 if self.iteration % log_interval == 0 or self.iteration == last:
                     _LOGGER.info(
@@ -308,6 +309,32 @@ class PPOTrainer:
             result.metrics,
         )
 
+    def reset_interval(self, env: Environment) -> int:
+        """Iterations between two checkpoints, and so between two resets of all environments.
+
+        `checkpoint_interval`, or what `_EPISODES_PER_INTERVAL` episodes of the time limit take.
+        """
+        if env.max_episode_steps is None:
+            return self.checkpoint_interval
+        steps = _EPISODES_PER_INTERVAL * env.max_episode_steps
+        return max(self.checkpoint_interval, math.ceil(steps / self._steps_of(env)))
+
+    def timesteps_for(self, env: Environment, episodes: int) -> int:
+        """Environment steps within which `episodes` episodes end, however long they are.
+
+        A reset of all environments throws away the episodes under way. This is the exact number
+        where every episode reaches the time limit; shorter ones end earlier.
+
+        Raises:
+            ValueError: The environment has no time limit.
+        """
+        limit, B, T = env.max_episode_steps, env.batch_size, self._steps_of(env)
+        if limit is None:
+            raise ValueError(f"the episodes of {env.env_name} have no time limit")
+        interval = self.reset_interval(env)
+        intervals, left = divmod(episodes - 1, B * (interval * T // limit))
+        return (intervals * interval + math.ceil((left // B + 1) * limit / T)) * B * T
+
     def _iterate(
         self, env: Environment, last: int, result: TrainingResult, run: RunDirectory | None
     ) -> dict[str, float]:
@@ -315,7 +342,7 @@ class PPOTrainer:
         start = time.perf_counter()
         timesteps = self.timesteps
         try:
-            if self._env is None or self.iteration % self.checkpoint_interval == 0:
+            if self._env is None or self.iteration % self.reset_interval(env) == 0:
                 self._warm_up(env)
                 self._begin(env, self._episode_seed(self.iteration))
             learning_rate = self.learning_rate
@@ -388,7 +415,15 @@ class PPOTrainer:
         with torch.no_grad():
             for t in range(T):
                 x = torch.from_numpy(observation).to(device, dtype)  # [B, input_dim]
-                action, log_prob, _, state = model.get_action(x, state)
+                action, log_prob, value, state = model.get_action(x, state)
+                finite = torch.isfinite(log_prob + value)  # [B]; both are NaN where the action is
+                if not bool(finite.all()):
+                    self._env = None
+                    row = int(finite.logical_not().nonzero()[0])
+                    raise FloatingPointError(
+                        f"rollout step {t}: {env.env_name}: the policy of environment {row} is not "
+                        f"finite: log-probability {float(log_prob[row])}, value {float(value[row])}"
+                    )
                 actions.append(action)
                 log_probs.append(log_prob)
                 observations[:, t], reset[:, t] = observation, first
@@ -400,8 +435,8 @@ class PPOTrainer:
                 rewards[:, t], terminated[:, t], truncated[:, t] = reward, ends, cut
                 first = ends | cut  # [B]
                 if first.any():
-                    keep = torch.from_numpy(~first).to(device, dtype)  # [B]
-                    state = state * keep[:, None]  # [num_layers, B, N]
+                    ended = torch.from_numpy(first).to(device)  # [B]
+                    state = state.masked_fill(ended[:, None], 0.0)  # [num_layers, B, N]
                     returns.extend(info["episode_return"][first].tolist())
                     lengths.extend(info["episode_length"][first].tolist())
                 elif t < T - 1:
@@ -760,13 +795,9 @@ class PPOTrainer:
 
     def _checkpoint(self, run: RunDirectory, env: Environment) -> None:
         self._keep_random_state()
-        metadata = {"env_id": env.env_name}
-        if env.action_low is not None and env.action_high is not None:
-            metadata["action_low"] = json.dumps(env.action_low.tolist())
-            metadata["action_high"] = json.dumps(env.action_high.tolist())
 
         def write_model(path: Path) -> None:
-            save_model(path, self.model, metadata)
+            save_model(path, self.model, env.policy_metadata())
 
         state = {**self.state_dict(), "batch_size": env.batch_size}
         run.save_checkpoint(self.iteration, state, write_model)

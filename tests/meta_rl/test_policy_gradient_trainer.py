@@ -295,17 +295,29 @@ class TestFailures:
 
     def test_a_gradient_that_overflows(self) -> None:
         model = _model()
+        trainer = PolicyGradientTrainer(model, seed=4)
+        episodes = _episodes(trainer)
         with torch.no_grad():
             model.C[0].weight.fill_(1e38)
             model.C[2].weight.fill_(3e38)
-        trainer = PolicyGradientTrainer(model, seed=4)
         before = model.B.detach().clone()
+        with pytest.raises(FloatingPointError, match="loss"):
+            trainer.update(episodes)
+        assert torch.equal(model.B, before)
+
+    def test_logits_that_are_not_finite(self) -> None:
+        model = _model()
+        with torch.no_grad():
+            model.C[2].bias.fill_(math.nan)
+        trainer = PolicyGradientTrainer(model, seed=4)
         with (
             Environment("CartPole-v1", 4) as env,
-            pytest.raises(FloatingPointError, match="iteration 0: loss"),
+            pytest.raises(
+                FloatingPointError,
+                match=r"iteration 0: step 0: CartPole-v1: the logits of environment 0 .*nan",
+            ),
         ):
             trainer.train(env, 8)
-        assert torch.equal(model.B, before)
 
 
 class TestResume:

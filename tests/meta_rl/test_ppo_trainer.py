@@ -372,6 +372,44 @@ class TestTrain:
         assert result.episode_returns == [float(n) for n in result.episode_lengths]
         assert len(result.episode_returns) > 5
 
+    @pytest.mark.parametrize(
+        ("options", "B", "limit", "expected"),
+        [
+            ({}, 8, 1000, 20),  # the defaults
+            ({}, 64, 1000, 157),  # 20 iterations would be 640 steps: no episode would end
+            ({"checkpoint_interval": 200}, 64, 1000, 200),
+            ({"num_steps": 40}, 2, 200, 25),
+        ],
+    )
+    def test_reset_interval(
+        self, options: dict[str, Any], B: int, limit: int, expected: int
+    ) -> None:
+        trainer = PPOTrainer(ImprovedSSM(3, 1), **options)
+        with Environment("Pendulum-v1", B, max_episode_steps=limit) as env:
+            assert trainer.reset_interval(env) == expected
+        with Environment.wrap(_drift(2)) as env:  # without a limit
+            assert trainer.reset_interval(env) == trainer.checkpoint_interval
+
+    def test_episodes_end_between_resets(self) -> None:
+        model = ImprovedSSM(3, 1, state_dim=4, hidden_dim=8)
+        trainer = PPOTrainer(model, num_steps=8, ppo_epochs=1, checkpoint_interval=2, seed=0)
+        with Environment("Pendulum-v1", 2, max_episode_steps=20) as env:
+            resets: list[int] = []
+            begin = trainer._begin
+
+            def spy(env: Environment, seed: int) -> None:
+                resets.append(trainer.iteration)
+                begin(env, seed)
+
+            trainer._begin = spy  # type: ignore[method-assign]
+            # 13 iterations of 8 steps an interval: 5 episodes a row and 4 steps left over
+            assert trainer.timesteps_for(env, 10) == 13 * 16
+            assert trainer.timesteps_for(env, 11) == (13 + 3) * 16
+            result = trainer.train(env, trainer.timesteps_for(env, 23))
+        assert resets == [0, 13, 26]
+        assert len(result.episode_returns) == 24
+        assert len(result.episode_returns) - result.metrics[-1]["episodes"] < 23
+
     def test_a_second_call_goes_on(self) -> None:
         trainer = _trainer(_model())
         for timesteps in (48 * 3, 48 * 5):  # the first call warms the norm up
@@ -458,6 +496,39 @@ class TestFailures:
         trainer.load_state_dict(run.latest_checkpoint().state)  # type: ignore[union-attr]
         assert trainer.iteration == 2
 
+    @pytest.mark.parametrize("discrete", [False, True])
+    @pytest.mark.parametrize("part", ["actor", "critic"])
+    def test_a_policy_that_is_not_finite(self, discrete: bool, part: str) -> None:
+        trainer = _trainer(_model(discrete))
+
+        def spoil(metrics: dict[str, float]) -> None:
+            with torch.no_grad():
+                getattr(trainer.model, part).weight.fill_(math.nan)
+
+        with pytest.raises(
+            FloatingPointError,
+            match=r"iteration 1: rollout step 0: SyncVectorEnv: the policy of environment 0 is not",
+        ):
+            trainer.train(_drift(2, discrete), 10_000, callback=spoil)
+
+    def test_a_state_that_overflowed_does_not_outlive_its_episode(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trainer = _trainer(_model())
+        get_action = trainer.model.get_action
+        states: list[Tensor] = []
+
+        def overflow(x: Tensor, state: Tensor) -> Any:
+            states.append(state)
+            action, log_prob, value, after = get_action(x, torch.zeros_like(state))
+            return action, log_prob, value, torch.full_like(after, math.inf)
+
+        monkeypatch.setattr(trainer.model, "get_action", overflow)
+        rollout = trainer.collect_rollout(Environment.wrap(_drift(2)))
+        assert rollout.reset[:, 1:].any()
+        for t, state in enumerate(states):
+            assert torch.equal(state[0, :, 0] == 0.0, rollout.reset[:, t])
+
     def test_a_weight_that_overflows(self) -> None:
         trainer = _trainer(_model().float(), learning_rate=1e39)
         with pytest.raises(FloatingPointError, match=r"after the update|gradient norm"):
@@ -488,7 +559,8 @@ trainer.train(env, 7 * 64, run=RunDirectory(sys.argv[3]), callback=callback)
 
 
 def _resumable(env_id: str) -> tuple[Environment, PPOTrainer]:
-    env = Environment(env_id, batch_size=2)
+    # five episodes of 12 steps fit into the two iterations between checkpoints
+    env = Environment(env_id, batch_size=2, max_episode_steps=12)
     torch.manual_seed(7)
     model = ImprovedSSM(
         env.input_dim,
