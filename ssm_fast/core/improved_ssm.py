@@ -242,7 +242,7 @@ class ImprovedSSM(nn.Module):
             Log-probabilities, values and entropies, each ``[B, T]`` (``[B]`` for one step).
 
         Raises:
-            ValueError: If a shape does not fit.
+            ValueError: If a shape does not fit, or, on the CPU, a discrete action is out of range.
             TypeError: If a dtype does not fit.
         """
         expected = list(x.shape[:-1]) + ([] if self.discrete else [self.action_dim])
@@ -255,7 +255,16 @@ class ImprovedSSM(nn.Module):
             if actions.is_floating_point() or actions.dtype == torch.bool:
                 raise TypeError(f"actions must be integers, got {actions.dtype}")
             log_probs = F.log_softmax(mean, dim=-1)  # [B, T, K]
-            log_prob = log_probs.gather(-1, actions.long().unsqueeze(-1)).squeeze(-1)  # [B, T]
+            taken = actions.long().unsqueeze(-1)  # [B, T, 1]
+            try:
+                log_prob = log_probs.gather(-1, taken).squeeze(-1)  # [B, T]
+            except RuntimeError as error:  # gather checks it anyway: a check of ours costs time
+                if "out of bounds" not in str(error):
+                    raise
+                raise ValueError(
+                    f"actions must lie in [0, {self.action_dim}), "
+                    f"got {int(actions.min())} to {int(actions.max())}"
+                ) from error
             entropy = -(log_probs.exp() * log_probs).sum(-1)  # [B, T]
         else:
             check_dtype("actions", actions, mean)

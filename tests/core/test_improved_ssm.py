@@ -435,3 +435,11 @@ def test_bad_input() -> None:
         model(x, h.float())
     with pytest.raises(TypeError, match="x must have the parameters' dtype"):
         model(x.long())
+
+
+@pytest.mark.parametrize("action", [-1, 2])
+def test_evaluate_actions_refuses_an_action_out_of_range(action: int) -> None:
+    model = ImprovedSSM(3, 2, 4, 8, discrete=True)
+    actions = torch.tensor([[0, 1], [action, 1]])
+    with pytest.raises(ValueError, match=r"actions must lie in \[0, 2\), got"):
+        model.evaluate_actions(torch.zeros(2, 2, 3), actions)
