@@ -67,6 +67,29 @@ def write_atomic(path: str | os.PathLike[str], writer: Callable[[Path], object])
     _sync(target.parent)
 
 
+def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a regular file of at most ``limit`` bytes.
+
+    Args:
+        path: The file; a symbolic link is followed.
+        limit: No more bytes than this and one are read, whatever the file does meanwhile.
+
+    Raises:
+        ValueError: If it is a pipe, a device or a folder, or larger.
+        OSError: If it cannot be read.
+    """
+    # Without O_NONBLOCK, to open a pipe could wait for ever.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError(f"{os.fspath(path)} is not a regular file")
+        contents = file.read(min(info.st_size, limit) + 1)
+    if len(contents) > limit:
+        size = max(info.st_size, len(contents))
+        raise ValueError(f"{os.fspath(path)} must be at most {limit} bytes, got {size}")
+    return contents
+
+
 def save_model(
     path: str | os.PathLike[str], model: Model, metadata: Mapping[str, str] | None = None
 ) -> None:

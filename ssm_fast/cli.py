@@ -49,10 +49,24 @@ except ModuleNotFoundError as error:
 # Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.
 EVALUATION_SEED = 3_000_000_000
 _EVALUATION_EPISODES = 10
+_LARGEST_SEED = 2**63 - 1  # of torch's generators
+_MOST_THREADS = 1024
 _SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "policy_gradient": {"env": "CartPole-v1", "episodes": 1600, "batch_size": 16, "seed": 0},
-    "improved": {"env": "HalfCheetah-v5", "steps": 1_000_000, "batch_size": 8, "seed": 0},
+    "policy_gradient": {
+        "env": "CartPole-v1",
+        "episodes": 1600,
+        "batch_size": 16,
+        "seed": 0,
+        "threads": 1,
+    },
+    "improved": {
+        "env": "HalfCheetah-v5",
+        "steps": 1_000_000,
+        "batch_size": 8,
+        "seed": 0,
+        "threads": 1,
+    },
 }
 _MODEL_OPTIONS = {
     "policy_gradient": ("state_dim", "hidden_dim"),
@@ -124,7 +138,7 @@ class Train:
     """Run folder."""
     resume: bool = False
     """Continue the run in the run folder exactly where its last checkpoint left it."""
-    threads: Annotated[int, _default("1", "INT")] = 1
+    threads: Annotated[int | None, _default("1", "INT")] = None
     """Threads of torch and the kernels. These models are too small to gain from more, and where
     another process has the core, more are several times slower."""
     lr: Annotated[float | None, _default("improved: 2e-4, policy_gradient: 5e-3", "FLOAT")] = None
@@ -235,13 +249,17 @@ def _train(options: Train) -> None:
     settings = _settings(options, out)
     mode, env_id, seed = settings["mode"], settings["env"], settings["seed"]
     _route_mujoco_warnings(env_id)
-    if options.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {options.threads}")
-    torch.set_num_threads(options.threads)
+    _check_option("threads", settings["threads"], 1, _MOST_THREADS)
+    _check_option("seed", seed, 0, _LARGEST_SEED)
+    torch.set_num_threads(settings["threads"])
     torch.manual_seed(seed)
     start = time.perf_counter()
     with Environment(env_id, settings["batch_size"], seed=seed) as env:
-        trainer = _trainer(settings, env)
+        try:
+            trainer = _trainer(settings, env)
+        except (RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond the memory
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"the model of this size cannot be made: {reason}") from error
         _total(settings, env, trainer)
         with RunDirectory(out, resume=options.resume) as run:
             run.write_config({**settings, "versions": _versions()})
@@ -292,7 +310,7 @@ def _settings(options: Train, out: Path) -> dict[str, Any]:
     given = {
         name: value
         for name, value in asdict(options).items()
-        if value is not None and name not in ("out", "resume", "threads")
+        if value is not None and name not in ("out", "resume")
     }
     if "lr" in given:
         given["learning_rate"] = given.pop("lr")
@@ -332,13 +350,14 @@ def _stored_settings(run: RunDirectory) -> dict[str, Any]:
     """The settings in config.json, checked."""
     stored = run.read_config()
     mode = stored.get("mode")
-    if mode not in _DEFAULTS:
+    if not isinstance(mode, str) or mode not in _DEFAULTS:
         raise ValueError(f"{run.config_path}: mode must be one of {list(_DEFAULTS)}, got {mode!r}")
+    stored.setdefault("threads", 1)  # not in the runs of older versions
     kinds = get_type_hints(Train)
     kinds["learning_rate"] = kinds["lr"]
     for name in _options_of(mode):
         value, kind = stored.get(name), get_args(kinds[name])[0]
-        if value is None and name not in ("env", "seed", "batch_size"):
+        if value is None and name not in _DEFAULTS[mode].keys() - {"episodes", "steps"}:
             continue
         if type(value) is not kind:
             raise ValueError(f"{run.config_path}: {name} must be {kind.__name__}, got {value!r}")
@@ -346,7 +365,7 @@ def _stored_settings(run: RunDirectory) -> dict[str, Any]:
 
 
 def _options_of(mode: str) -> tuple[str, ...]:
-    shared = ("env", "episodes", "steps", "seed", "batch_size")
+    shared = ("env", "episodes", "steps", "seed", "batch_size", "threads")
     return shared + _MODEL_OPTIONS[mode] + _TRAINER_OPTIONS[mode]
 
 
@@ -415,8 +434,14 @@ def _learn(
     ended, timesteps = 0.0, 0.0
     if checkpoint is not None:
         rows = [row for row in run.read_rows() if row["iteration"] <= checkpoint.iteration]
+        if any("episodes" not in row for row in rows):
+            raise ValueError(f"{run.curve_path} lacks the column 'episodes'")
         ended = sum(row["episodes"] for row in rows)
-        timesteps = float(checkpoint.state["timesteps"])
+        try:
+            trainer.load_state_dict(checkpoint.state)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.path}: {error}") from error
+        timesteps = float(trainer.timesteps)
 
     def is_done() -> bool:
         return (episodes is not None and ended >= episodes) or (
@@ -424,7 +449,6 @@ def _learn(
         )
 
     if checkpoint is not None and is_done():
-        trainer.load_state_dict(checkpoint.state)
         return
     run.open_tensorboard(purge_step=int(timesteps) + 1 if resume else None)
     with _progress(limit, unit) as show:
@@ -501,6 +525,7 @@ def _evaluate(options: Evaluate) -> None:
         _refuse_import(env_id, path)
     _route_mujoco_warnings(env_id)
     torch.set_num_threads(1)
+    _check_option("seed", options.seed, 0, _LARGEST_SEED)
     if not options.deterministic:
         torch.manual_seed(options.seed)
     result = evaluate(
@@ -561,6 +586,13 @@ def _sentence(message: object) -> str:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     sys.stderr.write(f"ssm-fast: warning: {_sentence(message)}\n")
+
+
+def _check_option(name: str, value: int, at_least: int, at_most: int) -> None:
+    if value < at_least:
+        raise ValueError(f"--{name} must be at least {at_least}, got {value}")
+    if value > at_most:
+        raise ValueError(f"--{name} must be at most {at_most}, got {value}")
 
 
 def _refuse_import(env_id: str, source: Path) -> None:

@@ -155,5 +155,5 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
             if key in metadata
         }
         return Policy(model.eval(), **bounds)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)!r}: action bounds in the header: {error}") from error

@@ -202,7 +202,10 @@ class TestErrors:
             ([*REINFORCE, "--episodes", "0"], "--episodes must be at least 1, got 0"),
             ([*REINFORCE, "--batch_size", "0"], "batch_size must be at least 1, got 0"),
             ([*REINFORCE, "--state_dim", "0"], "state_dim"),
-            ([*REINFORCE, "--seed", "-1"], "seed must not be negative, got -1"),
+            ([*REINFORCE, "--seed", "-1"], "--seed must be at least 0, got -1"),
+            ([*REINFORCE, "--seed", "9" * 20], f"--seed must be at most {2**63 - 1}, got 999"),
+            ([*REINFORCE, "--threads", "9" * 20], "--threads must be at most 1024"),
+            ([*REINFORCE, "--state_dim", "10000000"], "the model of this size cannot be made"),
             ([*REINFORCE, "--threads", "0"], "--threads must be at least 1, got 0"),
             ([*REINFORCE, "--clip_epsilon", "0.1"], "--clip_epsilon is not an option of --mode"),
             ([*PPO, "--steps", "0"], "--steps must be at least 1, got 0"),
@@ -354,13 +357,13 @@ class TestResume:
         "limit", [["--steps", "800"], ["--env", "CartPole-v1", "--episodes", "50"]]
     )
     def test_ppo(self, limit: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        args = [*PPO, *limit, "--checkpoint_interval", "3"]
-        assert cli.main([*args, "--out", "whole"]) == 0
         # episodes short enough for an interval of 3 iterations
         for env_id in ("Pendulum-v1", "CartPole-v1"):
             monkeypatch.setattr(gymnasium.registry[env_id], "max_episode_steps", 24)
         append = RunDirectory.append_row
 
+        args = [*PPO, *limit, "--checkpoint_interval", "3"]
+        assert cli.main([*args, "--out", "whole"]) == 0
         def interrupt(self: RunDirectory, row: Any) -> None:
             append(self, row)
             if row["iteration"] == 8:
@@ -415,6 +418,8 @@ class TestResume:
             ({"mode": "meta"}, "mode must be one of"),
             ({"seed": "0"}, "seed must be int, got '0'"),
             ({"batch_size": None}, "batch_size must be int, got None"),
+            ({"mode": []}, "mode must be one of"),
+            ({"threads": 0}, "--threads must be at least 1, got 0"),
             ({"gamma": True}, "gamma must be float, got True"),
             ({"state_dim": 33}, "does not fit"),
         ],
@@ -430,6 +435,24 @@ class TestResume:
 
     @pytest.mark.filterwarnings("default")
     def test_with_damaged_checkpoints(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_threads_are_those_of_the_run(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*REINFORCE, "--threads", "2", "--out", "out"]) == 0
+        torch.set_num_threads(1)
+        resume_it = ["train", "--resume", "--episodes", "16", "--out", "out"]
+        assert cli.main([*resume_it, "--threads", "1"]) == 2
+        assert "--threads must be 2 as in the run in out, got 1" in capsys.readouterr().err
+        assert cli.main(resume_it) == 0
+        assert torch.get_num_threads() == 2
+        assert json.loads(Path("out/config.json").read_text())["threads"] == 2
+
+    @pytest.mark.parametrize("header", ["", "step,x", "iteration,timesteps,episode_return", "\xff"])
+    def test_with_a_damaged_curve(self, header: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*REINFORCE, "--out", "out"]) == 0
+        path = Path("out/curve.csv")
+        path.write_bytes(header.encode("latin-1") + b"\n1,2,3\n")
+        assert cli.main(["train", "--resume", "--episodes", "20", "--out", "out"]) == 2
+        assert "curve.csv" in capsys.readouterr().err
+
         args = [*REINFORCE, "--checkpoint_interval", "1"]
         assert cli.main([*args, "--out", "out"]) == 0
         rows = _rows("out")

@@ -186,6 +186,12 @@ def test_bad_calls() -> None:
             policy.predict(given)  # type: ignore[arg-type]
 
 
+def test_a_bound_beyond_any_float_in_the_header(tmp_path: Path) -> None:
+    improved().save(tmp_path / "policy.safetensors", {"action_low": f"[1{'0' * 399}]"})
+    with pytest.raises(ValueError, match="action bounds in the header"):
+        load_policy(tmp_path / "policy.safetensors")
+
+
 def test_bad_bounds(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="action_low must hold 3 numbers"):
         Policy(improved(), action_low=[0.0])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssm_fast.checkpoint import write_atomic
+from ssm_fast.checkpoint import read_limited, write_atomic
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -30,6 +30,10 @@ _MANIFEST_FILE = "manifest.json"
 _CHECKPOINT_NAME = re.compile(r"iteration_(\d{8,})")
 _TEMPORARY_PREFIX = ".unfinished-"
 _MANIFEST_LIMIT = 1 << 16  # bytes; ours are below 400
+_CONFIG_LIMIT = 1 << 20  # bytes
+_CURVE_LIMIT = 1 << 28  # bytes
+_CURVE_COLUMNS = ("iteration", "timesteps", "episode_return")  # what is read of any curve
+_LEFTOVER_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.tmp(\.[^.]*)?")  # of write_atomic
 _STATE_LIMIT = 1 << 31  # bytes
 
 
@@ -105,6 +109,9 @@ class RunDirectory:
             raise ValueError(f"{self.path} holds a run already; resume it or choose another folder")
         for leftover in self.checkpoints_path.glob(f"{_TEMPORARY_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.path.iterdir():
+            if _LEFTOVER_NAME.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)
 
     # Configuration
 
@@ -116,11 +123,11 @@ class RunDirectory:
         """Returns the configuration.
 
         Raises:
-            ValueError: config.json is missing or is not a JSON object.
+            ValueError: config.json is missing, too large, or not a JSON object.
         """
         try:
-            config = json.loads(self.config_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            config = json.loads(read_limited(self.config_path, _CONFIG_LIMIT))
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.config_path} cannot be read: {error}") from error
         if isinstance(config, dict):
             return config
@@ -215,18 +222,26 @@ class RunDirectory:
             csv.writer(file).writerow([_field(row[column]) for column in self._columns])
 
     def read_rows(self) -> list[dict[str, float]]:
-        """Returns the rows of curve.csv; a row that a kill cut short is left out."""
-        if not self.curve_path.exists():
+        """Returns the rows of curve.csv; a row that a kill cut short is left out.
+
+        Raises:
+            ValueError: It is no table with the columns of a learning curve.
+        """
+        table = self._read_table()
+        if not table:
             return []
+        columns, *lines = table
+        missing = [name for name in _CURVE_COLUMNS if name not in columns]
+        if missing:
+            raise ValueError(f"{self.curve_path} is damaged: it lacks the columns {missing}")
         rows = []
-        with self.curve_path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if None in row or None in row.values():
-                    continue
-                try:
-                    rows.append({name: float(value or "nan") for name, value in row.items()})
-                except ValueError:
-                    continue
+        for line in lines:
+            if len(line) != len(columns):
+                continue
+            try:
+                rows.append({k: float(x or "nan") for k, x in zip(columns, line, strict=True)})
+            except ValueError:
+                continue
         return rows
 
     def truncate_rows(self, iteration: int) -> None:
@@ -261,14 +276,21 @@ class RunDirectory:
         _write_bytes(self.figure_path, image.getvalue())
 
     def _read_columns(self) -> list[str] | None:
+        return next(iter(self._read_table()), None)
+
+    def _read_table(self) -> list[list[str]]:
         if not self.curve_path.exists():
-            return None
-        with self.curve_path.open(newline="", encoding="utf-8") as file:
-            return next(csv.reader(file), None)
+            return []
+        try:
+            text = read_limited(self.curve_path, _CURVE_LIMIT).decode()
+            return list(csv.reader(io.StringIO(text, newline="")))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.curve_path} is damaged: {error}") from error
 
     def _write_columns(self, row: Mapping[str, float]) -> list[str]:
-        with self.curve_path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(list(row))
+        text = io.StringIO(newline="")
+        csv.writer(text).writerow(list(row))
+        _write_text(self.curve_path, text.getvalue())
         return list(row)
 
     # TensorBoard
@@ -309,7 +331,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     folder = Path(path)
     try:
-        manifest = json.loads(_read_limited(folder / _MANIFEST_FILE, _MANIFEST_LIMIT))
+        manifest = json.loads(read_limited(folder / _MANIFEST_FILE, _MANIFEST_LIMIT))
         digests, iteration = manifest["sha256"], manifest["iteration"]
         expected = str(digests[_STATE_FILE])
         if not isinstance(iteration, int) or iteration < 0:
@@ -345,7 +367,7 @@ def _dump_state(state: Mapping[str, Any]) -> bytes:
 
 def _read_state_file(path: Path) -> bytes:
     try:
-        return _read_limited(path, _STATE_LIMIT)
+        return read_limited(path, _STATE_LIMIT)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -359,13 +381,6 @@ def _parse_state(path: Path, contents: bytes) -> dict[str, Any]:
     if isinstance(state, dict):
         return state
     raise ValueError(f"{path} must hold a dict, got {type(state).__name__}")
-
-
-def _read_limited(path: Path, limit: int) -> bytes:
-    size = path.stat().st_size
-    if size > limit:
-        raise ValueError(f"{path} must be at most {limit} bytes, got {size}")
-    return path.read_bytes()
 
 
 def _iteration_of(path: Path) -> int:

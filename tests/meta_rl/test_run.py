@@ -97,6 +97,27 @@ class TestRunDirectory:
             run.save_checkpoint(2, _state(2.0), fail)
         assert [path.name for path in run.checkpoints_path.iterdir()] == ["iteration_00000001"]
 
+    @pytest.mark.parametrize("kind", ["pipe", "device", "large"])
+    def test_a_config_that_is_no_small_file(self, tmp_path: Path, kind: str) -> None:
+        run = RunDirectory(tmp_path)
+        if kind == "pipe":
+            os.mkfifo(run.config_path)
+        elif kind == "device":
+            run.config_path.symlink_to("/dev/zero")
+        else:
+            run.config_path.write_bytes(b" " * (2**20 + 1))
+        expected = "at most 1048576 bytes" if kind == "large" else "not a regular file"
+        with pytest.raises(ValueError, match=rf"config\.json .*{expected}"):
+            run.read_config()
+
+    def test_temporary_files_of_a_kill_are_removed(self, tmp_path: Path) -> None:
+        kept = [".policy.tmp.safetensors", "notes.0123456789abcdef.tmp.txt", ".hidden"]
+        gone = [".policy.0123456789abcdef.tmp.safetensors", ".x.0123456789abcdef.tmp"]
+        for name in (*kept, *gone):
+            (tmp_path / name).write_text("")
+        RunDirectory(tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == sorted(kept)
+
     def test_what_a_kill_left_behind_is_removed(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
         run.save_checkpoint(1, _state(1.0))
