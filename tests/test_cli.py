@@ -360,10 +360,10 @@ class TestResume:
         # episodes short enough for an interval of 3 iterations
         for env_id in ("Pendulum-v1", "CartPole-v1"):
             monkeypatch.setattr(gymnasium.registry[env_id], "max_episode_steps", 24)
-        append = RunDirectory.append_row
-
         args = [*PPO, *limit, "--checkpoint_interval", "3"]
         assert cli.main([*args, "--out", "whole"]) == 0
+        append = RunDirectory.append_row
+
         def interrupt(self: RunDirectory, row: Any) -> None:
             append(self, row)
             if row["iteration"] == 8:
@@ -372,9 +372,9 @@ class TestResume:
         with monkeypatch.context() as patch:
             patch.setattr(RunDirectory, "append_row", interrupt)
             assert cli.main([*args, "--out", "part"]) == 130
+        assert Path("part/checkpoints/iteration_00000006").exists()
         assert cli.main([*args, "--out", "part", "--resume"]) == 0
         assert len(_rows("part")) > 8
-        assert Path("part/checkpoints/iteration_00000006").exists()
         assert _rows("part") == _rows("whole")
         _assert_same_policy("part", "whole")
 
@@ -416,10 +416,10 @@ class TestResume:
         ("change", "text"),
         [
             ({"mode": "meta"}, "mode must be one of"),
-            ({"seed": "0"}, "seed must be int, got '0'"),
-            ({"batch_size": None}, "batch_size must be int, got None"),
             ({"mode": []}, "mode must be one of"),
             ({"threads": 0}, "--threads must be at least 1, got 0"),
+            ({"seed": "0"}, "seed must be int, got '0'"),
+            ({"batch_size": None}, "batch_size must be int, got None"),
             ({"gamma": True}, "gamma must be float, got True"),
             ({"state_dim": 33}, "does not fit"),
         ],
@@ -433,8 +433,6 @@ class TestResume:
         assert cli.main(["train", "--resume", "--episodes", "99", "--out", "out"]) == 2
         assert text in capsys.readouterr().err
 
-    @pytest.mark.filterwarnings("default")
-    def test_with_damaged_checkpoints(self, capsys: pytest.CaptureFixture[str]) -> None:
     def test_threads_are_those_of_the_run(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*REINFORCE, "--threads", "2", "--out", "out"]) == 0
         torch.set_num_threads(1)
@@ -453,6 +451,8 @@ class TestResume:
         assert cli.main(["train", "--resume", "--episodes", "20", "--out", "out"]) == 2
         assert "curve.csv" in capsys.readouterr().err
 
+    @pytest.mark.filterwarnings("default")
+    def test_with_damaged_checkpoints(self, capsys: pytest.CaptureFixture[str]) -> None:
         args = [*REINFORCE, "--checkpoint_interval", "1"]
         assert cli.main([*args, "--out", "out"]) == 0
         rows = _rows("out")
