@@ -309,6 +309,15 @@ class TestErrors:
         assert checkpoint.iteration >= 1
 
 
+# A suite in the background of a shell has SIGINT ignored, and its children inherit that.
+MAIN = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ssm_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 class TestResume:
     args = (
         *("train", "--mode", "policy_gradient", "--batch_size", "4", "--episodes", "160"),
@@ -321,7 +330,7 @@ class TestResume:
     ) -> None:
         assert cli.main([*self.args, "--out", "whole"]) == 0
         process = subprocess.Popen(
-            [sys.executable, "-m", "ssm_fast", *self.args, "--out", "part"],
+            [sys.executable, "-c", MAIN, *self.args, "--out", "part"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -639,7 +639,10 @@ class TestResume:
         folder = str(Path(__file__).parent)
         arguments = [folder, env_id, str(tmp_path / "killed"), moment]
         killed = subprocess.run(
-            [sys.executable, "-c", _KILLED, *arguments], capture_output=True, check=False
+            [sys.executable, "-c", _KILLED, *arguments],
+            capture_output=True,
+            check=False,
+            cwd=tmp_path,  # not the source tree, which a child would import instead of the package
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
         run = RunDirectory(tmp_path / "killed", resume=True)
