@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 #include <tuple>
+#include <vector>
 
 #include "dispatch.h"
 
@@ -19,6 +20,7 @@ using Address = std::uintptr_t;
 template <std::size_t N>
 using Strides = std::array<Index, N>;
 
+constexpr Index kParallelRows = 16;  // rows of a policy step that are worth a thread
 constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
 
 template <class T>
@@ -224,6 +226,50 @@ void discounted_returns(Address rewards, Address next_values, Address terminated
   SSM_FAST_CALL(discounted_returns(params));
 }
 
+// `weights` holds the encoder's, the actor's and the critic's weight and bias, log_std, and seven a layer.
+template <class T>
+void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, double obs_clip, Address state,
+                 Address reset, Address noise, const std::vector<Address>& weights, Address action, Address log_prob,
+                 Address value, Address next_state, Strides<6> sizes, bool norm_state, bool residual, double eps) {
+  const auto [B, I, H, N, L, K] = sizes;
+  std::vector<PolicyLayer<T>> layers;
+  for (const Address* w = weights.data() + 7; w < weights.data() + weights.size(); w += 7) {
+    layers.push_back({at<T>(w[0]), at<T>(w[1]), at<T>(w[2]), at<T>(w[3]), at<T>(w[4]), at<T>(w[5]), at<T>(w[6])});
+  }
+  const Index blocks = B / kParallelRows;
+  const int threads = blocks < 2 ? 1 : threads_for(double(B * L) * double(H * H), blocks);
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(policy_step_scratch(I, H, N, K, sizeof(T) == 8)) * threads);
+  PolicyStep<T> params{};
+  params.x = at<T>(x);
+  params.obs_mean = at<double>(obs_mean);
+  params.obs_var = at<double>(obs_var);
+  params.obs_eps = obs_eps;
+  params.obs_clip = obs_clip;
+  params.state = at<T>(state);
+  params.reset = at<std::uint8_t>(reset);
+  params.noise = at<T>(noise);
+  params.encoder_weight = at<T>(weights[0]);
+  params.encoder_bias = at<T>(weights[1]);
+  params.actor_weight = at<T>(weights[2]);
+  params.actor_bias = at<T>(weights[3]);
+  params.critic_weight = at<T>(weights[4]);
+  params.critic_bias = at<T>(weights[5]);
+  params.log_std = at<T>(weights[6]);
+  params.layers = layers.data();
+  params.action = at<T>(action);
+  params.log_prob = at<T>(log_prob);
+  params.value = at<T>(value);
+  params.next_state = at<T>(next_state);
+  std::tie(params.B, params.I, params.H, params.N, params.L, params.K) = std::tuple_cat(sizes);
+  params.norm_state = norm_state;
+  params.residual = residual;
+  params.eps = T(eps);
+  params.threads = threads;
+  params.scratch = static_cast<T*>(scratch.get());
+  const py::gil_scoped_release release;
+  SSM_FAST_CALL(policy_step(params));
+}
+
 }  // namespace
 }  // namespace ssm_fast
 
@@ -260,4 +306,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("gae_float64", &gae<double>);
   m.def("discounted_returns_float32", &discounted_returns<float>);
   m.def("discounted_returns_float64", &discounted_returns<double>);
+  m.def("policy_step_float32", &policy_step<float>);
+  m.def("policy_step_float64", &policy_step<double>);
 }

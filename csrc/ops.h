@@ -130,6 +130,37 @@ struct DiscountedReturns {
   int threads;
 };
 
+// A layer of a policy; matrices are contiguous, [outputs, inputs].
+template <class T>
+struct PolicyLayer {
+  const T *A, *B, *bias, *C, *D;     // [N, N], [N, H], [N], [H, N], [H, H]
+  const T *norm_weight, *norm_bias;  // [N] if norm_state, else [H]; null without a norm
+};
+
+// One step of an actor-critic without gradients, for B rows:
+//   h = tanh(W x + w);  for each layer z = A m s + B h + b [normalised], y = C z + D h [normalised],
+//   h = tanh(y) [+ h];  mean = actor(h), value = critic(h), action = mean + exp(log_std) noise.
+template <class T>
+struct PolicyStep {
+  const T* x;                        // [B, I], contiguous as all that follow
+  const double *obs_mean, *obs_var;  // [I], or null: x enters as it is
+  double obs_eps, obs_clip;
+  const T* state;                             // [L, B, N], or null: zeros
+  const std::uint8_t* reset;                  // [B], or null
+  const T* noise;                             // [B, K], or null: the action is the mean
+  const T *encoder_weight, *encoder_bias;     // [H, I], [H]
+  const PolicyLayer<T>* layers;               // L of them
+  const T *actor_weight, *actor_bias;         // [K, H], [K]
+  const T *critic_weight, *critic_bias;       // [1, H], [1]
+  const T* log_std;                           // [K], or null: `action` holds the means (logits), no log_prob
+  T *action, *log_prob, *value, *next_state;  // [B, K], [B], [B], [L, B, N]
+  Index B, I, H, N, L, K;
+  bool norm_state, residual;
+  T eps;
+  int threads;
+  T* scratch;  // `threads` times policy_step_scratch elements, aligned to 64 bytes
+};
+
 #define SSM_FAST_DECLARE(isa)                                                        \
   namespace isa {                                                                    \
   Index dense_scan_scratch(Index N, bool is_double);                                 \
@@ -149,6 +180,9 @@ struct DiscountedReturns {
   void gae(const Gae<double>&);                                                      \
   void discounted_returns(const DiscountedReturns<float>&);                          \
   void discounted_returns(const DiscountedReturns<double>&);                         \
+  Index policy_step_scratch(Index I, Index H, Index N, Index K, bool is_double);     \
+  void policy_step(const PolicyStep<float>&);                                        \
+  void policy_step(const PolicyStep<double>&);                                       \
   }
 SSM_FAST_DECLARE(baseline)
 SSM_FAST_DECLARE(avx2)

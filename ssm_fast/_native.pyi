@@ -28,3 +28,5 @@ gae_float32: _Kernel
 gae_float64: _Kernel
 discounted_returns_float32: _Kernel
 discounted_returns_float64: _Kernel
+policy_step_float32: _Kernel
+policy_step_float64: _Kernel

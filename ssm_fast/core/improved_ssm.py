@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from os import PathLike
 from typing import Any, Literal, cast
 
@@ -19,6 +20,9 @@ from ssm_fast.nn.ssm_layer import (
     check_size,
     orthogonal_,
 )
+from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step
+
+NORM_EPS = 1e-5  # nn.LayerNorm's own
 
 
 class ImprovedSSM(nn.Module):
@@ -204,24 +208,50 @@ class ImprovedSSM(nn.Module):
             ValueError: If a shape does not fit.
             TypeError: If a dtype does not fit.
         """
+        weights = self._step_weights(x, hidden_state, reset)
+        if weights is not None:
+            return self._native_action(x, hidden_state, deterministic, reset, weights)
         features, states = self._features(x, hidden_state, reset)
         mean = self.actor(features)  # [B, K] or [B, T, K]
         value = self.critic(features).squeeze(-1)  # [B] or [B, T]
+        next_hidden = torch.stack(states)  # [L, B, N]
         if self.log_std is None:
-            log_probs = F.log_softmax(mean, dim=-1)  # [B, K]
-            scores = log_probs.detach()
-            if not deterministic:
-                # The argmax of log p - log E with E ~ Exp(1) is a draw from p (Gumbel-max).
-                scores = scores - torch.empty_like(scores).exponential_().log()
-            action = scores.argmax(-1)  # [B]
-            log_prob = log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)  # [B]
+            action, log_prob = choose_action(mean, deterministic)  # [B], [B]
         else:
             action = mean.detach()
             if not deterministic:
                 std = self.log_std.detach().exp()  # [K]
                 action = torch.addcmul(action, torch.randn_like(action), std)  # [B, K]
             log_prob = gaussian_log_prob(action, mean, self.log_std)  # [B]
-        return action, log_prob, value, torch.stack(states)
+        return action, log_prob, value, next_hidden
+
+    def _native_action(
+        self,
+        x: Tensor,
+        hidden_state: Tensor | None,
+        deterministic: bool,
+        reset: Tensor | None,
+        weights: PolicyWeights,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``get_action`` of one step without gradients, in one native call."""
+        self._check(x, hidden_state, reset)
+        norm = self.obs_norm
+        action, log_prob, value, next_hidden = policy_step(
+            x,
+            hidden_state,
+            None if reset is None else reset.bool(),
+            None
+            if deterministic or self.discrete
+            else torch.randn(len(x), self.action_dim, dtype=x.dtype),
+            weights,
+            None if norm is None else Observations(norm.mean, norm.var, norm.eps, norm.clip),
+            self.norm == "state",
+            self.use_residual,
+            NORM_EPS,
+        )
+        if log_prob is None:
+            action, log_prob = choose_action(action, deterministic)  # [B], [B]
+        return action, log_prob, value, next_hidden
 
     def evaluate_actions(
         self,
@@ -340,6 +370,66 @@ class ImprovedSSM(nn.Module):
             h = h + y if self.use_residual else y
         return h, states
 
+    def _step_weights(self, *inputs: Tensor | None) -> PolicyWeights | None:
+        """What the native step reads, or ``None`` where the modules themselves have to run.
+
+        They have to for a sequence, with gradients, under a transform, on another device, and where
+        somebody has put another module, a hook or another kind of tensor in the place of ours.
+        """
+        x = inputs[0]
+        if (
+            x is None
+            or x.ndim != 2
+            or x.dtype not in (torch.float32, torch.float64)
+            or not all(t is None or (type(t) is Tensor and t.is_cpu) for t in inputs)
+            or torch.is_grad_enabled()
+            or torch._C._are_functorch_transforms_active()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        modules = self._modules
+        heads: list[Tensor | None] = []
+        for name in ("encoder", "actor", "critic"):
+            linear = modules[name]
+            if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+                return None
+            heads += (linear._parameters["weight"], linear._parameters["bias"])
+        layers: list[Tensor | None] = []
+        for layer in cast("nn.ModuleList", modules["layers"])._modules.values():
+            if type(layer) is not SSMLayer:
+                return None
+            layers += [layer._parameters[name] for name in ("A", "B", "bias", "C", "D")]
+            norm = layer._modules["norm"]
+            if norm is None:
+                layers += (None, None)
+                continue
+            weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
+            if (
+                type(norm) is not nn.LayerNorm
+                or norm.eps != NORM_EPS
+                or weight is None
+                or bias is None
+            ):
+                return None
+            layers += (weight, bias)
+        log_std = self._parameters["log_std"]
+        for t, shape in zip((*heads, log_std, *layers), self._step_shapes(), strict=True):
+            if t is not None and not (
+                type(t) in (nn.Parameter, Tensor)
+                and t.shape == shape
+                and t.dtype == x.dtype
+                and t.is_contiguous()
+                and t.is_cpu
+            ):
+                return None
+        return PolicyWeights(heads, log_std, layers)
+
+    def _step_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the weights that the native step reads, in its order."""
+        sizes = self.input_dim, self.hidden_dim, self.state_dim, self.action_dim
+        return _step_shapes(*sizes, self.num_layers, self.norm == "state")
+
     def _check(self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None) -> None:
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_dim:
             raise ValueError(
@@ -361,6 +451,39 @@ class ImprovedSSM(nn.Module):
                 f"reset must have shape {list(x.shape[:-1])}, as x without its features, "
                 f"got {list(reset.shape)}"
             )
+
+
+@cache
+def _step_shapes(
+    I: int,
+    H: int,
+    N: int,
+    K: int,
+    L: int,
+    norm_state: bool,
+) -> tuple[tuple[int, ...], ...]:
+    F = N if norm_state else H
+    heads = ((H, I), (H,), (K, H), (K,), (1, H), (1,), (K,))
+    return heads + ((N, N), (N, H), (N,), (H, N), (H, H), (F,), (F,)) * L
+
+
+def choose_action(logits: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
+    """The mode of a categorical distribution or a draw from it, with its log-probability.
+
+    Args:
+        logits: ``[..., K]``.
+        deterministic: Take the mode.
+
+    Returns:
+        int64 ``[...]`` and ``[...]``.
+    """
+    log_probs = F.log_softmax(logits, dim=-1)  # [..., K]
+    scores = log_probs.detach()
+    if not deterministic:
+        # The argmax of log p - log E with E ~ Exp(1) is a draw from p (Gumbel-max).
+        scores = scores - torch.empty_like(scores).exponential_().log()
+    action = scores.argmax(-1)  # [...]
+    return action, log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 
 
 def gaussian_log_prob(actions: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -443,3 +443,143 @@ def test_evaluate_actions_refuses_an_action_out_of_range(action: int) -> None:
     actions = torch.tensor([[0, 1], [action, 1]])
     with pytest.raises(ValueError, match=r"actions must lie in \[0, 2\), got"):
         model.evaluate_actions(torch.zeros(2, 2, 3), actions)
+
+
+class TestNativeStep:
+    """`get_action` without gradients runs one native call: the same numbers, never stale ones."""
+
+    @staticmethod
+    def results(model: ImprovedSSM, **kwargs: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Of the native step, and of the modules one after the other."""
+        x, h, reset, _ = inputs(model)
+        arguments = x[:, 0], h, True, reset[:, 0]
+        with torch.no_grad():
+            assert model._step_weights(*arguments[:2]) is not None
+            native = model.get_action(*arguments, **kwargs)
+        modules = model.get_action(*arguments, **kwargs)
+        return list(native), [result.detach() for result in modules]
+
+    @every_option
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_same_numbers_as_the_modules(self, options: dict[str, Any], dtype: torch.dtype) -> None:
+        native, modules = self.results(make(dtype=dtype, **options))
+        tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+        for one, other in zip(native, modules, strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+    @every_option
+    def test_same_draws_as_the_modules(self, options: dict[str, Any]) -> None:
+        model = make(**options)
+        x, h, _, _ = inputs(model)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            native = model.get_action(x[:, 0], h)
+        torch.manual_seed(3)
+        for one, other in zip(native, model.get_action(x[:, 0], h), strict=True):
+            torch.testing.assert_close(one, other.detach(), rtol=1e-12, atol=1e-12)
+
+    def test_follows_every_change_of_the_weights(self) -> None:
+        model, other = make(), make(seed=5)
+        x, h, reset, actions = inputs(model)
+
+        def optimise() -> None:
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+            log_probs, values, _ = model.evaluate_actions(x, actions, h, reset)
+            (log_probs.sum() + values.sum()).backward()
+            optimizer.step()
+
+        def edit_in_place() -> None:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.1)
+
+        def edit_data() -> None:
+            for parameter in model.parameters():
+                parameter.data.add_(0.1)
+
+        def replace_data() -> None:
+            for parameter in model.parameters():
+                parameter.data = parameter.data * 0.9
+
+        def replace_parameter() -> None:
+            model.layers[1].A = nn.Parameter(torch.eye(N, dtype=torch.float64))
+
+        def transpose_in_place() -> None:
+            model.layers[0].A.data = model.layers[0].A.data.T
+
+        before, _ = self.results(model)
+        for change in (
+            optimise,
+            lambda: model.load_state_dict(other.state_dict()),
+            edit_in_place,
+            edit_data,
+            replace_data,
+            replace_parameter,
+        ):
+            change()
+            native, modules = self.results(model)
+            assert not torch.allclose(native[2], before[2], rtol=1e-6)
+            for one, two in zip(native, modules, strict=True):
+                torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+            before = native
+        transpose_in_place()  # no kernel for it: the modules run
+        with torch.no_grad():
+            native = model.get_action(x[:, 0], h, True)
+        modules = model.get_action(x[:, 0], h, True)
+        assert torch.equal(native[2], modules[2])
+
+    def test_leaves_changed_models_to_the_modules(self) -> None:
+        x, h, _, _ = inputs(make())
+
+        def hooked(model: ImprovedSSM) -> None:
+            model.actor.register_forward_hook(lambda module, args, output: output + 1.0)
+
+        def wrapped(model: ImprovedSSM) -> None:
+            model.critic = nn.Sequential(model.critic, nn.Tanh())
+
+        def other_eps(model: ImprovedSSM) -> None:
+            model.layers[0].norm.eps = 0.5
+
+        def without_affine(model: ImprovedSSM) -> None:
+            model.layers[0].norm = nn.LayerNorm(H, elementwise_affine=False, dtype=torch.float64)
+
+        for change in (hooked, wrapped, other_eps, without_affine):
+            model = make()
+            change(model)
+            with torch.no_grad():
+                native = model.get_action(x[:, 0], h, True)
+            for one, other in zip(native, model.get_action(x[:, 0], h, True), strict=True):
+                assert torch.equal(one, other.detach())
+
+    def test_reads_the_weights_of_functional_call(self) -> None:
+        model, other = make(), make(seed=5)
+        x, h, _, _ = inputs(model)
+
+        class Act(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.model = model
+
+            def forward(self) -> Tensor:
+                return self.model.get_action(x[:, 0], h, True)[0]
+
+        with torch.no_grad():
+            weights = {f"model.{name}": p.detach() for name, p in other.named_parameters()}
+            actions = functional_call(Act(), weights, ())
+            torch.testing.assert_close(actions, other.get_action(x[:, 0], h, True)[0])
+
+    def test_wrong_shapes_raise_before_the_kernel(self) -> None:
+        model = make()
+        x, h, reset, _ = inputs(model)
+        with torch.no_grad():
+            with pytest.raises(ValueError, match="x must have shape"):
+                model.get_action(x[:, 0, :-1], h)
+            with pytest.raises(ValueError, match="hidden_state must have shape"):
+                model.get_action(x[:, 0], h[:, :-1])
+            with pytest.raises(ValueError, match="reset must have shape"):
+                model.get_action(x[:, 0], h, reset=reset[:-1, 0])
+            with pytest.raises(TypeError, match="hidden_state"):
+                model.get_action(x[:, 0], h.float())
+            model.encoder.weight.data = model.encoder.weight.data[:, :-1].contiguous()
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                model.get_action(x[:, 0], h)

@@ -1,0 +1,61 @@
+"""A policy step without gradients, through the public get_action, beside the same modules and one product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contest import contest
+from torch import nn
+
+from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.ops.policy_step import policy_step
+
+
+class GRUPolicy(nn.Module):
+    """What users write today: two linear layers around a GRU cell for each layer."""
+
+    def __init__(self, I: int, K: int, H: int, L: int) -> None:
+        super().__init__()
+        self.encoder, self.actor, self.critic = nn.Linear(I, H), nn.Linear(H, K), nn.Linear(H, 1)
+        self.cells = nn.ModuleList(nn.GRUCell(H, H) for _ in range(L))
+
+    def forward(self, x, state):
+        h = torch.tanh(self.encoder(x))
+        states = []
+        for cell, s in zip(self.cells, state, strict=True):
+            h = cell(h, s)
+            states.append(h)
+        return self.actor(h), self.critic(h), torch.stack(states)
+
+
+@pytest.mark.parametrize("B", [1, 8, 64])
+def test_policy_step(benchmark, B):
+    torch.manual_seed(0)
+    model = ImprovedSSM(17, 6)
+    gru = GRUPolicy(17, 6, 64, 2)
+    x, state = torch.randn(B, 17), model.init_hidden(B)
+    small, square = torch.randn(B, 64), torch.randn(64, 64)
+
+    with torch.no_grad():
+        weights = model._step_weights(x, state)
+
+        def modules() -> None:
+            features, states = model._features(x, state, None)
+            model.actor(features)
+            model.critic(features)
+            torch.stack(states)
+
+        contest(
+            benchmark,
+            "get_action",
+            {
+                "get_action": lambda: model.get_action(x, state, True),
+                "policy_step": lambda: policy_step(
+                    x, state, None, None, weights, None, False, True, 1e-5
+                ),
+                "modules": modules,
+                "GRUCell policy": lambda: gru(x, state),
+                f"mm {B}x64x64": lambda: torch.mm(small, square),
+            },
+            calls=100,
+        )

@@ -1,0 +1,93 @@
+// Elementary functions: square root, exponential, tanh (a few units in the last place), the sum of a vector.
+#pragma once
+
+#include "simd.h"
+
+namespace ssm_fast::SSM_FAST_ISA {
+
+template <class T>
+inline T square_root(T x) {
+  if constexpr (sizeof(T) == 4) {
+    return __builtin_sqrtf(x);
+  } else {
+    return __builtin_sqrt(x);
+  }
+}
+
+template <class T>
+inline T exponential(T x) {
+  if constexpr (sizeof(T) == 4) {
+    return __builtin_expf(x);
+  } else {
+    return __builtin_exp(x);
+  }
+}
+
+template <class T>
+inline T sum(Vector<T> v) {
+  T lanes[kWidth<T>];
+  store(lanes, v);
+#pragma GCC unroll 8
+  for (int half = kWidth<T> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  typedef std::uint32_t Type __attribute__((vector_size(kVectorBytes)));
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kSaturated = 9.02f;  // where tanh rounds to 1
+  static constexpr int kMantissa = 23, kTerms = 8;
+  static constexpr std::uint32_t kOne = 0x3F800000u;
+};
+template <>
+struct BitsOf<double> {
+  typedef std::uint64_t Type __attribute__((vector_size(kVectorBytes)));
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLog2e = 1.44269504088896341, kLn2High = 6.93145751953125e-1,
+                          kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kSaturated = 19.07;
+  static constexpr int kMantissa = 52, kTerms = 14;
+  static constexpr std::uint64_t kOne = 0x3FF0000000000000u;
+};
+
+// exp(x) - 1 for |x| < 88, without cancellation near 0: with x = n ln 2 + r and p = exp(r) - 1 from its
+// Taylor series, 2^n p + (2^n - 1), which is p itself for n = 0.
+template <class T>
+inline Vector<T> expm1(Vector<T> x) {
+  using Bits = BitsOf<T>;
+  const Vector<T> shifted = fused_vector(x, broadcast(Bits::kLog2e), broadcast(Bits::kMagic));
+  const Vector<T> n = shifted - Bits::kMagic;
+  Vector<T> r = fused_vector(n, broadcast(-Bits::kLn2High), x);
+  r = fused_vector(n, broadcast(-Bits::kLn2Low), r);
+  T factorial = 1;
+  for (int i = 2; i < Bits::kTerms; ++i) factorial *= T(i);
+  Vector<T> series = broadcast(T(1) / factorial);  // 1/1! + r/2! + r^2/3! + ... by Horner's rule
+#pragma GCC unroll 16
+  for (int i = Bits::kTerms - 1; i > 1; --i) {
+    factorial /= T(i);
+    series = fused_vector(series, r, broadcast(T(1) / factorial));
+  }
+  const Vector<T> p = series * r;
+  const auto bits = ((typename Bits::Type)shifted << Bits::kMantissa) + Bits::kOne;
+  const Vector<T> scale = (Vector<T>)bits;
+  return fused_vector(scale, p, scale - T(1));
+}
+
+// tanh(x) = (exp(2x) - 1) / (exp(2x) + 1).
+template <class T>
+inline Vector<T> tanh(Vector<T> x) {
+  const Vector<T> bound = broadcast(BitsOf<T>::kSaturated);
+  x = x > bound ? bound : x;  // a NaN compares false and stays
+  x = x < -bound ? -bound : x;
+  const Vector<T> e = expm1<T>(x + x);
+  return e / (e + T(2));
+}
+
+}  // namespace ssm_fast::SSM_FAST_ISA
