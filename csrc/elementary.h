@@ -43,7 +43,8 @@ struct BitsOf<float> {
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   static constexpr float kSaturated = 9.02f;  // where tanh rounds to 1
-  static constexpr int kMantissa = 23, kTerms = 8;
+  static constexpr int kMantissa = 23, kTerms = 7;
+  static constexpr float kSeries[kTerms] = {1.f / 5040, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f};
   static constexpr std::uint32_t kOne = 0x3F800000u;
 };
 template <>
@@ -53,7 +54,10 @@ struct BitsOf<double> {
   static constexpr double kLog2e = 1.44269504088896341, kLn2High = 6.93145751953125e-1,
                           kLn2Low = 1.42860682030941723212e-6;
   static constexpr double kSaturated = 19.07;
-  static constexpr int kMantissa = 52, kTerms = 14;
+  static constexpr int kMantissa = 52, kTerms = 13;
+  static constexpr double kSeries[kTerms] = {
+      1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
+      1. / 720,        1. / 120,       1. / 24,       1. / 6,       1. / 2,      1.};
   static constexpr std::uint64_t kOne = 0x3FF0000000000000u;
 };
 
@@ -66,14 +70,9 @@ inline Vector<T> expm1(Vector<T> x) {
   const Vector<T> n = shifted - Bits::kMagic;
   Vector<T> r = fused_vector(n, broadcast(-Bits::kLn2High), x);
   r = fused_vector(n, broadcast(-Bits::kLn2Low), r);
-  T factorial = 1;
-  for (int i = 2; i < Bits::kTerms; ++i) factorial *= T(i);
-  Vector<T> series = broadcast(T(1) / factorial);  // 1/1! + r/2! + r^2/3! + ... by Horner's rule
+  Vector<T> series = broadcast(Bits::kSeries[0]);  // 1/1! + r/2! + r^2/3! + ... by Horner's rule
 #pragma GCC unroll 16
-  for (int i = Bits::kTerms - 1; i > 1; --i) {
-    factorial /= T(i);
-    series = fused_vector(series, r, broadcast(T(1) / factorial));
-  }
+  for (int i = 1; i < Bits::kTerms; ++i) series = fused_vector(series, r, broadcast(Bits::kSeries[i]));
   const Vector<T> p = series * r;
   const auto bits = ((typename Bits::Type)shifted << Bits::kMantissa) + Bits::kOne;
   const Vector<T> scale = (Vector<T>)bits;

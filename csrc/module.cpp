@@ -226,6 +226,58 @@ void discounted_returns(Address rewards, Address next_values, Address terminated
   SSM_FAST_CALL(discounted_returns(params));
 }
 
+template <class T>
+void output_norm(Address z, Strides<2> z_strides, Address weight, Index weight_stride, Address bias, Index bias_stride,
+                 Address residual, Strides<2> residual_strides, Address y, Address mean, Address rstd, Strides<3> sizes,
+                 double eps, bool tanh) {
+  OutputNorm<T> params{};
+  params.z = at<T>(z);
+  std::tie(params.z_g, params.z_m) = std::tuple_cat(z_strides);
+  params.weight = at<T>(weight);
+  params.weight_g = weight_stride;
+  params.bias = at<T>(bias);
+  params.bias_g = bias_stride;
+  params.residual = at<T>(residual);
+  std::tie(params.residual_g, params.residual_m) = std::tuple_cat(residual_strides);
+  params.y = at<T>(y);
+  params.mean = at<T>(mean);
+  params.rstd = at<T>(rstd);
+  std::tie(params.G, params.M, params.H) = std::tuple_cat(sizes);
+  params.eps = T(eps);
+  params.tanh = tanh;
+  params.threads = threads_for(double(params.G * params.M) * double(params.H) / 4, params.G * params.M);
+  const py::gil_scoped_release release;
+  SSM_FAST_CALL(output_norm(params));
+}
+
+template <class T>
+void output_norm_grad(Address grad_y, Strides<2> grad_strides, Address z, Strides<2> z_strides, Address weight,
+                      Index weight_stride, Address bias, Index bias_stride, Address mean, Address rstd, Address grad_z,
+                      Address grad_weight, Address grad_bias, Strides<3> sizes, bool tanh) {
+  const auto [G, M, H] = sizes;
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(output_norm_scratch(G, M, H, sizeof(T) == 8)));
+  OutputNormGrad<T> params{};
+  params.grad_y = at<T>(grad_y);
+  std::tie(params.grad_g, params.grad_m) = std::tuple_cat(grad_strides);
+  params.z = at<T>(z);
+  std::tie(params.z_g, params.z_m) = std::tuple_cat(z_strides);
+  params.weight = at<T>(weight);
+  params.weight_g = weight_stride;
+  params.bias = at<T>(bias);
+  params.bias_g = bias_stride;
+  params.mean = at<T>(mean);
+  params.rstd = at<T>(rstd);
+  params.grad_z = at<T>(grad_z);
+  params.grad_weight = at<T>(grad_weight);
+  params.grad_bias = at<T>(grad_bias);
+  std::tie(params.G, params.M, params.H) = std::tuple_cat(sizes);
+  params.tanh = tanh;
+  params.threads = threads_for(double(G * M) * double(H) / 4, G * M);
+  params.scratch = static_cast<T*>(scratch.get());
+  const py::gil_scoped_release release;
+  SSM_FAST_CALL(output_norm_grad(params));
+}
+
 // `weights` holds the encoder's, the actor's and the critic's weight and bias, log_std, and seven a layer.
 template <class T>
 void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, double obs_clip, Address state,
@@ -306,6 +358,10 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("gae_float64", &gae<double>);
   m.def("discounted_returns_float32", &discounted_returns<float>);
   m.def("discounted_returns_float64", &discounted_returns<double>);
+  m.def("output_norm_float32", &output_norm<float>);
+  m.def("output_norm_float64", &output_norm<double>);
+  m.def("output_norm_grad_float32", &output_norm_grad<float>);
+  m.def("output_norm_grad_float64", &output_norm_grad<double>);
   m.def("policy_step_float32", &policy_step<float>);
   m.def("policy_step_float64", &policy_step<double>);
 }

@@ -130,6 +130,45 @@ struct DiscountedReturns {
   int threads;
 };
 
+// y = [residual +] [tanh] (LN(z) w + b) over rows of H; without a weight there is no norm.
+template <class T>
+struct OutputNorm {
+  const T* z;
+  Index z_g, z_m;
+  const T* weight;
+  Index weight_g;
+  const T* bias;
+  Index bias_g;
+  const T* residual;
+  Index residual_g, residual_m;
+  T* y;            // contiguous [G, M, H]
+  T *mean, *rstd;  // contiguous [G, M], or null
+  Index G, M, H;
+  T eps;
+  bool tanh;
+  int threads;
+};
+
+// Gradients of OutputNorm; that of the residual is grad_y itself.
+template <class T>
+struct OutputNormGrad {
+  const T* grad_y;
+  Index grad_g, grad_m;
+  const T* z;
+  Index z_g, z_m;
+  const T* weight;
+  Index weight_g;
+  const T* bias;
+  Index bias_g;
+  const T *mean, *rstd;
+  T* grad_z;                   // contiguous [G, M, H]
+  T *grad_weight, *grad_bias;  // contiguous [G, H], null without a weight
+  Index G, M, H;
+  bool tanh;
+  int threads;
+  T* scratch;  // output_norm_scratch elements, aligned to 64 bytes
+};
+
 // A layer of a policy; matrices are contiguous, [outputs, inputs].
 template <class T>
 struct PolicyLayer {
@@ -180,6 +219,11 @@ struct PolicyStep {
   void gae(const Gae<double>&);                                                      \
   void discounted_returns(const DiscountedReturns<float>&);                          \
   void discounted_returns(const DiscountedReturns<double>&);                         \
+  Index output_norm_scratch(Index G, Index M, Index H, bool is_double);              \
+  void output_norm(const OutputNorm<float>&);                                        \
+  void output_norm(const OutputNorm<double>&);                                       \
+  void output_norm_grad(const OutputNormGrad<float>&);                               \
+  void output_norm_grad(const OutputNormGrad<double>&);                              \
   Index policy_step_scratch(Index I, Index H, Index N, Index K, bool is_double);     \
   void policy_step(const PolicyStep<float>&);                                        \
   void policy_step(const PolicyStep<double>&);                                       \

@@ -28,5 +28,9 @@ gae_float32: _Kernel
 gae_float64: _Kernel
 discounted_returns_float32: _Kernel
 discounted_returns_float64: _Kernel
+output_norm_float32: _Kernel
+output_norm_float64: _Kernel
+output_norm_grad_float32: _Kernel
+output_norm_grad_float64: _Kernel
 policy_step_float32: _Kernel
 policy_step_float64: _Kernel

@@ -18,8 +18,10 @@ from ssm_fast.nn.ssm_layer import (
     SSMLayer,
     check_dtype,
     check_size,
+    last_state,
     orthogonal_,
 )
+from ssm_fast.ops import output_norm
 from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
@@ -357,17 +359,19 @@ class ImprovedSSM(nn.Module):
             if one_step and reset is not None:
                 hidden_state = hidden_state.masked_fill(reset.bool().unsqueeze(1), 0.0)
             state = hidden_state.unbind(0)
-        h = torch.tanh(self.encoder(x))  # [B, H] or [B, T, H]
+        h = self.encoder(x)  # [B, H] or [B, T, H]
+        h = h.tanh() if one_step else output_norm.unchecked(h, None, None, None, 0.0, True)
         states: list[Tensor] = []
         for layer, s in zip(cast("list[SSMLayer]", self.layers), state, strict=True):
-            if every_state:
-                s_next = layer.states(h, s, reset)  # [B, T, N]
-                y = layer.readout(s_next, h)  # [B, T, H]
+            residual = h if self.use_residual else None  # [B, H] or [B, T, H]
+            if one_step:
+                y, s_next = layer.step(h, s)  # [B, H], [B, N]
+                h = y.tanh() if residual is None else residual + y.tanh()
             else:
-                y, s_next = layer.step(h, s) if one_step else layer(h, s, reset)  # as h, [B, N]
+                s_next = layer.states(h, s, reset)  # [B, T, N]
+                h = layer.readout(s_next, h, tanh=True, residual=residual)
+                s_next = s_next if every_state else last_state(s_next, s)
             states.append(s_next)
-            y = torch.tanh(y)
-            h = h + y if self.use_residual else y
         return h, states
 
     def _step_weights(self, *inputs: Tensor | None) -> PolicyWeights | None:

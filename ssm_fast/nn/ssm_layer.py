@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_fast.ops import dense_scan, norm_scan
+from ssm_fast.ops import dense_scan, norm_scan, output_norm
 
 Norm = Literal["output", "state"]
 
@@ -189,21 +189,28 @@ class SSMLayer(nn.Module):
             s = dense_scan(u, self.A, s0, reset)  # [B, T, N]
         return s if batch_first else s.transpose(0, 1)
 
-    def readout(self, s: Tensor, x: Tensor) -> Tensor:
+    def readout(
+        self, s: Tensor, x: Tensor, *, tanh: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
         """Outputs from states, ``C s + D x`` and the output norm.
 
         Args:
             s: States ``[..., N]``.
             x: Inputs ``[..., I]``.
+            tanh: Whether to take the hyperbolic tangent of the outputs.
+            residual: What to add last ``[..., H]``.
 
         Returns:
             Outputs ``[..., H]``.
         """
-        y = F.linear(s, self.C) + F.linear(x, self.D)  # [..., H]
+        z = F.linear(x, self.D)  # [..., H]
+        z = torch.addmm(z.flatten(0, -2), s.flatten(0, -2), self.C.t()).view(z.shape)  # [..., H]
         norm = self.norm
         if norm is not None and not self.normalize_state:
-            y = F.layer_norm(y, (self.hidden_size,), norm.weight, norm.bias, norm.eps)  # [..., H]
-        return y
+            return output_norm.unchecked(z, norm.weight, norm.bias, residual, norm.eps, tanh)
+        if tanh or residual is not None:
+            return output_norm.unchecked(z, None, None, residual, 0.0, tanh)
+        return z
 
     def extra_repr(self) -> str:
         """Sizes and options, for ``print(layer)``."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch  # before _native: the compiled module uses the OpenMP runtime that torch has loaded
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 try:
     import ssm_fast._native as native
@@ -19,7 +20,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 Impl = Literal["auto", "native", "triton", "reference"]
 IMPLS = ("auto", "native", "triton", "reference")
@@ -119,6 +120,48 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def cpu_kernel(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the decorated function as the CPU kernel of ``op``, and return how to call the op.
+
+    torch's dispatcher takes longer for an op written in Python than many of our kernels run, so a
+    call goes straight to the kernel where nobody else would see it.
+    """
+
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.impl(f"ssm_fast::{op}", "CPU")(kernel)
+        dispatched = getattr(torch.ops.ssm_fast, op)
+
+        def run(first: Tensor, *arguments: Any) -> Any:
+            if (
+                first.is_cpu
+                and not torch._C._len_torch_dispatch_stack()  # fake tensors, tracing, counters
+                and not torch._C._autograd._profiler_enabled()
+                and not torch.compiler.is_compiling()
+            ):
+                return kernel(first, *arguments)
+            return dispatched(first, *arguments)
+
+        return run
+
+    return register
+
+
+def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls that pass every argument, by position.
+
+    Outside functorch this leaves out what torch does to fill in defaults: it inspects the signature
+    of ``forward`` in each call, which takes longer than the rest of ``apply``.
+    """
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def run(*arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*arguments)
+        return apply(*unwrap_dead_wrappers(arguments))
+
+    return run
 
 
 def empty_states(u: Tensor) -> Tensor:
