@@ -6,14 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md LICENSE \
            $(wildcard csrc/*) $(shell find ssm_fast kernels -name '*.py' -o -name '*.pyi' -o -name '*.yaml')
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h tests/native/*.cpp)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 SEED ?= 0
 STEPS ?= 1000000
 OUT ?= runs/halfcheetah-seed$(SEED)
 RESULTS ?= build/bench
+CASES ?= 10000
 
-.PHONY: train test test-isa bench wheel lint format clean
+.PHONY: train test test-isa fuzz sanitize bench wheel lint format clean
 
 train: $(VENV)/.installed-rl
 	$(BIN)/ssm-fast train --mode improved --env HalfCheetah-v5 --steps $(STEPS) --seed $(SEED) --out $(OUT)
@@ -29,6 +31,14 @@ test-isa: $(VENV)/.installed-dev
 	  echo "SSM_FAST_ISA=$$isa"; SSM_FAST_ISA=$$isa $(BIN)/pytest tests/ops -m "not isa_independent"; \
 	done
 
+# Random calls of the ops, CASES of them where `make test` makes a few hundred.
+fuzz: $(VENV)/.installed-dev
+	SSM_FAST_FUZZ_CASES=$(CASES) $(BIN)/pytest tests/ops/test_fuzz.py
+
+# The C++ under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+sanitize: $(VENV)/.installed-dev
+	CXX=$(CXX) .ci/sanitize $(BIN)/python
+
 bench: $(VENV)/.installed-bench
 	mkdir -p $(RESULTS)
 	SSM_FAST_BENCH_RESULTS=$(RESULTS) $(BIN)/pytest benchmarks --benchmark-json=$(RESULTS)/pytest-benchmark.json
@@ -42,12 +52,12 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf build dist wheelhouse $(VENV)

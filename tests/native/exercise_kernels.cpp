@@ -1,0 +1,552 @@
+// Calls every kernel of every instruction set with random sizes and layouts, in memory of exactly the bytes that
+// it may touch. `make sanitize` runs this under the sanitizers and, as the kernels are released, without.
+//
+// An element too far ends the program: the memory ends at a page without access (masked vector loads are not
+// instrumented, so a sanitizer alone would miss them) or is a heap block of its own. Beyond that, outputs must be
+// written in full, gaps and inputs must stay as they were, and results must be bitwise the same for any number of
+// threads and for any content of the scratch memory.
+//
+// usage: exercise_kernels [cases of each kernel, dtype and instruction set = 100] [seed = 0]
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace ssm_fast {
+namespace {
+
+std::string running;  // what a failure is reported for
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "exercise_kernels: %s: %s\n", running.c_str(), what.c_str());
+  std::exit(1);
+}
+
+// Names the case that touched memory it must not, then lets the sanitizer, or the system, end the program.
+struct sigaction after_fault;
+void name_fault(int) {
+  for (const char* part : {"exercise_kernels: access out of bounds in ", running.c_str(), "\n"}) {
+    if (write(STDERR_FILENO, part, std::strlen(part)) < 0) break;
+  }
+  sigaction(SIGSEGV, &after_fault, nullptr);
+}
+
+struct Random {
+  std::mt19937_64 engine;
+
+  Index below(Index n) { return Index(engine() % std::uint64_t(n)); }
+  bool chance(double p) { return std::uniform_real_distribution<>()(engine) < p; }
+  double normal() { return std::normal_distribution<>()(engine); }
+  Index size(Index most) { return 1 + below(most); }
+  // Small, or beside a multiple of a vector width or of a tile.
+  Index features() {
+    if (chance(0.5)) return size(20);
+    const std::array<Index, 7> edges{16, 32, 48, 64, 96, 128, 192};
+    return edges[std::size_t(below(Index(edges.size()) - (chance(0.9) ? 3 : 0)))] + below(5) - 2;
+  }
+};
+
+// Memory of exactly `bytes`: a heap block, or pages between two that cannot be accessed.
+class Memory {
+ public:
+  Memory(Random& random, std::size_t bytes, std::size_t alignment) : bytes_(bytes) {
+    if (random.chance(0.3)) {
+      if (posix_memalign(&block_, std::max(alignment, sizeof(void*)), bytes) != 0) fail("out of memory");
+      data_ = static_cast<char*>(block_);
+      return;
+    }
+    const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
+    const std::size_t inside = (bytes + page - 1) / page * page;
+    mapped_ = inside + 2 * page;
+    block_ = mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (block_ == MAP_FAILED) fail("mmap failed");
+    char* const first = static_cast<char*>(block_) + page;
+    if (mprotect(first, inside, PROT_READ | PROT_WRITE) != 0) fail("mprotect failed");
+    data_ = random.chance(0.3) ? first : first + (inside - bytes) / alignment * alignment;
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() {
+    if (mapped_ > 0) {
+      munmap(block_, mapped_);
+    } else {
+      std::free(block_);
+    }
+  }
+
+  char* data() const { return data_; }
+  std::vector<char> copy() const { return {data_, data_ + bytes_}; }
+
+ private:
+  std::size_t bytes_, mapped_ = 0;
+  void* block_;
+  char* data_;
+};
+
+// A tensor whose last dimension is contiguous (and the outer ones in any order, with or without gaps).
+template <class T>
+class Tensor {
+ public:
+  enum class Use { input, output, left_out };
+
+  // `broadcast`: dimensions may have a stride of zero.
+  Tensor(Random& random, Use use, std::vector<Index> outer, Index features, bool broadcast = true)
+      : sizes_(std::move(outer)), features_(features), strides_(sizes_.size()), use_(use) {
+    std::vector<std::size_t> order(sizes_.size());
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), random.engine);
+    Index stride = features_ + gap(random);
+    Index end = features_;
+    for (const std::size_t i : order) {
+      if (use == Use::input && broadcast && random.chance(0.15)) continue;
+      strides_[i] = stride;
+      end += (sizes_[i] - 1) * stride;
+      stride = stride * sizes_[i] + gap(random);
+    }
+    allocate(random, end);
+  }
+
+  // Exactly these strides.
+  Tensor(Random& random, Use use, std::vector<Index> outer, Index features, std::vector<Index> strides)
+      : sizes_(std::move(outer)), features_(features), strides_(std::move(strides)), use_(use) {
+    Index end = features_;
+    for (std::size_t i = 0; i < sizes_.size(); ++i) end += (sizes_[i] - 1) * strides_[i];
+    allocate(random, end);
+  }
+
+  T* data() const { return memory_ ? reinterpret_cast<T*>(memory_->data()) : nullptr; }
+  Index stride(std::size_t dim) const { return memory_ ? strides_[dim] : 0; }
+  std::vector<char> bytes() const { return memory_ ? memory_->copy() : std::vector<char>{}; }
+
+  void poison() const {
+    if (memory_) std::memset(memory_->data(), kPoison, std::size_t(elements_) * sizeof(T));
+  }
+
+  void scale(double factor) const {
+    for (Index i = 0; memory_ && i < elements_; ++i) data()[i] = T(double(data()[i]) * factor);
+  }
+
+  // Of an output: everything inside is written, nothing outside is.
+  void check_written(const char* name) const {
+    if (!memory_) return;
+    std::vector<bool> inside(std::size_t(elements_), false);
+    mark(inside, 0, 0);
+    for (Index i = 0; i < elements_; ++i) {
+      if (is_poison(i) == inside[std::size_t(i)]) {
+        fail(std::string(name) + (inside[std::size_t(i)] ? " is not written in full" : " is written outside its view"));
+      }
+    }
+  }
+
+ private:
+  static constexpr int kPoison = 0xff;  // a NaN that no arithmetic makes
+
+  static Index gap(Random& random) { return random.chance(0.4) ? random.below(4) : 0; }
+
+  void allocate(Random& random, Index elements) {
+    elements_ = elements;
+    if (use_ == Use::left_out) return;
+    memory_ = std::make_unique<Memory>(random, std::size_t(elements) * sizeof(T), alignof(T));
+    if (use_ == Use::output) return poison();
+    for (Index i = 0; i < elements; ++i) {
+      if constexpr (std::is_same_v<T, std::uint8_t>) {
+        data()[i] = random.chance(0.2);
+      } else if constexpr (std::is_floating_point_v<T>) {
+        data()[i] = T(random.normal());
+      } else {
+        data()[i] = T{decltype(T::re)(0.6 * random.normal()), decltype(T::im)(0.6 * random.normal())};
+      }
+    }
+  }
+
+  void mark(std::vector<bool>& inside, std::size_t dim, Index offset) const {
+    if (dim == sizes_.size()) {
+      std::fill_n(inside.begin() + offset, features_, true);
+      return;
+    }
+    for (Index i = 0; i < sizes_[dim]; ++i) mark(inside, dim + 1, offset + i * strides_[dim]);
+  }
+
+  bool is_poison(Index i) const {
+    std::array<unsigned char, sizeof(T)> bytes;
+    std::memcpy(bytes.data(), data() + i, sizeof(T));
+    return std::all_of(bytes.begin(), bytes.end(), [](unsigned char byte) { return byte == kPoison; });
+  }
+
+  std::vector<Index> sizes_;
+  Index features_;
+  std::vector<Index> strides_;
+  Use use_;
+  Index elements_ = 0;
+  std::unique_ptr<Memory> memory_;
+};
+
+template <class T>
+constexpr auto kInput = Tensor<T>::Use::input;
+template <class T>
+constexpr auto kOutput = Tensor<T>::Use::output;
+
+template <class T>
+typename Tensor<T>::Use sometimes(Random& random) {
+  return random.chance(0.6) ? Tensor<T>::Use::input : Tensor<T>::Use::left_out;
+}
+
+// Runs `kernel(threads)` with one and with more threads: outputs are written in full, equal and alone in changing.
+template <class Kernel, class... Inputs, class... Outputs>
+void check(Random& random, Index most_threads, Kernel kernel, const std::tuple<Inputs...>& inputs,
+           const std::tuple<Outputs...>& outputs) {
+  const auto contents = [](const auto& tensors) {
+    return std::apply([](const auto&... x) { return std::vector<std::vector<char>>{x.bytes()...}; }, tensors);
+  };
+  const auto inputs_before = contents(inputs);
+  std::vector<std::vector<char>> expected;
+  for (const Index threads : {Index(1), std::min(most_threads, 2 + random.below(3))}) {
+    std::apply([](const auto&... x) { (x.poison(), ...); }, outputs);
+    kernel(int(threads));
+    std::apply([](const auto&... x) { (x.check_written("an output"), ...); }, outputs);
+    if (contents(inputs) != inputs_before) fail("an input is written");
+    auto results = contents(outputs);
+    if (!expected.empty() && results != expected) fail("the result depends on the threads or on the scratch memory");
+    expected = std::move(results);
+  }
+}
+
+// Scratch memory as the bindings allocate it, with content that changes from call to call.
+template <class T>
+T* fresh_scratch(Random& random, Index elements, std::unique_ptr<Memory>& memory) {
+  const std::size_t bytes = std::size_t(elements) * sizeof(T);
+  memory = std::make_unique<Memory>(random, bytes, 64);
+  T* const scratch = reinterpret_cast<T*>(memory->data());
+  std::fill_n(scratch, elements, random.chance(0.5) ? std::numeric_limits<T>::quiet_NaN() : T(1));
+  return scratch;
+}
+
+struct Sizes {
+  Index G, B, T_len, N;
+  std::vector<Index> rows() const { return {G, B, T_len}; }
+};
+
+// Mostly small; now and then long, or with enough rows for several blocks and chunks.
+Sizes random_sizes(Random& random) {
+  Sizes sizes{random.size(3), random.size(9), random.size(9), random.features()};
+  if (random.chance(0.1)) sizes = {1, random.size(3), 200 + random.below(1400), random.size(18)};
+  if (random.chance(0.1)) sizes = {random.size(2), 10 + random.below(40), random.size(40), random.size(34)};
+  return sizes;
+}
+
+template <class K, class T>
+void exercise_dense_scan(Random& random) {
+  const Sizes sizes = random_sizes(random);
+  const auto [G, B, T_len, N] = sizes;
+  const Tensor<T> u(random, kInput<T>, sizes.rows(), N);
+  const Tensor<T> A(random, kInput<T>, {G, N, N}, 1);
+  const Tensor<T> s0(random, sometimes<T>(random), {G, B}, N);
+  const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), sizes.rows(), 1);
+  const Tensor<T> s(random, kOutput<T>, sizes.rows(), N);
+  A.scale(random.chance(0.9) ? 0.9 / double(N) : 1e3);  // states that grow without bound are legal, too
+  DenseScan<T> p{};
+  p.u = u.data(), p.u_g = u.stride(0), p.u_b = u.stride(1), p.u_t = u.stride(2);
+  p.A = A.data(), p.A_g = A.stride(0), p.A_row = A.stride(1), p.A_col = A.stride(2);
+  p.s0 = s0.data(), p.s0_g = s0.stride(0), p.s0_b = s0.stride(1);
+  p.reset = reset.data(), p.reset_g = reset.stride(0), p.reset_b = reset.stride(1), p.reset_t = reset.stride(2);
+  p.s = s.data(), p.s_g = s.stride(0), p.s_b = s.stride(1), p.s_t = s.stride(2);
+  p.G = G, p.B = B, p.T_len = T_len, p.N = N;
+  p.reverse = random.chance(0.5);
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::dense_scan_scratch(N, sizeof(T) == 8) * threads, memory);
+    K::dense_scan(p);
+  };
+  check(random, G * B, kernel, std::tie(u, A, s0, reset), std::tie(s));
+}
+
+template <class K, class T>
+void exercise_norm_scan(Random& random) {
+  const Sizes sizes = random_sizes(random);
+  const auto [G, B, T_len, N] = sizes;
+  const auto sweep = std::array{Sweep::forward, Sweep::tangent, Sweep::adjoint}[std::size_t(random.below(3))];
+  const bool forward = sweep == Sweep::forward;
+  const auto none = Tensor<T>::Use::left_out;
+  const auto saved = !forward ? kInput<T> : random.chance(0.5) ? kOutput<T> : none;
+  const Tensor<T> u(random, kInput<T>, sizes.rows(), N);
+  const Tensor<T> c(random, forward ? none : sometimes<T>(random), sizes.rows(), N);
+  const Tensor<T> A(random, kInput<T>, {G, N, N}, 1);
+  const Tensor<T> weight(random, kInput<T>, {G}, N);
+  const Tensor<T> bias(random, forward ? kInput<T> : none, {G}, N);
+  const Tensor<T> n(random, saved, sizes.rows(), N, false);
+  const Tensor<T> rstd(random, saved, sizes.rows(), 1, {B * T_len, T_len, 1});
+  const Tensor<T> s0(random, sweep == Sweep::adjoint ? none : sometimes<T>(random), {G, B}, N);
+  const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), sizes.rows(), 1);
+  const Tensor<T> s(random, kOutput<T>, sizes.rows(), N);
+  const std::vector<Index> s_strides{s.stride(0), s.stride(1), s.stride(2)};  // x shares them
+  const Tensor<T> x(random, forward ? none : kOutput<T>, sizes.rows(), N, s_strides);
+  A.scale(0.9 / double(N));
+  if (!forward) rstd.scale(0.3);
+  NormScan<T> p{};
+  p.u = u.data(), p.u_g = u.stride(0), p.u_b = u.stride(1), p.u_t = u.stride(2);
+  p.c = c.data(), p.c_g = c.stride(0), p.c_b = c.stride(1), p.c_t = c.stride(2);
+  p.A = A.data(), p.A_g = A.stride(0), p.A_row = A.stride(1), p.A_col = A.stride(2);
+  p.weight = weight.data(), p.weight_g = weight.stride(0);
+  p.bias = bias.data(), p.bias_g = bias.stride(0);
+  p.n = n.data(), p.n_g = n.stride(0), p.n_b = n.stride(1), p.n_t = n.stride(2);
+  p.rstd = rstd.data();
+  p.s0 = s0.data(), p.s0_g = s0.stride(0), p.s0_b = s0.stride(1);
+  p.reset = reset.data(), p.reset_g = reset.stride(0), p.reset_b = reset.stride(1), p.reset_t = reset.stride(2);
+  p.s = s.data(), p.x = x.data(), p.s_g = s.stride(0), p.s_b = s.stride(1), p.s_t = s.stride(2);
+  p.G = G, p.B = B, p.T_len = T_len, p.N = N;
+  p.eps = T(1e-5);
+  p.sweep = sweep;
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::norm_scan_scratch(N, sizeof(T) == 8) * threads, memory);
+    K::norm_scan(p);
+  };
+  if (forward) {
+    check(random, G * B, kernel, std::tie(u, A, weight, bias, s0, reset), std::tie(s, n, rstd));
+  } else {
+    check(random, G * B, kernel, std::tie(u, c, A, weight, n, rstd, s0, reset), std::tie(s, x));
+  }
+}
+
+template <class K, class T>
+void exercise_weight_grad(Random& random) {
+  const Sizes sizes = random_sizes(random);
+  const auto [G, B, T_len, N] = sizes;
+  const Tensor<T> x(random, kInput<T>, sizes.rows(), N);
+  const Tensor<T> s(random, kInput<T>, sizes.rows(), N);
+  const Tensor<T> s0(random, sometimes<T>(random), {G, B}, N);
+  const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), sizes.rows(), 1);
+  const Tensor<T> grad(random, kOutput<T>, {G, N}, N, {N * N, N});
+  WeightGrad<T> p{};
+  p.x = x.data(), p.x_g = x.stride(0), p.x_b = x.stride(1), p.x_t = x.stride(2);
+  p.s = s.data(), p.s_g = s.stride(0), p.s_b = s.stride(1), p.s_t = s.stride(2);
+  p.s0 = s0.data(), p.s0_g = s0.stride(0), p.s0_b = s0.stride(1);
+  p.reset = reset.data(), p.reset_g = reset.stride(0), p.reset_b = reset.stride(1), p.reset_t = reset.stride(2);
+  p.grad = grad.data();
+  p.G = G, p.B = B, p.T_len = T_len, p.N = N;
+  p.reverse = random.chance(0.5);
+  p.time_major = random.chance(0.5);
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::weight_grad_scratch(G, B, T_len, N, sizeof(T) == 8), memory);
+    K::weight_grad(p);
+  };
+  check(random, G * B * T_len, kernel, std::tie(x, s, s0, reset), std::tie(grad));
+}
+
+struct Axes {
+  Index M, T_len, C;
+};
+
+// Mostly small; now and then rows of one column, or more columns than a thread takes at once.
+Axes random_axes(Random& random) {
+  Axes axes{random.size(40), random.size(40), random.size(20)};
+  if (random.chance(0.5)) axes.C = 1;
+  if (random.chance(0.1)) axes = {random.size(3), random.size(5), 1000 + random.below(1500)};
+  if (random.chance(0.1)) axes = {random.size(6), 200 + random.below(3000), random.size(3)};
+  return axes;
+}
+
+template <class K, class T>
+void exercise_linear_scan(Random& random) {
+  const auto [M, T_len, C] = random_axes(random);
+  const Tensor<T> b(random, kInput<T>, {M, T_len}, C);
+  const bool rows = C == 1 && random.chance(0.7);  // time is contiguous
+  const Tensor<T> b_rows(random, kInput<T>, {M}, T_len);
+  const bool a_per_column = random.chance(0.7);
+  const Tensor<T> a(random, kInput<T>, {M, T_len}, a_per_column ? C : 1);
+  const Tensor<T> a_rows(random, kInput<T>, {M}, T_len);
+  const Tensor<T> h0(random, sometimes<T>(random), {M}, C);
+  const Tensor<T> h(random, kOutput<T>, {M, T_len}, C);
+  const Tensor<T> h_rows(random, kOutput<T>, {M}, T_len);
+  LinearScan<T> p{};
+  p.a = a.data(), p.a_m = a.stride(0), p.a_t = a.stride(1), p.a_c = a_per_column;
+  p.b = b.data(), p.b_m = b.stride(0), p.b_t = b.stride(1);
+  p.h = h.data(), p.h_m = h.stride(0), p.h_t = h.stride(1);
+  if (rows) {
+    p.b = b_rows.data(), p.b_m = b_rows.stride(0), p.b_t = 1;
+    p.h = h_rows.data(), p.h_m = h_rows.stride(0), p.h_t = 1;
+    if (random.chance(0.7)) p.a = a_rows.data(), p.a_m = a_rows.stride(0), p.a_t = 1, p.a_c = 1;
+  }
+  p.h0 = h0.data(), p.h0_m = h0.stride(0);
+  p.M = M, p.T_len = T_len, p.C = C;
+  p.reverse = random.chance(0.5);
+  p.shift = random.chance(0.5);
+  const auto kernel = [&](int threads) {
+    p.threads = threads;
+    K::linear_scan(p);
+  };
+  const auto inputs = std::tie(a, b, a_rows, b_rows, h0);
+  if (rows) {
+    check(random, M * C, kernel, inputs, std::tie(h_rows));
+  } else {
+    check(random, M * C, kernel, inputs, std::tie(h));
+  }
+}
+
+template <class K, class T>
+void exercise_gae(Random& random) {
+  const auto [M, T_len, C] = random_axes(random);
+  using Flag = std::uint8_t;
+  const std::vector<Index> outer{M, T_len}, contiguous{T_len * C, C};
+  const Tensor<T> rewards(random, kInput<T>, outer, C, contiguous), values(random, kInput<T>, outer, C, contiguous),
+      next_values(random, kInput<T>, outer, C, contiguous);
+  const Tensor<Flag> terminated(random, kInput<Flag>, outer, C, contiguous),
+      truncated(random, kInput<Flag>, outer, C, contiguous);
+  const Tensor<T> advantages(random, kOutput<T>, outer, C, contiguous),
+      returns(random, kOutput<T>, outer, C, contiguous);
+  Gae<T> p{};
+  p.rewards = rewards.data(), p.values = values.data(), p.next_values = next_values.data();
+  p.terminated = terminated.data(), p.truncated = truncated.data();
+  p.advantages = advantages.data(), p.returns = returns.data();
+  p.M = M, p.T_len = T_len, p.C = C;
+  p.gamma = T(0.99), p.gae_lambda = T(0.95);
+  const auto kernel = [&](int threads) {
+    p.threads = threads;
+    K::gae(p);
+  };
+  check(random, M * C, kernel, std::tie(rewards, values, next_values, terminated, truncated),
+        std::tie(advantages, returns));
+}
+
+template <class K, class T>
+void exercise_discounted_returns(Random& random) {
+  const auto [M, T_len, C] = random_axes(random);
+  using Flag = std::uint8_t;
+  const std::vector<Index> outer{M, T_len}, contiguous{T_len * C, C};
+  const Tensor<T> rewards(random, kInput<T>, outer, C, contiguous),
+      next_values(random, kInput<T>, outer, C, contiguous);
+  const Tensor<Flag> terminated(random, kInput<Flag>, outer, C, contiguous),
+      truncated(random, kInput<Flag>, outer, C, contiguous);
+  const Tensor<T> returns(random, kOutput<T>, outer, C, contiguous);
+  DiscountedReturns<T> p{};
+  p.rewards = rewards.data(), p.next_values = next_values.data();
+  p.terminated = terminated.data(), p.truncated = truncated.data();
+  p.returns = returns.data();
+  p.M = M, p.T_len = T_len, p.C = C;
+  p.gamma = T(0.99);
+  const auto kernel = [&](int threads) {
+    p.threads = threads;
+    K::discounted_returns(p);
+  };
+  check(random, M * C, kernel, std::tie(rewards, next_values, terminated, truncated), std::tie(returns));
+}
+
+// The kernels of one instruction set as a type.
+#define SSM_FAST_KERNELS(isa)                    \
+  struct Kernels_##isa {                         \
+    template <class... P>                        \
+    static Index dense_scan_scratch(P... p) {    \
+      return isa::dense_scan_scratch(p...);      \
+    }                                            \
+    template <class... P>                        \
+    static Index norm_scan_scratch(P... p) {     \
+      return isa::norm_scan_scratch(p...);       \
+    }                                            \
+    template <class... P>                        \
+    static Index weight_grad_scratch(P... p) {   \
+      return isa::weight_grad_scratch(p...);     \
+    }                                            \
+    template <class P>                           \
+    static void dense_scan(const P& p) {         \
+      isa::dense_scan(p);                        \
+    }                                            \
+    template <class P>                           \
+    static void norm_scan(const P& p) {          \
+      isa::norm_scan(p);                         \
+    }                                            \
+    template <class P>                           \
+    static void weight_grad(const P& p) {        \
+      isa::weight_grad(p);                       \
+    }                                            \
+    template <class P>                           \
+    static void linear_scan(const P& p) {        \
+      isa::linear_scan(p);                       \
+    }                                            \
+    template <class P>                           \
+    static void gae(const P& p) {                \
+      isa::gae(p);                               \
+    }                                            \
+    template <class P>                           \
+    static void discounted_returns(const P& p) { \
+      isa::discounted_returns(p);                \
+    }                                            \
+  };
+SSM_FAST_KERNELS(baseline)
+#if defined(SSM_FAST_HAS_avx2)
+SSM_FAST_KERNELS(avx2)
+#endif
+#if defined(SSM_FAST_HAS_avx512)
+SSM_FAST_KERNELS(avx512)
+#endif
+#undef SSM_FAST_KERNELS
+
+template <class K>
+void exercise(const std::string& isa, int cases, std::uint64_t seed) {
+  const auto repeat = [&](const std::string& kernel, auto exercise_kernel) {
+    for (int i = 0; i < cases; ++i) {
+      running = isa + " " + kernel + ", case " + std::to_string(i) + " of seed " + std::to_string(seed);
+      Random random{std::mt19937_64(seed * 1000003 + std::uint64_t(i))};
+      exercise_kernel(random);
+    }
+  };
+  repeat("dense_scan float32", exercise_dense_scan<K, float>);
+  repeat("dense_scan float64", exercise_dense_scan<K, double>);
+  repeat("norm_scan float32", exercise_norm_scan<K, float>);
+  repeat("norm_scan float64", exercise_norm_scan<K, double>);
+  repeat("weight_grad float32", exercise_weight_grad<K, float>);
+  repeat("weight_grad float64", exercise_weight_grad<K, double>);
+  repeat("linear_scan float32", exercise_linear_scan<K, float>);
+  repeat("linear_scan float64", exercise_linear_scan<K, double>);
+  repeat("linear_scan complex64", exercise_linear_scan<K, Complex<float>>);
+  repeat("linear_scan complex128", exercise_linear_scan<K, Complex<double>>);
+  repeat("gae float32", exercise_gae<K, float>);
+  repeat("gae float64", exercise_gae<K, double>);
+  repeat("discounted_returns float32", exercise_discounted_returns<K, float>);
+  repeat("discounted_returns float64", exercise_discounted_returns<K, double>);
+  std::printf("%s: every kernel, %d cases each\n", isa.c_str(), cases);
+}
+
+void exercise_all(int cases, std::uint64_t seed) {
+  for (const Isa isa : available_isas()) {
+    switch (isa) {
+      case Isa::baseline: exercise<Kernels_baseline>(name(isa), cases, seed); break;
+#if defined(SSM_FAST_HAS_avx2)
+      case Isa::avx2: exercise<Kernels_avx2>(name(isa), cases, seed); break;
+#endif
+#if defined(SSM_FAST_HAS_avx512)
+      case Isa::avx512: exercise<Kernels_avx512>(name(isa), cases, seed); break;
+#endif
+      default: fail("unknown instruction set " + name(isa));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace ssm_fast
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 100;
+  const std::uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  struct sigaction on_fault{};
+  on_fault.sa_handler = ssm_fast::name_fault;
+  sigaction(SIGSEGV, &on_fault, &ssm_fast::after_fault);
+  ssm_fast::exercise_all(cases, seed);
+}
