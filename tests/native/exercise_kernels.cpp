@@ -449,6 +449,115 @@ void exercise_discounted_returns(Random& random) {
   check(random, M * C, kernel, std::tie(rewards, next_values, terminated, truncated), std::tie(returns));
 }
 
+template <class K, class T>
+void exercise_output_norm(Random& random) {
+  const Index G = random.size(3), M = random.chance(0.1) ? 60 + random.below(100) : random.size(9);
+  const Index H = random.features();
+  const auto none = Tensor<T>::Use::left_out;
+  const bool norm = random.chance(0.7), saves = norm && random.chance(0.5);
+  const std::vector<Index> rows{G, M}, contiguous{M * H, H}, single{M, 1};
+  const Tensor<T> z(random, kInput<T>, rows, H);
+  const Tensor<T> weight(random, norm ? kInput<T> : none, {G}, H), bias(random, norm ? kInput<T> : none, {G}, H);
+  const Tensor<T> residual(random, sometimes<T>(random), rows, H);
+  const Tensor<T> y(random, kOutput<T>, rows, H, contiguous);
+  const auto saved = saves ? kOutput<T> : none;
+  const Tensor<T> mean(random, saved, rows, 1, single), rstd(random, saved, rows, 1, single);
+  OutputNorm<T> p{};
+  p.z = z.data(), p.z_g = z.stride(0), p.z_m = z.stride(1);
+  p.weight = weight.data(), p.weight_g = weight.stride(0);
+  p.bias = bias.data(), p.bias_g = bias.stride(0);
+  p.residual = residual.data(), p.residual_g = residual.stride(0), p.residual_m = residual.stride(1);
+  p.y = y.data(), p.mean = mean.data(), p.rstd = rstd.data();
+  p.G = G, p.M = M, p.H = H;
+  p.eps = T(1e-5);
+  p.tanh = random.chance(0.5);
+  const auto kernel = [&](int threads) {
+    p.threads = threads;
+    K::output_norm(p);
+  };
+  check(random, G * M, kernel, std::tie(z, weight, bias, residual), std::tie(y, mean, rstd));
+}
+
+template <class K, class T>
+void exercise_output_norm_grad(Random& random) {
+  const Index G = random.size(3), M = random.chance(0.1) ? 60 + random.below(100) : random.size(9);
+  const Index H = random.features();
+  const auto none = Tensor<T>::Use::left_out;
+  const auto input = random.chance(0.7) ? kInput<T> : none, output = input == none ? none : kOutput<T>;
+  const std::vector<Index> rows{G, M}, single{M, 1};
+  const Tensor<T> grad_y(random, kInput<T>, rows, H), z(random, kInput<T>, rows, H);
+  const Tensor<T> weight(random, input, {G}, H), bias(random, input, {G}, H);
+  const Tensor<T> mean(random, input, rows, 1, single), rstd(random, input, rows, 1, single);
+  const Tensor<T> grad_z(random, kOutput<T>, rows, H, {M * H, H});
+  const Tensor<T> grad_weight(random, output, {G}, H, {H}), grad_bias(random, output, {G}, H, {H});
+  OutputNormGrad<T> p{};
+  p.grad_y = grad_y.data(), p.grad_g = grad_y.stride(0), p.grad_m = grad_y.stride(1);
+  p.z = z.data(), p.z_g = z.stride(0), p.z_m = z.stride(1);
+  p.weight = weight.data(), p.weight_g = weight.stride(0);
+  p.bias = bias.data(), p.bias_g = bias.stride(0);
+  p.mean = mean.data(), p.rstd = rstd.data();
+  p.grad_z = grad_z.data(), p.grad_weight = grad_weight.data(), p.grad_bias = grad_bias.data();
+  p.G = G, p.M = M, p.H = H;
+  p.tanh = random.chance(0.5);
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::output_norm_scratch(G, M, H, sizeof(T) == 8), memory);
+    K::output_norm_grad(p);
+  };
+  check(random, G * M, kernel, std::tie(grad_y, z, weight, bias, mean, rstd), std::tie(grad_z, grad_weight, grad_bias));
+}
+
+template <class K, class T>
+void exercise_policy_step(Random& random) {
+  const Index B = random.size(20), I = random.size(20), H = random.features(), N = random.features();
+  const Index L = random.size(3), K_ = random.size(8);
+  const auto none = Tensor<T>::Use::left_out;
+  // One row of `count` elements, as all of them lie: contiguous.
+  const auto flat = [&](Index count, auto use) { return Tensor<T>(random, use, {Index(1)}, count, {count}); };
+  const bool discrete = random.chance(0.3), norm_state = random.chance(0.3);
+  const auto norm = random.chance(0.7) ? kInput<T> : none;
+  const Tensor<T> x = flat(B * I, kInput<T>), state = flat(L * B * N, sometimes<T>(random));
+  const Tensor<T> noise = flat(B * K_, discrete ? none : sometimes<T>(random));
+  const auto statistics = sometimes<double>(random);
+  const Tensor<double> obs_mean(random, statistics, {1}, I, {I}), obs_var(random, statistics, {1}, I, {I});
+  const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), {1}, B, {B});
+  const Tensor<T> encoder_weight = flat(H * I, kInput<T>), encoder_bias = flat(H, sometimes<T>(random));
+  const Tensor<T> actor_weight = flat(K_ * H, kInput<T>), actor_bias = flat(K_, sometimes<T>(random));
+  const Tensor<T> critic_weight = flat(H, kInput<T>), critic_bias = flat(1, sometimes<T>(random));
+  const Tensor<T> log_std = flat(K_, discrete ? none : kInput<T>);
+  // One tensor of each kind serves all layers.
+  const Tensor<T> A = flat(N * N, kInput<T>), W = flat(N * H, kInput<T>), bias = flat(N, sometimes<T>(random));
+  const Tensor<T> C = flat(H * N, kInput<T>), D = flat(H * H, kInput<T>);
+  const Tensor<T> weight = flat(norm_state ? N : H, norm), norm_bias = flat(norm_state ? N : H, norm);
+  const Tensor<T> action = flat(B * K_, kOutput<T>), value = flat(B, kOutput<T>);
+  const Tensor<T> log_prob = flat(B, discrete ? none : kOutput<T>), next_state = flat(L * B * N, kOutput<T>);
+  const std::vector<PolicyLayer<T>> layers(
+      std::size_t(L), {A.data(), W.data(), bias.data(), C.data(), D.data(), weight.data(), norm_bias.data()});
+  PolicyStep<T> p{};
+  p.x = x.data(), p.state = state.data(), p.reset = reset.data(), p.noise = noise.data();
+  p.obs_mean = obs_mean.data(), p.obs_var = obs_var.data(), p.obs_eps = 1e-8, p.obs_clip = 10.0;
+  p.encoder_weight = encoder_weight.data(), p.encoder_bias = encoder_bias.data();
+  p.layers = layers.data();
+  p.actor_weight = actor_weight.data(), p.actor_bias = actor_bias.data();
+  p.critic_weight = critic_weight.data(), p.critic_bias = critic_bias.data();
+  p.log_std = log_std.data();
+  p.action = action.data(), p.log_prob = log_prob.data(), p.value = value.data(), p.next_state = next_state.data();
+  p.B = B, p.I = I, p.H = H, p.N = N, p.L = L, p.K = K_;
+  p.norm_state = norm_state, p.residual = random.chance(0.5);
+  p.eps = T(1e-5);
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::policy_step_scratch(I, H, N, K_, sizeof(T) == 8) * threads, memory);
+    K::policy_step(p);
+  };
+  check(random, B, kernel,
+        std::tie(x, state, noise, obs_mean, obs_var, reset, encoder_weight, encoder_bias, actor_weight, actor_bias,
+                 critic_weight, critic_bias, log_std, A, W, bias, C, D, weight, norm_bias),
+        std::tie(action, log_prob, value, next_state));
+}
+
 // The kernels of one instruction set as a type.
 #define SSM_FAST_KERNELS(isa)                    \
   struct Kernels_##isa {                         \
@@ -463,6 +572,26 @@ void exercise_discounted_returns(Random& random) {
     template <class... P>                        \
     static Index weight_grad_scratch(P... p) {   \
       return isa::weight_grad_scratch(p...);     \
+    }                                            \
+    template <class... P>                        \
+    static Index output_norm_scratch(P... p) {   \
+      return isa::output_norm_scratch(p...);     \
+    }                                            \
+    template <class... P>                        \
+    static Index policy_step_scratch(P... p) {   \
+      return isa::policy_step_scratch(p...);     \
+    }                                            \
+    template <class P>                           \
+    static void output_norm(const P& p) {        \
+      isa::output_norm(p);                       \
+    }                                            \
+    template <class P>                           \
+    static void output_norm_grad(const P& p) {   \
+      isa::output_norm_grad(p);                  \
+    }                                            \
+    template <class P>                           \
+    static void policy_step(const P& p) {        \
+      isa::policy_step(p);                       \
     }                                            \
     template <class P>                           \
     static void dense_scan(const P& p) {         \
@@ -521,6 +650,12 @@ void exercise(const std::string& isa, int cases, std::uint64_t seed) {
   repeat("gae float64", exercise_gae<K, double>);
   repeat("discounted_returns float32", exercise_discounted_returns<K, float>);
   repeat("discounted_returns float64", exercise_discounted_returns<K, double>);
+  repeat("output_norm float32", exercise_output_norm<K, float>);
+  repeat("output_norm float64", exercise_output_norm<K, double>);
+  repeat("output_norm_grad float32", exercise_output_norm_grad<K, float>);
+  repeat("output_norm_grad float64", exercise_output_norm_grad<K, double>);
+  repeat("policy_step float32", exercise_policy_step<K, float>);
+  repeat("policy_step float64", exercise_policy_step<K, double>);
   std::printf("%s: every kernel, %d cases each\n", isa.c_str(), cases);
 }
 
