@@ -170,4 +170,47 @@ inline void transpose(Vector<T> (&x)[kWidth<T>]) {
   }
 }
 
+// Elements of pairs (re, im): (im, re), (re, re), (im, im), and (-re, im).
+template <class T>
+inline Vector<T> swap_pairs(Vector<T> v) {
+  if constexpr (kWidth<T> == 2) {
+    return __builtin_shufflevector(v, v, 1, 0);
+  } else if constexpr (kWidth<T> == 4) {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+  } else if constexpr (kWidth<T> == 8) {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  } else {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  }
+}
+template <class T>
+inline Vector<T> even_pairs(Vector<T> v) {
+  if constexpr (kWidth<T> == 2) {
+    return __builtin_shufflevector(v, v, 0, 0);
+  } else if constexpr (kWidth<T> == 4) {
+    return __builtin_shufflevector(v, v, 0, 0, 2, 2);
+  } else if constexpr (kWidth<T> == 8) {
+    return __builtin_shufflevector(v, v, 0, 0, 2, 2, 4, 4, 6, 6);
+  } else {
+    return __builtin_shufflevector(v, v, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
+  }
+}
+template <class T>
+inline Vector<T> odd_pairs(Vector<T> v) {
+  return even_pairs<T>(swap_pairs<T>(v));
+}
+template <class T>
+inline Vector<T> negate_even(Vector<T> v) {
+  Vector<T> sign;
+  for (int i = 0; i < kWidth<T>; ++i) sign[i] = i % 2 == 0 ? T(-1) : T(1);
+  return v * sign;
+}
+
+// The larger of the magnitudes, NaN where y is NaN.
+template <class T>
+inline Vector<T> larger_magnitude(Vector<T> x, Vector<T> y) {
+  const Vector<T> magnitude = y < Vector<T>{} ? -y : y;
+  return x > magnitude ? x : magnitude;
+}
+
 }  // namespace ssm_fast::SSM_FAST_ISA
