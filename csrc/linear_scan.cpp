@@ -11,6 +11,15 @@ constexpr Index kMaxChunks = 1024;
 constexpr Index kChunkSteps = 128;  // shorter chunks of time are not worth the second pass
 constexpr int kMaxGrowth = 64;      // of a chunk's products; beyond it the sum of two parts may cancel
 
+// How far ahead of a tile memory is asked for: too many rows for the processor to foresee by itself.
+template <class R>
+constexpr Index kAhead = 512 / Index(sizeof(R));
+
+template <class R>
+inline void prefetch(const R* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 template <class T>
 struct Number {
   using Real = T;
@@ -105,20 +114,20 @@ void scan_columns(const LinearScan<T>& p, Index m, Index c, Index count) {
 // ---- rows: time lies side by side, in turn with at most kMaxInterleaved columns ----
 
 // kWidth rows that advance together: sequences, or chunks of time of one sequence. All counts are
-// of reals; pointers stand at the first step in sweep order of row 0, in reverse one past it.
+// of reals; pointers stand at the first step of a row in sweep order, in reverse one past it.
 template <class R>
 struct Rows {
-  const R *a, *b;
-  R* h;
-  Index a_row, b_row, h_row;
+  const R *a[kWidth<R>], *b[kWidth<R>];
+  R* h[kWidth<R>];
   Index length[kWidth<R>];
   int starting;         // this many of the rows, from the first, start a sequence
   bool has_incoming;    // false: a row that starts a sequence reads no coefficient at its first step
   bool constant;        // a holds one coefficient for all steps, of column c at c * a_column
   Index a_column;       // only if `constant`
   Index columns, step;  // columns in turn, and the reals of one step
-  const R* initial;     // the incoming state of row 0, or null for zeros
-  Index initial_row, initial_column;
+  bool has_initial;     // false: zeros come in
+  const R* initial[kWidth<R>];
+  Index initial_column;
 };
 
 // What the reducing pass leaves of each row: the last state, the product of the coefficients and its largest element.
@@ -131,6 +140,7 @@ struct Reduced {
 template <class R, bool kReverse>
 inline Vector<R> load_edge(const R* row, Index done, Index from, Index to) {
   constexpr int W = kWidth<R>;
+  if (from == 0 && to == W) return load(kReverse ? row - done - W : row + done);
   Vector<R> v{};
   for (Index i = from; i < to; ++i) {
     if (kReverse) {
@@ -142,6 +152,19 @@ inline Vector<R> load_edge(const R* row, Index done, Index from, Index to) {
   return v;
 }
 
+template <class R, bool kReverse>
+inline void store_edge(R* row, Vector<R> v, Index done, Index to) {
+  constexpr int W = kWidth<R>;
+  if (to == W) return store(kReverse ? row - done - W : row + done, v);
+  for (Index i = 0; i < to; ++i) {
+    if (kReverse) {
+      row[-done - 1 - i] = v[W - 1 - i];
+    } else {
+      row[done + i] = v[i];
+    }
+  }
+}
+
 template <class R>
 inline Index within_tile(Index count) {
   return count < 0 ? 0 : (count < kWidth<R> ? count : kWidth<R>);
@@ -149,13 +172,14 @@ inline Index within_tile(Index count) {
 
 // A tile of every row, transposed: vector j holds real j of all rows. Not kFull: it may lie over the ends.
 template <class R, bool kReverse, bool kFull>
-inline void load_tile(Vector<R> (&tile)[kWidth<R>], const R* p, Index row_stride, const Index* length, Index done,
-                      Index skip, int skipping) {
+inline void load_tile(Vector<R> (&tile)[kWidth<R>], const R* const* rows, const Index* length, Index done, Index skip,
+                      int skipping) {
   constexpr int W = kWidth<R>;
 #pragma GCC unroll 16
   for (int r = 0; r < W; ++r) {
-    const R* row = p + r * row_stride;
+    const R* row = rows[r];
     if constexpr (kFull) {
+      prefetch(row + (kReverse ? -done - W - kAhead<R> : done + kAhead<R>));
       tile[r] = load(kReverse ? row - done - W : row + done);
     } else {
       const Index from = r < skipping ? within_tile<R>(skip - done) : 0;
@@ -192,9 +216,9 @@ inline void advance_tile(const Rows<RealOf<T>>& p, Index done, const Vector<Real
       }
     }
   } else {
-    load_tile<R, kReverse, kFull>(a, p.a, p.a_row, p.length, done, skip, p.starting);
+    load_tile<R, kReverse, kFull>(a, p.a, p.length, done, skip, p.starting);
   }
-  load_tile<R, kReverse, kFull>(b, p.b, p.b_row, p.length, done, 0, 0);
+  load_tile<R, kReverse, kFull>(b, p.b, p.length, done, 0, 0);
 #pragma GCC unroll 16
   for (int s = 0; s < W / parts; ++s) {
     const int j = (kReverse ? W / parts - 1 - s : s) * parts;
@@ -222,12 +246,11 @@ inline void advance_tile(const Rows<RealOf<T>>& p, Index done, const Vector<Real
     transpose<R>(b);
 #pragma GCC unroll 16
     for (int r = 0; r < W; ++r) {
-      R* row = p.h + r * p.h_row;
+      R* row = p.h[r];
       if constexpr (kFull) {
         store(kReverse ? row - done - W : row + done, b[r]);
       } else {
-        const Index to = within_tile<R>(p.length[r] - done);
-        for (Index i = 0; i < to; ++i) (kReverse ? row - done - 1 - i : row + done + i)[0] = b[r][kReverse ? W - 1 - i : i];
+        store_edge<R, kReverse>(row, b[r], done, within_tile<R>(p.length[r] - done));
       }
     }
   }
@@ -253,9 +276,9 @@ void scan_rows(const Rows<RealOf<T>>& p, const Reduced<RealOf<T>>& out) {
       const Index k = c * parts + part;
       state.h[k] = constant[k] = Vector<R>{};
       state.product[k] = broadcast(R(1 - part));
-      for (int r = 0; r < W && p.length[r] > 0; ++r) {
-        if (p.initial) state.h[k][r] = p.initial[r * p.initial_row + stands * p.initial_column + part];
-        if (p.constant) constant[k][r] = p.a[r * p.a_row + stands * p.a_column + part];
+      for (int r = 0; r < W; ++r) {
+        if (p.has_initial) state.h[k][r] = p.initial[r][stands * p.initial_column + part];
+        if (p.constant) constant[k][r] = p.a[r][stands * p.a_column + part];
       }
     }
   }
@@ -293,42 +316,43 @@ void scan_rows(const Rows<RealOf<T>>& rows, bool reverse, const Reduced<RealOf<T
   }
 }
 
-// Rows from sequence m on, each of `steps` steps from step `from` on; the sequences are `p.M` or, for chunks, one.
+// Row r: `steps` steps of sequence m from step `from` on.
 template <class T>
-Rows<RealOf<T>> rows_at(const LinearScan<T>& p, Index m, Index from) {
+void place_row(Rows<RealOf<T>>& rows, int r, const LinearScan<T>& p, Index m, Index from, Index steps) {
   using R = RealOf<T>;
-  constexpr Index parts = Number<T>::parts;
   const Index first = p.reverse ? p.T_len - from : from;
   const Index lag = p.shift ? (p.reverse ? 1 : -1) : 0;  // where a step's coefficient stands
-  Rows<R> rows{};
+  rows.a[r] = reinterpret_cast<const R*>(p.a + m * p.a_m + (first + lag) * p.a_t);
+  rows.b[r] = reinterpret_cast<const R*>(p.b + m * p.b_m + first * p.b_t);
+  rows.h[r] = reinterpret_cast<R*>(p.h + m * p.h_m + first * p.h_t);
+  rows.length[r] = steps * rows.step;
+}
+
+template <class T>
+Rows<RealOf<T>> rows_of(const LinearScan<T>& p) {
+  constexpr Index parts = Number<T>::parts;
+  Rows<RealOf<T>> rows;
+  rows.starting = kWidth<RealOf<T>>;
+  rows.has_incoming = rows.has_initial = p.h0 && !p.shift;
+  rows.initial_column = p.h0_c * parts;
   rows.constant = p.a_t == 0;
-  rows.a = reinterpret_cast<const R*>(p.a + m * p.a_m + (rows.constant ? 0 : (first + lag) * p.a_t));
-  rows.b = reinterpret_cast<const R*>(p.b + m * p.b_m + first * p.b_t);
-  rows.h = reinterpret_cast<R*>(p.h + m * p.h_m + first * p.h_t);
   rows.a_column = p.a_c * parts;
   rows.columns = p.C;
   rows.step = p.C * parts;
-  rows.has_incoming = p.h0 && !p.shift;
   return rows;
 }
 
-// Every sequence is a row.
+// Every sequence is a row; where they run out, the last one takes the place of those that lack.
 template <class T>
 void scan_sequences(const LinearScan<T>& p) {
   constexpr int W = kWidth<RealOf<T>>;
-  constexpr Index parts = Number<T>::parts;
 #pragma omp parallel for schedule(static) num_threads(p.threads)
-  for (Index m = 0; m < p.M; m += W) {
-    auto rows = rows_at(p, m, 0);
-    rows.a_row = p.a_m * parts;
-    rows.b_row = p.b_m * parts;
-    rows.h_row = p.h_m * parts;
-    rows.starting = W;
-    for (int r = 0; r < W; ++r) rows.length[r] = m + r < p.M ? p.T_len * rows.step : 0;
-    if (rows.has_incoming) {
-      rows.initial = reinterpret_cast<const RealOf<T>*>(p.h0 + m * p.h0_m);
-      rows.initial_row = p.h0_m * parts;
-      rows.initial_column = p.h0_c * parts;
+  for (Index block = 0; block < p.M; block += W) {
+    auto rows = rows_of(p);
+    for (int r = 0; r < W; ++r) {
+      const Index m = block + r < p.M ? block + r : p.M - 1;
+      place_row(rows, r, p, m, 0, p.T_len);
+      if (rows.has_initial) rows.initial[r] = reinterpret_cast<const RealOf<T>*>(p.h0 + m * p.h0_m);
     }
     scan_rows<T>(rows, p.reverse);
   }
@@ -344,18 +368,16 @@ bool scan_chunks(const LinearScan<T>& p, Index m, Index chunks, Index steps) {
   constexpr Index parts = Number<T>::parts;
   const Index columns = p.C;
   R state[kMaxChunks * parts], product[kMaxChunks * parts], growth[kMaxChunks];
-  const auto block = [&](Index chunk) {
-    auto rows = rows_at(p, m, chunk * steps);
-    const Index length = (p.reverse ? -steps : steps) * rows.step;
-    rows.a_row = rows.constant ? 0 : length;
-    rows.b_row = rows.h_row = length;
+  const auto block = [&](Index chunk, bool has_initial) {
+    auto rows = rows_of(p);
     rows.starting = chunk == 0 ? 1 : 0;
-    for (int r = 0; r < W; ++r) {
-      const Index left = p.T_len - (chunk + r) * steps;
-      rows.length[r] = (left < 0 ? 0 : (left < steps ? left : steps)) * rows.step;
-    }
-    rows.initial_row = columns * parts;
+    rows.has_initial = has_initial;
     rows.initial_column = parts;
+    for (int r = 0; r < W; ++r) {
+      const Index from = (chunk + r) * steps < p.T_len ? (chunk + r) * steps : p.T_len;
+      place_row(rows, r, p, m, from, p.T_len - from < steps ? p.T_len - from : steps);
+      rows.initial[r] = state + (chunk + r) * columns * parts;
+    }
     return rows;
   };
   R incoming[2 * kMaxInterleaved] = {};
@@ -365,7 +387,7 @@ bool scan_chunks(const LinearScan<T>& p, Index m, Index chunks, Index steps) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
   for (Index chunk = 0; chunk < chunks; chunk += W) {
     const Index at = chunk * columns * parts;
-    scan_rows<T, true>(block(chunk), p.reverse, Reduced<R>{state + at, product + at, growth + chunk});
+    scan_rows<T, true>(block(chunk, false), p.reverse, Reduced<R>{state + at, product + at, growth + chunk});
   }
   for (Index chunk = 0; chunk < chunks; ++chunk) {
     if (!(growth[chunk] <= R(kMaxGrowth))) return false;
@@ -382,9 +404,7 @@ bool scan_chunks(const LinearScan<T>& p, Index m, Index chunks, Index steps) {
   }
 #pragma omp parallel for schedule(static) num_threads(p.threads)
   for (Index chunk = 0; chunk < chunks; chunk += W) {
-    auto rows = block(chunk);
-    rows.initial = state + chunk * columns * parts;
-    scan_rows<T>(rows, p.reverse);
+    scan_rows<T>(block(chunk, true), p.reverse);
   }
   for (Index chunk = 1; chunk <= chunks; ++chunk) {  // what is not finite stays so to the end of its chunk
     const Index last = chunk * steps < p.T_len ? chunk * steps - 1 : p.T_len - 1;
