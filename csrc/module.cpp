@@ -208,6 +208,7 @@ template <class T>
 void gae(Address rewards, Address values, Address next_values, Address terminated, Address truncated,
          Address advantages, Address returns, Strides<3> sizes, double gamma, double gae_lambda) {
   const auto [M, T_len, C] = sizes;
+  const Index elements = M * T_len * C;
   const Gae<T> params{at<T>(rewards),
                       at<T>(values),
                       at<T>(next_values),
@@ -220,8 +221,10 @@ void gae(Address rewards, Address values, Address next_values, Address terminate
                       C,
                       T(gamma),
                       T(gae_lambda),
-                      threads_for(double(M * T_len * C), M * C)};
+                      threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
+  prefer_huge_pages(at<T>(advantages), elements);
+  prefer_huge_pages(at<T>(returns), elements);
   SSM_FAST_CALL(gae(params));
 }
 
@@ -229,6 +232,7 @@ template <class T>
 void discounted_returns(Address rewards, Address next_values, Address terminated, Address truncated, Address returns,
                         Strides<3> sizes, double gamma) {
   const auto [M, T_len, C] = sizes;
+  const Index elements = M * T_len * C;
   const DiscountedReturns<T> params{at<T>(rewards),
                                     at<T>(next_values),
                                     at<std::uint8_t>(terminated),
@@ -238,8 +242,9 @@ void discounted_returns(Address rewards, Address next_values, Address terminated
                                     T_len,
                                     C,
                                     T(gamma),
-                                    threads_for(double(M * T_len * C), M * C)};
+                                    threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
+  prefer_huge_pages(at<T>(returns), elements);
   SSM_FAST_CALL(discounted_returns(params));
 }
 
