@@ -6,25 +6,12 @@ namespace ssm_fast::SSM_FAST_ISA {
 namespace {
 
 constexpr Index kColumns = 1024;  // columns a thread takes at once: their state stays in L1
-constexpr Index kAhead = 512;     // bytes ahead of a tile that are asked for: too many rows to be foreseen
+constexpr int kTiles = 4;         // tiles of a row at once
 constexpr Index kMaxChunks = 1024;
 constexpr Index kChunkSteps = 128;  // shorter chunks of time are not worth the second pass
 
 template <class T>
 constexpr T kSmallest = sizeof(T) == 4 ? T(1e-37) : T(1e-307);
-
-template <class T>
-struct Flags;
-template <>
-struct Flags<float> {
-  typedef std::int32_t Type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Flags<double> {
-  typedef std::int64_t Type __attribute__((vector_size(kVectorBytes)));
-};
-template <class T>
-using Mask = typename Flags<T>::Type;  // all bits of an element are set, or none
 
 // ---- one vector of steps ----
 
@@ -78,17 +65,14 @@ inline Vector<T> load_between(const T* p, int from, int to) {
   return v;
 }
 template <class T>
-inline void store_between(T* p, Vector<T> v, int from, int to) {
+inline void store_between(T* p, Vector<T> v, int from, int to, bool large) {
+  if (large && to - from == kWidth<T>) return stream(p, v);
   if (from == 0) return store_part(p, v, to);
   for (int i = from; i < to; ++i) p[i] = v[i];
 }
 template <class T>
-struct FlagBytes {
-  typedef std::uint8_t Type __attribute__((vector_size(kWidth<T>)));
-};
-template <class T>
-inline typename FlagBytes<T>::Type load_flags(const std::uint8_t* p, int from, int to) {
-  typename FlagBytes<T>::Type bytes{};
+inline Bytes<T> load_flags(const std::uint8_t* p, int from, int to) {
+  Bytes<T> bytes{};
   if (from == 0 && to == kWidth<T>) {
     std::memcpy(&bytes, p, sizeof(bytes));
   } else {
@@ -96,11 +80,6 @@ inline typename FlagBytes<T>::Type load_flags(const std::uint8_t* p, int from, i
   }
   return bytes;
 }
-template <class T>
-inline Mask<T> widen(typename FlagBytes<T>::Type bytes) {
-  return __builtin_convertvector(bytes, Mask<T>) != 0;
-}
-
 template <class T>
 inline Steps<T> load_steps(const Gae<T>& p, Index i, int from, int to) {
   return {load_between(p.rewards + i, from, to), load_between(p.values + i, from, to),
@@ -114,33 +93,35 @@ inline Steps<T> load_steps(const DiscountedReturns<T>& p, Index i, int from, int
 }
 
 template <class T>
-inline void write(const Gae<T>& p, Index i, Vector<T> scanned, int from, int to) {
-  store_between(p.advantages + i, scanned, from, to);
-  store_between(p.returns + i, scanned + load_between(p.values + i, from, to), from, to);
+inline void write(const Gae<T>& p, Index i, Vector<T> scanned, int from, int to, bool large) {
+  store_between(p.advantages + i, scanned, from, to, large);
+  store_between(p.returns + i, scanned + load_between(p.values + i, from, to), from, to, large);
 }
 template <class T>
-inline void write(const DiscountedReturns<T>& p, Index i, Vector<T> scanned, int from, int to) {
-  store_between(p.returns + i, scanned, from, to);
+inline void write(const DiscountedReturns<T>& p, Index i, Vector<T> scanned, int from, int to, bool large) {
+  store_between(p.returns + i, scanned, from, to, large);
 }
 
-template <class T>
-inline void prefetch(const T* p, Index i) {
-  __builtin_prefetch(p + i - kAhead / Index(sizeof(T)), 0, 2);
-}
+// Asks for what lies at i: there are too many streams of memory for the processor to foresee by itself.
 template <class T>
 inline void prefetch(const Gae<T>& p, Index i) {
-  prefetch(p.rewards, i);
-  prefetch(p.values, i);
-  prefetch(p.next_values, i);
-  prefetch(p.terminated, i);
-  prefetch(p.truncated, i);
+  __builtin_prefetch(p.rewards + i, 0, 2);
+  __builtin_prefetch(p.values + i, 0, 2);
+  __builtin_prefetch(p.next_values + i, 0, 2);
+  __builtin_prefetch(p.terminated + i, 0, 2);
+  __builtin_prefetch(p.truncated + i, 0, 2);
 }
 template <class T>
 inline void prefetch(const DiscountedReturns<T>& p, Index i) {
-  prefetch(p.rewards, i);
-  prefetch(p.next_values, i);
-  prefetch(p.terminated, i);
-  prefetch(p.truncated, i);
+  __builtin_prefetch(p.rewards + i, 0, 2);
+  __builtin_prefetch(p.next_values + i, 0, 2);
+  __builtin_prefetch(p.terminated + i, 0, 2);
+  __builtin_prefetch(p.truncated + i, 0, 2);
+}
+
+template <class T, class P>
+inline bool is_large(const P& p) {
+  return std::size_t(p.M * p.T_len * p.C) * sizeof(T) >= kStreamBytes;
 }
 
 // ---- columns: elements of one step lie side by side ----
@@ -152,22 +133,25 @@ void scan_columns(const P& p, Index m, Index c, Index count) {
   alignas(64) T later[kColumns] = {};
   const T factor = coefficient_of(p);
   const auto coefficient = broadcast(factor);
+  const bool large = is_large<T>(p);
   const Mask<T> always = broadcast(factor) == Vector<T>{};
   for (Index t = p.T_len - 1; t >= 0; --t) {
     const Index row = (m * p.T_len + t) * p.C + c;
     const Mask<T> last = (t == p.T_len - 1) != Mask<T>{};
     const auto vector = [&](Index j, int width) {
+      prefetch(p, row + j - p.C);
       const auto steps = load_steps(p, row + j, 0, width);
       const auto source = source_of(p, steps, last);
       const auto scanned =
           advance<T>(coefficient, steps.terminated | steps.truncated | always, load(later + j), source);
       store(later + j, scanned);
-      write(p, row + j, scanned, 0, width);
+      write(p, row + j, scanned, 0, width, large);
     };
     Index j = 0;
     for (; j + W <= count; j += W) vector(j, W);
     if (j < count) vector(j, int(count - j));
   }
+  stream_end();
 }
 
 // ---- rows: time lies side by side ----
@@ -188,59 +172,57 @@ struct Reduced {
   T *scanned, *product;
 };
 
-// A bit for each of the bytes that is not zero.
-template <class T>
-inline std::uint32_t bits_of(typename FlagBytes<T>::Type bytes) {
-  constexpr int W = kWidth<T>;
-  std::uint64_t words[2] = {};
-  std::memcpy(words, &bytes, W);
-  std::uint32_t bits = 0;
-#pragma GCC unroll 2
-  for (int i = 0; i * 8 < W; ++i) {
-    std::uint64_t x = words[i];
-    x |= x >> 4;
-    x |= x >> 2;
-    x |= x >> 1;
-    bits |= std::uint32_t(((x & 0x0101010101010101u) * 0x0102040810204080u) >> 56) << (8 * i);
-  }
-  return bits;
-}
-
-// The tile of steps that ends `done` before the end of each row; returns where it cuts. Not kFull: it may lie over their starts.
+// The kTiles tiles of steps that end `done` before the end of each row; returns where they cut. Row by
+// row on the way in and out, because all rows at once are more pages than the processor translates
+// quickly. Not kFull: the tiles may lie over the starts of the rows.
 template <class T, bool kReduce, bool kFull, class P>
-inline Mask<T> advance_tile(const P& p, const Rows<T>& rows, Index done, T coefficient, Vector<T>& later) {
+inline Mask<T> advance_tiles(const P& p, const Rows<T>& rows, Index done, T coefficient, Vector<T>& later) {
   constexpr int W = kWidth<T>;
-  Vector<T> source[W];
-  Mask<T> cuts;  // bit j of row r: step j leaves out what came later
-#pragma GCC unroll 16
+  Vector<T> source[kTiles][W];
+  Mask<T> cuts[kTiles], any{};  // bit j of row r: step j leaves out what came later
+  const auto from = [&](int r, int tile) {
+    const Index left = rows.length[r] - done - (kTiles - 1 - tile) * W;
+    return kFull || left >= W ? 0 : (left < 0 ? W : int(W - left));
+  };
   for (int r = 0; r < W; ++r) {
-    const Index left = rows.length[r] - done;
-    const int from = kFull || left >= W ? 0 : (left < 0 ? W : int(W - left));
-    const Index i = rows.end[r] - done - W;
-    if constexpr (kFull) prefetch(p, i);
-    Mask<T> last{};
-    const bool has_last = cuts_at_last(p) && done == 0 && r < rows.with_last;
-    if (has_last) last[W - 1] = -1;
-    source[r] = source_of(p, load_steps(p, i, from, W), last);
-    const auto flags = load_flags<T>(p.terminated + i, from, W) | load_flags<T>(p.truncated + i, from, W);
-    cuts[r] = std::int32_t(bits_of<T>(flags) | (has_last ? 1u << (W - 1) : 0u));
+    const Index start = rows.end[r] - done - kTiles * W;
+#pragma GCC unroll 4
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Index i = start + tile * W;
+      if constexpr (kFull) prefetch(p, i - 2 * kTiles * W);
+      Mask<T> last{};
+      const bool has_last = cuts_at_last(p) && tile == kTiles - 1 && done == 0 && r < rows.with_last;
+      if (has_last) last[W - 1] = -1;
+      source[tile][r] = source_of(p, load_steps(p, i, from(r, tile), W), last);
+      const auto flags = load_flags<T>(p.terminated + i, from(r, tile), W) | load_flags<T>(p.truncated + i, from(r, tile), W);
+      cuts[tile][r] = bits_of<T>(flags) | (has_last ? 1u << (W - 1) : 0u);
+    }
   }
-  if (coefficient == T(0)) cuts = ~Mask<T>{};
-  transpose<T>(source);
+  for (int tile = kTiles - 1; tile >= 0; --tile) {
+    if (coefficient == T(0)) cuts[tile] = ~Mask<T>{};
+    any |= cuts[tile];
+    Vector<T> x[W];
 #pragma GCC unroll 16
-  for (int j = W - 1; j >= 0; --j) {
-    const Mask<T> cut = (cuts & (1 << j)) != 0;
-    later = source[j] = advance<T>(broadcast(coefficient), cut, later, source[j]);
+    for (int r = 0; r < W; ++r) x[r] = source[tile][r];
+    transpose<T>(x);
+#pragma GCC unroll 16
+    for (int j = W - 1; j >= 0; --j) {
+      later = x[j] = advance<T>(broadcast(coefficient), (cuts[tile] & (1 << j)) != 0, later, x[j]);
+    }
+    if constexpr (kReduce) continue;
+    transpose<T>(x);
+#pragma GCC unroll 16
+    for (int r = 0; r < W; ++r) source[tile][r] = x[r];
   }
-  if constexpr (kReduce) return cuts;
-  transpose<T>(source);
-#pragma GCC unroll 16
+  if constexpr (kReduce) return any;
+  const bool large = is_large<T>(p);
   for (int r = 0; r < W; ++r) {
-    const Index left = rows.length[r] - done;
-    const int from = kFull || left >= W ? 0 : (left < 0 ? W : int(W - left));
-    write(p, rows.end[r] - done - W, source[r], from, W);
+#pragma GCC unroll 4
+    for (int tile = 0; tile < kTiles; ++tile) {
+      write(p, rows.end[r] - done - (kTiles - tile) * W, source[tile][r], from(r, tile), W, large);
+    }
   }
-  return cuts;
+  return any;
 }
 
 template <class T, bool kReduce, class P>
@@ -253,8 +235,13 @@ void scan_rows(const P& p, const Rows<T>& rows, const Reduced<T>& out) {
   Mask<T> cuts{};
   T product = 1;
   Index done = 0;
-  for (; done + W <= shortest; done += W) cuts |= advance_tile<T, kReduce, true>(p, rows, done, coefficient, later);
-  for (; done < rows.length[0]; done += W) cuts |= advance_tile<T, kReduce, false>(p, rows, done, coefficient, later);
+  for (; done + kTiles * W <= shortest; done += kTiles * W) {
+    cuts |= advance_tiles<T, kReduce, true>(p, rows, done, coefficient, later);
+  }
+  for (; done < rows.length[0]; done += kTiles * W) {
+    cuts |= advance_tiles<T, kReduce, false>(p, rows, done, coefficient, later);
+  }
+  stream_end();
   if constexpr (kReduce) {
     for (Index i = 0; i < rows.length[0] && product > kSmallest<T>; ++i) product *= coefficient;
     product = product > kSmallest<T> ? product : kSmallest<T>;

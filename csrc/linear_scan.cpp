@@ -42,6 +42,11 @@ inline Complex<T> multiply_add(Complex<T> a, Complex<T> h, Complex<T> b) {
   return {fused(-a.im, h.im, fused(a.re, h.re, b.re)), fused(a.im, h.re, fused(a.re, h.im, b.im))};
 }
 
+template <class T>
+inline bool is_large(const LinearScan<T>& p) {
+  return std::size_t(p.M * p.T_len * p.C) * sizeof(T) >= kStreamBytes;
+}
+
 // ---- columns: elements of one step lie side by side ----
 
 template <class T>
@@ -80,6 +85,58 @@ inline void advance(const Complex<T>* a, const Complex<T>* previous, const Compl
     advance_pairs<T>(even_pairs<T>(pairs), negate_even<T>(odd_pairs<T>(pairs)), previous + c, b + c, h + c);
   }
   for (; c < count; ++c) h[c] = multiply_add(a[c], previous[c], b[c]);
+}
+
+// The vector of h from element j on, of reals; kOne: one coefficient for all columns.
+template <bool kOne, class T>
+inline Vector<T> next_vector(const T* a, const T* state, const T* b, Index j) {
+  return fused_vector(kOne ? broadcast(*a) : load(a + j), load(state + j), load(b + j));
+}
+template <bool kOne, class T>
+inline Vector<T> next_vector(const Complex<T>* a, const Complex<T>* state, const Complex<T>* b, Index j) {
+  const auto at = [j](const Complex<T>* p) { return load(reinterpret_cast<const T*>(p) + j); };
+  const auto h = at(state);
+  const auto re = kOne ? broadcast(a->re) : even_pairs<T>(at(a));
+  const auto im = kOne ? broadcast(a->im) : odd_pairs<T>(at(a));
+  return fused_vector(negate_even<T>(im), swap_pairs<T>(h), fused_vector(re, h, at(b)));
+}
+
+// A step whose states go past the caches into h: `state` keeps them for the next one.
+template <bool kOne, class T>
+inline void advance_large(const T* a, T* state, const T* b, T* h, Index count) {
+  using R = RealOf<T>;
+  constexpr Index W = kWidth<R>, parts = Number<T>::parts;
+  Index j = 0;
+  for (; j + W <= count * parts; j += W) {
+    const auto next = next_vector<kOne>(a, state, b, j);
+    store(reinterpret_cast<R*>(state) + j, next);
+    stream(reinterpret_cast<R*>(h) + j, next);
+  }
+  for (Index c = j / parts; c < count; ++c) h[c] = state[c] = multiply_add(a[kOne ? 0 : c], state[c], b[c]);
+}
+
+template <class T>
+void scan_large_columns(const LinearScan<T>& p, Index m, Index c, Index count) {
+  alignas(64) T state[kColumns];
+  const Index first = p.reverse ? p.T_len - 1 : 0;
+  const Index step = p.reverse ? -1 : 1;
+  const T* a = p.a + m * p.a_m + first * p.a_t + c * p.a_c;
+  const T* b = p.b + m * p.b_m + first * p.b_t + c;
+  T* h = p.h + m * p.h_m + first * p.h_t + c;
+  const bool has_incoming = p.h0 && !p.shift;
+  const std::size_t bytes = std::size_t(count) * sizeof(T);
+  std::memcpy(state, has_incoming ? p.h0 + m * p.h0_m + c : b, bytes);
+  if (!has_incoming) std::memcpy(h, b, bytes);
+  if (!p.shift && !has_incoming) a += step * p.a_t;
+  for (Index i = has_incoming ? 0 : 1; i < p.T_len; ++i, a += step * p.a_t) {
+    const Index at = i * step;
+    if (p.a_c == 0) {
+      advance_large<true>(a, state, b + at * p.b_t, h + at * p.h_t, count);
+    } else {
+      advance_large<false>(a, state, b + at * p.b_t, h + at * p.h_t, count);
+    }
+  }
+  stream_end();
 }
 
 // Time is the outer loop, and the previous row of h is the state.
@@ -125,6 +182,7 @@ struct Rows {
   bool constant;        // a holds one coefficient for all steps, of column c at c * a_column
   Index a_column;       // only if `constant`
   Index columns, step;  // columns in turn, and the reals of one step
+  bool large;           // the output goes past the caches
   bool has_initial;     // false: zeros come in
   const R* initial[kWidth<R>];
   Index initial_column;
@@ -248,7 +306,8 @@ inline void advance_tile(const Rows<RealOf<T>>& p, Index done, const Vector<Real
     for (int r = 0; r < W; ++r) {
       R* row = p.h[r];
       if constexpr (kFull) {
-        store(kReverse ? row - done - W : row + done, b[r]);
+        R* at = kReverse ? row - done - W : row + done;
+        p.large ? stream(at, b[r]) : store(at, b[r]);
       } else {
         store_edge<R, kReverse>(row, b[r], done, within_tile<R>(p.length[r] - done));
       }
@@ -293,6 +352,7 @@ void scan_rows(const Rows<RealOf<T>>& p, const Reduced<RealOf<T>>& out) {
   for (; done < longest; done += W) {
     advance_tile<T, kReverse, kReduce, kOne, false>(p, done, constant, state, column);
   }
+  stream_end();
   if constexpr (kReduce) {
     for (int r = 0; r < W; ++r) {
       out.growth[r] = state.growth[r];
@@ -335,6 +395,7 @@ Rows<RealOf<T>> rows_of(const LinearScan<T>& p) {
   rows.starting = kWidth<RealOf<T>>;
   rows.has_incoming = rows.has_initial = p.h0 && !p.shift;
   rows.initial_column = p.h0_c * parts;
+  rows.large = is_large(p) && kVectorBytes == 64;  // a row gets a vector at a time, and should get a whole line
   rows.constant = p.a_t == 0;
   rows.a_column = p.a_c * parts;
   rows.columns = p.C;
@@ -424,12 +485,14 @@ void scan_all_columns(const LinearScan<T>& p) {
   const Index wide = (p.C + p.threads - 1) / p.threads;
   Index columns = p.M >= p.threads || wide > kColumns ? kColumns : (wide < 16 ? 16 : wide);
   if (!side_by_side) columns = 1;
+  const bool large = side_by_side && is_large(p) && p.C * Index(sizeof(T)) >= 64;
   const Index blocks = (p.C + columns - 1) / columns;
 #pragma omp parallel for collapse(2) schedule(static) num_threads(p.threads)
   for (Index m = 0; m < p.M; ++m) {
     for (Index block = 0; block < blocks; ++block) {
       const Index c = block * columns;
-      scan_columns(p, m, c, p.C - c < columns ? p.C - c : columns);
+      const Index count = p.C - c < columns ? p.C - c : columns;
+      large ? scan_large_columns(p, m, c, count) : scan_columns(p, m, c, count);
     }
   }
 }
