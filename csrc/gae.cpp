@@ -194,7 +194,8 @@ inline Mask<T> advance_tiles(const P& p, const Rows<T>& rows, Index done, T coef
       const bool has_last = cuts_at_last(p) && tile == kTiles - 1 && done == 0 && r < rows.with_last;
       if (has_last) last[W - 1] = -1;
       source[tile][r] = source_of(p, load_steps(p, i, from(r, tile), W), last);
-      const auto flags = load_flags<T>(p.terminated + i, from(r, tile), W) | load_flags<T>(p.truncated + i, from(r, tile), W);
+      const auto flags =
+          load_flags<T>(p.terminated + i, from(r, tile), W) | load_flags<T>(p.truncated + i, from(r, tile), W);
       cuts[tile][r] = bits_of<T>(flags) | (has_last ? 1u << (W - 1) : 0u);
     }
   }
@@ -271,7 +272,8 @@ void scan_sequences(const P& p) {
 template <class T, class P>
 void scan_chunks(const P& p, Index m, Index chunks) {
   constexpr int W = kWidth<T>;
-  const Index steps = (p.T_len + chunks - 1) / chunks;
+  constexpr Index whole = kTiles * W;  // only the last chunk has a tail
+  const Index steps = ((p.T_len + chunks - 1) / chunks + whole - 1) / whole * whole;
   T scanned[kMaxChunks], product[kMaxChunks];
   const auto block = [&](Index chunk) {
     Rows<T> rows{};

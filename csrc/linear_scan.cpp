@@ -541,7 +541,8 @@ void run_rows(const LinearScan<T>& p) {
     p.M < 4 && p.C == 1 ? scan_all_columns(p) : scan_sequences(p);
     return;
   }
-  const Index steps = (p.T_len + chunks - 1) / chunks;
+  constexpr Index W = kWidth<RealOf<T>>;
+  const Index steps = ((p.T_len + chunks - 1) / chunks + W - 1) / W * W;  // whole tiles: only the last chunk has a tail
   for (Index m = 0; m < p.M; ++m) {
     if (!scan_chunks(p, m, chunks, steps)) {
       for (Index c = 0; c < p.C; ++c) scan_columns(p, m, c, 1);

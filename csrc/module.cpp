@@ -23,7 +23,7 @@ template <std::size_t N>
 using Strides = std::array<Index, N>;
 
 constexpr std::size_t kHugeBlock = 32 << 20;  // smaller blocks come back from the allocator with their pages
-constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
+constexpr double kSerialWork = 3e4;           // below this many multiply-adds waking a second thread costs more
 
 template <class T>
 T* at(Address address) {

@@ -89,9 +89,7 @@ def _(*arguments: Any) -> Tensor:
     return returns
 
 
-def _run(
-    op: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *discounts: float
-) -> None:
+def _run(op: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *discounts: float) -> None:
     """Call the kernel of ``op``; sequences that lie side by side are handed over as its columns."""
     tensors = [*inputs, *outputs]
     if _time_major(inputs[0]):
