@@ -2,6 +2,9 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <array>
 #include <memory>
@@ -20,8 +23,9 @@ using Address = std::uintptr_t;
 template <std::size_t N>
 using Strides = std::array<Index, N>;
 
-constexpr Index kParallelRows = 16;  // rows of a policy step that are worth a thread
-constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
+constexpr std::size_t kHugeBlock = 32 << 20;  // smaller blocks come back from the allocator with their pages
+constexpr Index kParallelRows = 16;           // rows of a policy step that are worth a thread
+constexpr double kSerialWork = 3e4;           // below this many multiply-adds waking a second thread costs more
 
 template <class T>
 T* at(Address address) {
@@ -32,6 +36,17 @@ int threads_for(double work, Index rows) {
   if (work < kSerialWork || omp_in_parallel()) return 1;
   const Index threads = omp_get_max_threads();
   return int(threads < rows ? threads : (rows < 1 ? 1 : rows));
+}
+
+// A fresh block costs a page fault every 4 KB, more than the sweep itself: ask for 2 MB at a time.
+template <class T>
+void prefer_huge_pages([[maybe_unused]] T* output, [[maybe_unused]] Index elements) {
+#if defined(MADV_HUGEPAGE)
+  constexpr Address page = 4096;
+  const Address first = (reinterpret_cast<Address>(output) + page - 1) / page * page;
+  const Address last = reinterpret_cast<Address>(output + elements) / page * page;
+  if (last >= first + kHugeBlock) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice
+#endif
 }
 
 struct AlignedDelete {
@@ -161,10 +176,10 @@ void weight_grad(Address x, Strides<3> x_strides, Address s, Strides<3> s_stride
 }
 
 template <class T>
-void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<2> b_strides, Address h0, Index h0_stride,
-                 Address h, Strides<2> h_strides, Strides<3> sizes, bool reverse, bool shift) {
+void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<3> b_strides, Address h0, Strides<2> h0_strides,
+                 Address h, Strides<3> h_strides, Strides<3> sizes, bool reverse, bool shift) {
   const auto [M, T_len, C] = sizes;
-  const int threads = threads_for(double(M * T_len * C), M * C);
+  const Index elements = M * T_len * C;
   const LinearScan<T> params{at<T>(a),
                              a_strides[0],
                              a_strides[1],
@@ -172,18 +187,22 @@ void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<2> b_stride
                              at<T>(b),
                              b_strides[0],
                              b_strides[1],
+                             b_strides[2],
                              at<T>(h0),
-                             h0_stride,
+                             h0_strides[0],
+                             h0_strides[1],
                              at<T>(h),
                              h_strides[0],
                              h_strides[1],
+                             h_strides[2],
                              M,
                              T_len,
                              C,
                              reverse,
                              shift,
-                             threads};
+                             threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
+  prefer_huge_pages(at<T>(h), elements);
   SSM_FAST_CALL(linear_scan(params));
 }
 
@@ -191,6 +210,7 @@ template <class T>
 void gae(Address rewards, Address values, Address next_values, Address terminated, Address truncated,
          Address advantages, Address returns, Strides<3> sizes, double gamma, double gae_lambda) {
   const auto [M, T_len, C] = sizes;
+  const Index elements = M * T_len * C;
   const Gae<T> params{at<T>(rewards),
                       at<T>(values),
                       at<T>(next_values),
@@ -203,8 +223,10 @@ void gae(Address rewards, Address values, Address next_values, Address terminate
                       C,
                       T(gamma),
                       T(gae_lambda),
-                      threads_for(double(M * T_len * C), M * C)};
+                      threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
+  prefer_huge_pages(at<T>(advantages), elements);
+  prefer_huge_pages(at<T>(returns), elements);
   SSM_FAST_CALL(gae(params));
 }
 
@@ -212,6 +234,7 @@ template <class T>
 void discounted_returns(Address rewards, Address next_values, Address terminated, Address truncated, Address returns,
                         Strides<3> sizes, double gamma) {
   const auto [M, T_len, C] = sizes;
+  const Index elements = M * T_len * C;
   const DiscountedReturns<T> params{at<T>(rewards),
                                     at<T>(next_values),
                                     at<std::uint8_t>(terminated),
@@ -221,8 +244,9 @@ void discounted_returns(Address rewards, Address next_values, Address terminated
                                     T_len,
                                     C,
                                     T(gamma),
-                                    threads_for(double(M * T_len * C), M * C)};
+                                    threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
+  prefer_huge_pages(at<T>(returns), elements);
   SSM_FAST_CALL(discounted_returns(params));
 }
 

@@ -86,17 +86,17 @@ struct WeightGrad {
 
 // h_t = a_t h_{t-1} + b_t over [M, T, C]; in reverse, h_t = a_t h_{t+1} + b_t. With `shift` the
 // coefficient of a step is that of the step before it in sweep order, and the first has none.
-// The innermost stride of b and h is 1, that of a is 0 or 1, for C > 1; else time may be.
+// Any strides are right; fast are those where time, M or C has stride 1 in b and h, and 0 or 1 in a.
 template <class T>
 struct LinearScan {
   const T* a;
   Index a_m, a_t, a_c;
   const T* b;
-  Index b_m, b_t;
+  Index b_m, b_t, b_c;
   const T* h0;
-  Index h0_m;
+  Index h0_m, h0_c;
   T* h;
-  Index h_m, h_t;
+  Index h_m, h_t, h_c;
   Index M, T_len, C;
   bool reverse, shift;
   int threads;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ssm_fast.ops.backend import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 def gae_reference(
@@ -66,55 +66,51 @@ LIBRARY.define(
 
 
 @torch.library.register_fake("ssm_fast::gae")
-def _(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
-    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+def _(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty(rewards), _empty(rewards)
 
 
 @torch.library.register_fake("ssm_fast::discounted_returns")
-def _(
-    rewards: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
-) -> Tensor:
-    return rewards.new_empty(rewards.shape)
+def _(rewards: Tensor, *_: Any) -> Tensor:
+    return _empty(rewards)
 
 
 @torch.library.impl("ssm_fast::gae", "CPU")
-def _(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
-    inputs = [x.contiguous() for x in (rewards, values, next_values, terminated, truncated)]
-    outputs = rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-    if rewards.numel():
-        native_kernel("gae", rewards.dtype)(
-            *(x.data_ptr() for x in (*inputs, *outputs)), rewards.shape, gamma, gae_lambda
-        )
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    outputs = _empty(arguments[0]), _empty(arguments[0])
+    _run("gae", arguments[:5], outputs, *arguments[5:])
     return outputs
 
 
 @torch.library.impl("ssm_fast::discounted_returns", "CPU")
-def _(
-    rewards: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
-) -> Tensor:
-    inputs = [x.contiguous() for x in (rewards, next_values, terminated, truncated)]
-    returns = rewards.new_empty(rewards.shape)
-    if rewards.numel():
-        native_kernel("discounted_returns", rewards.dtype)(
-            *(x.data_ptr() for x in (*inputs, returns)), rewards.shape, gamma
-        )
+def _(*arguments: Any) -> Tensor:
+    returns = _empty(arguments[0])
+    _run("discounted_returns", arguments[:4], (returns,), *arguments[4:])
     return returns
+
+
+def _run(op: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *discounts: float) -> None:
+    """Call the kernel of ``op``; sequences that lie side by side are handed over as its columns."""
+    tensors = [*inputs, *outputs]
+    if _time_major(inputs[0]):
+        tensors = [x.transpose(0, 2) for x in tensors]
+    tensors = [x.contiguous() for x in tensors]
+    if tensors[0].numel():
+        native_kernel(op, tensors[0].dtype)(
+            *(x.data_ptr() for x in tensors), tensors[0].shape, *discounts
+        )
+
+
+def _time_major(rewards: Tensor) -> bool:
+    M, T, C = rewards.shape
+    return C == 1 and rewards.stride()[:2] == (1, M) and M > 1 and T > 1
+
+
+def _empty(rewards: Tensor) -> Tensor:
+    """Memory for an output in the layout of ``rewards``: time-major if they are, else batch-major."""
+    if _time_major(rewards):
+        return rewards.new_empty(*reversed(rewards.shape)).transpose(0, 2)
+    return rewards.new_empty(rewards.shape)
 
 
 def _validate(

@@ -42,34 +42,43 @@ _op = torch.ops.ssm_fast.linear_scan
 
 @torch.library.register_fake("ssm_fast::linear_scan")
 def _(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Tensor:
-    return b.new_empty(b.shape)
+    return torch.empty_like(b)
 
 
 @torch.library.impl("ssm_fast::linear_scan", "CPU")
 def _(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Tensor:
-    h = b.new_empty(b.shape)
+    h = torch.empty_like(b)  # in the layout of b where that is dense
     if h.numel() == 0:
         return h
-    a, b = a.resolve_conj().resolve_neg(), b.resolve_conj().resolve_neg()
-    if b.shape[2] > 1:
-        b = b if b.stride(2) == 1 else b.contiguous()
-        a = a if a.stride(2) in (0, 1) else a.contiguous()
-    if h0 is not None:
-        h0 = h0.resolve_conj().resolve_neg().contiguous()
+    if b.is_complex():
+        a, b = a.resolve_conj(), b.resolve_conj()
+        h0 = None if h0 is None else h0.resolve_conj()
+    a, b = a.resolve_neg(), b.resolve_neg()
+    h0 = None if h0 is None else h0.resolve_neg()
+    side_by_side = _unit_dim(h)
+    if b.stride(side_by_side) != 1:
+        b = torch.empty_like(h).copy_(b)
+    if a.stride(side_by_side) > 1:
+        a = torch.empty_like(h).copy_(a)
     native_kernel("linear_scan", b.dtype)(
         a.data_ptr(),
         a.stride(),
         b.data_ptr(),
-        b.stride()[:2],
+        b.stride(),
         0 if h0 is None else h0.data_ptr(),
-        0 if h0 is None else h0.stride(0),
+        (0, 0) if h0 is None else h0.stride(),
         h.data_ptr(),
-        h.stride()[:2],
-        b.shape,
+        h.stride(),
+        h.shape,
         reverse,
         shift,
     )
     return h
+
+
+def _unit_dim(h: Tensor) -> int:
+    """The dimension along which the elements of a dense tensor lie side by side."""
+    return next((d for d in (2, 1, 0) if h.stride(d) == 1 and h.shape[d] > 1), 2)
 
 
 def _later(x: Tensor, first: Tensor | None, reverse: bool) -> Tensor:

@@ -489,7 +489,8 @@ void exercise_output_norm_grad(Random& random) {
   const Tensor<T> weight(random, input, {G}, H), bias(random, input, {G}, H);
   const Tensor<T> mean(random, input, rows, 1, single), rstd(random, input, rows, 1, single);
   const Tensor<T> grad_z(random, kOutput<T>, rows, H, {M * H, H});
-  const Tensor<T> grad_weight(random, output, {G}, H, {H}), grad_bias(random, output, {G}, H, {H});
+  const std::vector<Index> sums{H};
+  const Tensor<T> grad_weight(random, output, {G}, H, sums), grad_bias(random, output, {G}, H, sums);
   OutputNormGrad<T> p{};
   p.grad_y = grad_y.data(), p.grad_g = grad_y.stride(0), p.grad_m = grad_y.stride(1);
   p.z = z.data(), p.z_g = z.stride(0), p.z_m = z.stride(1);
@@ -514,14 +515,17 @@ void exercise_policy_step(Random& random) {
   const Index L = random.size(3), K_ = random.size(8);
   const auto none = Tensor<T>::Use::left_out;
   // One row of `count` elements, as all of them lie: contiguous.
-  const auto flat = [&](Index count, auto use) { return Tensor<T>(random, use, {Index(1)}, count, {count}); };
+  const auto flat = [&](Index count, auto use) {
+    return Tensor<T>(random, use, {Index(1)}, count, std::vector<Index>{count});
+  };
   const bool discrete = random.chance(0.3), norm_state = random.chance(0.3);
   const auto norm = random.chance(0.7) ? kInput<T> : none;
   const Tensor<T> x = flat(B * I, kInput<T>), state = flat(L * B * N, sometimes<T>(random));
   const Tensor<T> noise = flat(B * K_, discrete ? none : sometimes<T>(random));
   const auto statistics = sometimes<double>(random);
-  const Tensor<double> obs_mean(random, statistics, {1}, I, {I}), obs_var(random, statistics, {1}, I, {I});
-  const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), {1}, B, {B});
+  const std::vector<Index> features{I}, rows{B};
+  const Tensor<double> obs_mean(random, statistics, {1}, I, features), obs_var(random, statistics, {1}, I, features);
+  const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), {1}, B, rows);
   const Tensor<T> encoder_weight = flat(H * I, kInput<T>), encoder_bias = flat(H, sometimes<T>(random));
   const Tensor<T> actor_weight = flat(K_ * H, kInput<T>), actor_bias = flat(K_, sometimes<T>(random));
   const Tensor<T> critic_weight = flat(H, kInput<T>), critic_bias = flat(1, sometimes<T>(random));
