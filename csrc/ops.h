@@ -56,13 +56,15 @@ struct NormScan {
   Index s0_g, s0_b;
   const std::uint8_t* reset;
   Index reset_g, reset_b, reset_t;
-  T *s, *x;  // x is null in the forward sweep
+  T *s, *x;  // x is null in the forward sweep, and may be in the adjoint one
   Index s_g, s_b, s_t;
   Index G, B, T_len, N;
   T eps;
   Sweep sweep;
   int threads;
   T* scratch;  // `threads` times norm_scan_scratch elements, aligned to 64 bytes
+  T *weight_grad, *bias_grad;  // adjoint: sums over rows and time of x n and x, contiguous [G, N]
+  T* sums;                     // their sums of each row, norm_scan_sums elements, or null: not wanted
 };
 
 // grad[g] = sum over b and t of x_t h_t^T, with h the incoming states of a DenseScan.
@@ -136,6 +138,7 @@ struct DiscountedReturns {
   void dense_scan(const DenseScan<float>&);                                          \
   void dense_scan(const DenseScan<double>&);                                         \
   Index norm_scan_scratch(Index N, bool is_double);                                  \
+  Index norm_scan_sums(Index G, Index B, Index N, bool is_double);                   \
   void norm_scan(const NormScan<float>&);                                            \
   void norm_scan(const NormScan<double>&);                                           \
   Index weight_grad_scratch(Index G, Index B, Index T_len, Index N, bool is_double); \

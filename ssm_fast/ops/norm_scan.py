@@ -70,6 +70,11 @@ LIBRARY.define(
     "norm_scan_adjoint(Tensor g, Tensor? q, Tensor A, Tensor weight, Tensor n, Tensor rstd, "
     "Tensor? reset) -> (Tensor, Tensor)",
 )
+# The adjoint sweep of a first-order gradient: z, and instead of s the gradients of w and b.
+LIBRARY.define(
+    "norm_scan_gradients(Tensor g, Tensor? q, Tensor A, Tensor weight, Tensor n, Tensor rstd, "
+    "Tensor? reset) -> (Tensor, Tensor, Tensor)",
+)
 _ops = torch.ops.ssm_fast
 
 
@@ -116,6 +121,19 @@ def _(
     return empty_states(n), empty_states(n)
 
 
+@torch.library.register_fake("ssm_fast::norm_scan_gradients")
+def _(
+    g: Tensor,
+    q: Tensor | None,
+    A: Tensor,
+    weight: Tensor,
+    n: Tensor,
+    rstd: Tensor,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_states(n), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
 def _sweep(
     sweep: Sweep,
     u: Tensor,
@@ -130,8 +148,10 @@ def _sweep(
     s: Tensor,
     x: Tensor | None,
     eps: float = 0.0,
+    grad_weight: Tensor | None = None,
+    grad_bias: Tensor | None = None,
 ) -> None:
-    """Run one of the sweeps in C++; it writes ``s``, and ``n`` and ``rstd`` or ``x``."""
+    """Run one of the sweeps in C++; it writes ``s``, and ``n`` and ``rstd``, ``x`` or the sums."""
     if s.numel() == 0:
         return
     u = last_contiguous(u)
@@ -163,6 +183,8 @@ def _sweep(
         s.stride()[:3],
         u.shape,
         eps,
+        0 if grad_weight is None else grad_weight.data_ptr(),
+        0 if grad_bias is None else grad_bias.data_ptr(),
     )
 
 
@@ -217,6 +239,24 @@ def _(
     n, rstd = last_contiguous(n), rstd.contiguous()
     _sweep(Sweep.adjoint, g, q, A.mT, weight, None, n, rstd, None, reset, z, s)
     return z, s
+
+
+@torch.library.impl("ssm_fast::norm_scan_gradients", "CPU")
+def _(
+    g: Tensor,
+    q: Tensor | None,
+    A: Tensor,
+    weight: Tensor,
+    n: Tensor,
+    rstd: Tensor,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = empty_states(n)
+    empty = weight.new_zeros if z.numel() == 0 else weight.new_empty
+    sums = empty(weight.shape), empty(weight.shape)
+    n, rstd = last_contiguous(n), rstd.contiguous()
+    _sweep(Sweep.adjoint, g, q, A.mT, weight, None, n, rstd, None, reset, z, None, 0.0, *sums)
+    return z, *sums
 
 
 def _project(x: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
@@ -325,13 +365,19 @@ class NormScan(torch.autograd.Function):
             source = through if source is None else source + through
         if grad_s is None:
             grad_s = torch.zeros_like(s)
-        z_grad, s_grad = _adjoint(grad_s, source, A, weight, n, rstd, reset)
         wanted = ctx.needs_input_grad
+        sweep = grad_s, source, A, weight, n, rstd, reset
+        if needs_autograd(*sweep):
+            z_grad, s_grad = _adjoint(*sweep)
+            grad_w = (s_grad * n).sum((1, 2)) if wanted[2] else None
+            grad_b = s_grad.sum((1, 2)) if wanted[3] else None
+        else:
+            z_grad, grad_w, grad_b = _ops.norm_scan_gradients(*sweep)
         return (
             z_grad,
             weight_grad(z_grad, s, s0, reset, False) if wanted[1] else None,
-            (s_grad * n).sum((1, 2)) if wanted[2] else None,
-            s_grad.sum((1, 2)) if wanted[3] else None,
+            grad_w,
+            grad_b,
             _initial(z_grad, A, reset) if wanted[4] else None,
             *(None,) * (len(wanted) - 5),
         )
