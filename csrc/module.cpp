@@ -80,8 +80,9 @@ void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides
                 Address reset, Strides<3> reset_strides, Address s, Strides<3> s_strides, Strides<4> sizes,
                 bool reverse) {
   const auto [G, B, T_len, N] = sizes;
-  const int threads = threads_for(double(G * B * T_len) * double(N * N), G * B);
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(dense_scan_scratch(N, sizeof(T) == 8)) * threads);
+  const int threads =
+      threads_for(double(G * B * T_len) * double(N * N), SSM_FAST_CALL(dense_scan_rows(G, B, T_len, N)));
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(dense_scan_scratch(G, B, T_len, N, threads, sizeof(T) == 8)));
   const DenseScan<T> params{at<T>(u),
                             u_strides[0],
                             u_strides[1],

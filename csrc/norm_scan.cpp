@@ -23,8 +23,8 @@ inline T sum(Vector<T> v) {
                       __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
     const auto quarter =
         __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-    const auto eighth = __builtin_shufflevector(quarter, quarter, 0, 1) +
-                        __builtin_shufflevector(quarter, quarter, 2, 3);
+    const auto eighth =
+        __builtin_shufflevector(quarter, quarter, 0, 1) + __builtin_shufflevector(quarter, quarter, 2, 3);
     return eighth[0] + eighth[1];
   }
 }
@@ -59,7 +59,7 @@ struct Rows {
   const T* source[R];  // tangent: what enters behind the norm; adjoint: what enters before it
   T* n[R];             // forward writes the normalised state, the others read it
   T* rstd[R];
-  T *first[R], *second[R];  // forward: s; tangent: the tangents of s and z; adjoint: those of z and s
+  T *first[R], *second[R];           // forward: s; tangent: the tangents of s and z; adjoint: those of z and s
   T *weight_grad[R], *bias_grad[R];  // adjoint: sums over time
 };
 
@@ -216,6 +216,11 @@ void scan_rows(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch
         if (reset[r * p.reset_b + gate * p.reset_t]) h[r] = scratch.zeros;
       }
     }
+    if (i + kAhead < p.T_len) {
+      prefetch<T>(u, R, kAhead * step * p.u_t, p.N);
+      if (kSweep != Sweep::forward) prefetch<T>(row.n, R, kAhead * step * p.n_t, p.N);
+      if (kSweep == Sweep::adjoint) prefetch<T>(row.first, R, kAhead * step * p.s_t, p.N);
+    }
     multiply_step<T, R>(u, h, product, scratch.W, p.N);
     if constexpr (kSweep == Sweep::forward) {
       normalise<T, R>(row, product, scratch.weight, scratch.bias, p.N, p.eps);
@@ -283,7 +288,7 @@ void run(const NormScan<T>& p) {
       std::memcpy(weight, p.weight + g * p.weight_g, std::size_t(p.N) * sizeof(T));
       if (p.bias) std::memcpy(bias, p.bias + g * p.bias_g, std::size_t(p.N) * sizeof(T));
     };
-    for_row_blocks(p.G, p.B, thread, p.threads, enter, [&](Index g, Index b, int rows) {
+    for_row_blocks(p.G, p.B, thread, p.threads, kMaxRows, enter, [&](Index g, Index b, int rows) {
       switch (rows) {
         case 1: return scan_block<T, 1>(p, g, b, scratch);
         case 2: return scan_block<T, 2>(p, g, b, scratch);

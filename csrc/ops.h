@@ -28,7 +28,7 @@ struct DenseScan {
   Index G, B, T_len, N;
   bool reverse;
   int threads;
-  T* scratch;  // `threads` times dense_scan_scratch elements, aligned to 64 bytes
+  T* scratch;  // dense_scan_scratch elements, aligned to 64 bytes
 };
 
 // The sweeps of norm_scan. With P(x) = x - mean(x) - n mean(x n):
@@ -62,7 +62,7 @@ struct NormScan {
   T eps;
   Sweep sweep;
   int threads;
-  T* scratch;  // `threads` times norm_scan_scratch elements, aligned to 64 bytes
+  T* scratch;                  // `threads` times norm_scan_scratch elements, aligned to 64 bytes
   T *weight_grad, *bias_grad;  // adjoint: sums over rows and time of x n and x, contiguous [G, N]
   T* sums;                     // their sums of each row, norm_scan_sums elements, or null: not wanted
 };
@@ -132,26 +132,27 @@ struct DiscountedReturns {
   int threads;
 };
 
-#define SSM_FAST_DECLARE(isa)                                                        \
-  namespace isa {                                                                    \
-  Index dense_scan_scratch(Index N, bool is_double);                                 \
-  void dense_scan(const DenseScan<float>&);                                          \
-  void dense_scan(const DenseScan<double>&);                                         \
-  Index norm_scan_scratch(Index N, bool is_double);                                  \
-  Index norm_scan_sums(Index G, Index B, Index N, bool is_double);                   \
-  void norm_scan(const NormScan<float>&);                                            \
-  void norm_scan(const NormScan<double>&);                                           \
-  Index weight_grad_scratch(Index G, Index B, Index T_len, Index N, bool is_double); \
-  void weight_grad(const WeightGrad<float>&);                                        \
-  void weight_grad(const WeightGrad<double>&);                                       \
-  void linear_scan(const LinearScan<float>&);                                        \
-  void linear_scan(const LinearScan<double>&);                                       \
-  void linear_scan(const LinearScan<Complex<float>>&);                               \
-  void linear_scan(const LinearScan<Complex<double>>&);                              \
-  void gae(const Gae<float>&);                                                       \
-  void gae(const Gae<double>&);                                                      \
-  void discounted_returns(const DiscountedReturns<float>&);                          \
-  void discounted_returns(const DiscountedReturns<double>&);                         \
+#define SSM_FAST_DECLARE(isa)                                                                    \
+  namespace isa {                                                                                \
+  Index dense_scan_rows(Index G, Index B, Index T_len, Index N);                                 \
+  Index dense_scan_scratch(Index G, Index B, Index T_len, Index N, int threads, bool is_double); \
+  void dense_scan(const DenseScan<float>&);                                                      \
+  void dense_scan(const DenseScan<double>&);                                                     \
+  Index norm_scan_scratch(Index N, bool is_double);                                              \
+  Index norm_scan_sums(Index G, Index B, Index N, bool is_double);                               \
+  void norm_scan(const NormScan<float>&);                                                        \
+  void norm_scan(const NormScan<double>&);                                                       \
+  Index weight_grad_scratch(Index G, Index B, Index T_len, Index N, bool is_double);             \
+  void weight_grad(const WeightGrad<float>&);                                                    \
+  void weight_grad(const WeightGrad<double>&);                                                   \
+  void linear_scan(const LinearScan<float>&);                                                    \
+  void linear_scan(const LinearScan<double>&);                                                   \
+  void linear_scan(const LinearScan<Complex<float>>&);                                           \
+  void linear_scan(const LinearScan<Complex<double>>&);                                          \
+  void gae(const Gae<float>&);                                                                   \
+  void gae(const Gae<double>&);                                                                  \
+  void discounted_returns(const DiscountedReturns<float>&);                                      \
+  void discounted_returns(const DiscountedReturns<double>&);                                     \
   }
 SSM_FAST_DECLARE(baseline)
 SSM_FAST_DECLARE(avx2)

@@ -8,7 +8,15 @@ namespace ssm_fast::SSM_FAST_ISA {
 
 constexpr int kMaxRows = 6;  // rows of a block; with kTileVectors, the accumulators that fit the registers
 
+constexpr Index kAhead = 8;  // steps that rows are prefetched ahead of their use
+
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The rows of the first block when `rows` are cut into even blocks of at most `most`: no narrow last one.
+inline Index even_block(Index rows, Index most) {
+  const Index blocks = (rows + most - 1) / most;
+  return (rows + blocks - 1) / blocks;
+}
 
 template <class T>
 constexpr int kTile = kTileVectors * kWidth<T>;  // columns of a full tile
@@ -110,12 +118,40 @@ inline void multiply_step(const T* const* u, const T* const* h, T* const* out, c
   }
 }
 
-// Calls scan(group, first row, rows as an integral constant) for blocks that cover the rows of one
-// thread, and enter(group) before the first block of each group.
+// The same for any number of rows; all of them visit a tile before the next one is read.
+template <class T>
+inline void multiply_step(const T* const* u, const T* const* h, T* const* out, int rows, const T* W, Index N) {
+  for (Index column = 0; column < N; column += kTile<T>, W += N * kTile<T>) {
+    for (int r = 0, R; r < rows; r += R) {
+      R = int(even_block(rows - r, kMaxRows));
+      switch (R) {
+        case 1: multiply_columns<T, 1>(u + r, h + r, out + r, W, N, column); break;
+        case 2: multiply_columns<T, 2>(u + r, h + r, out + r, W, N, column); break;
+        case 3: multiply_columns<T, 3>(u + r, h + r, out + r, W, N, column); break;
+        case 4: multiply_columns<T, 4>(u + r, h + r, out + r, W, N, column); break;
+        case 5: multiply_columns<T, 5>(u + r, h + r, out + r, W, N, column); break;
+        default: multiply_columns<T, kMaxRows>(u + r, h + r, out + r, W, N, column); break;
+      }
+    }
+  }
+}
+
+// Brings the rows of a later step, `ahead` elements away from these, into the second-level cache.
+// The rows of a block are as many streams, and in an adjoint sweep they run backwards: the processor
+// does not follow them by itself.
+template <class T>
+inline void prefetch(const T* const* rows, int count, Index ahead, Index N) {
+  for (int r = 0; r < count; ++r) {
+    for (Index c = 0; c < N; c += 64 / Index(sizeof(T))) __builtin_prefetch(rows[r] + ahead + c, 0, 2);
+  }
+}
+
+// Calls scan(group, first row, rows) for blocks of at most `most` that cover the rows of one thread,
+// and enter(group) before the first block of each group.
 //
 // A row's sums do not depend on its block, so neither does a result on the number of threads.
 template <class Enter, class Scan>
-inline void for_row_blocks(Index G, Index B, int thread, int threads, Enter enter, Scan scan) {
+inline void for_row_blocks(Index G, Index B, int thread, int threads, Index most, Enter enter, Scan scan) {
   const Index rows = G * B;
   Index row = rows * thread / threads;
   const Index end = rows * (thread + 1) / threads;
@@ -124,9 +160,8 @@ inline void for_row_blocks(Index G, Index B, int thread, int threads, Enter ente
     const Index stop = end < (g + 1) * B ? end : (g + 1) * B;
     enter(g);
     while (row < stop) {
-      const Index blocks = (stop - row + kMaxRows - 1) / kMaxRows;
-      const int R = int((stop - row + blocks - 1) / blocks);  // even blocks: no narrow last one
-      scan(g, row - g * B, R);
+      const Index R = even_block(stop - row, most);
+      scan(g, row - g * B, int(R));
       row += R;
     }
   }
