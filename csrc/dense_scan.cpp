@@ -89,12 +89,12 @@ const T* initial(const DenseScan<T>& p, Index g, Index b) {
   return p.s0 ? p.s0 + g * p.s0_g + b * p.s0_b : nullptr;
 }
 
-// Steps of a chunk of time, or 0 where the rows are enough: a rule of the sizes, so that results do
-// not depend on the number of threads. Measured; see docs/ops/dense_scan.md.
+// Steps of a chunk of time, or 0 for one sweep: a rule of the sizes, so that results do not depend on
+// the number of threads. Chunks double the operations, so they pay where one row alone leaves a second
+// core idle and runs far below its peak: the state is narrow, or the matrix exceeds the first cache.
 Index chunk_steps(Index G, Index B, Index T_len, Index N) {
-  if (G > 1 || B > 1 || N < 96) return 0;
-  constexpr Index kSteps = 64;
-  return T_len >= 16 * N && T_len >= 4 * kSteps ? kSteps : 0;
+  const bool slow = N <= 32 || N >= 96;
+  return G * B == 1 && slow && T_len >= 2048 && T_len >= 16 * N ? 64 : 0;
 }
 
 // P := P P for [N, stride], the sum of its squares returned. `square` and W are of the same size.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch  # before _native: the compiled module uses the OpenMP runtime that torch has loaded
@@ -19,7 +20,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 Impl = Literal["auto", "native", "triton", "reference"]
 IMPLS = ("auto", "native", "triton", "reference")
@@ -119,6 +120,12 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def with_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the signature of a Function's ``forward``: ``apply`` would work it out at every call."""
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def empty_states(u: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from ssm_fast.ops.backend import (
     last_contiguous,
     native_kernel,
     needs_autograd,
+    with_signature,
 )
 from ssm_fast.ops.weight_grad import incoming, weight_grad
 
@@ -98,6 +99,7 @@ class DenseScan(torch.autograd.Function):
     """Autograd of the scan. Its gradients call the Function again: any order is exact."""
 
     @staticmethod
+    @with_signature
     def forward(  # noqa: D102
         u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool
     ) -> Tensor:

@@ -21,6 +21,7 @@ from ssm_fast.ops.backend import (
     last_contiguous,
     native_kernel,
     needs_autograd,
+    with_signature,
 )
 from ssm_fast.ops.weight_grad import incoming, weight_grad
 
@@ -332,6 +333,7 @@ class NormScan(torch.autograd.Function):
     """Autograd of the scan; its outputs are s, and n and rstd for the sweeps of its gradients."""
 
     @staticmethod
+    @with_signature
     def forward(  # noqa: D102
         u: Tensor,
         A: Tensor,
@@ -417,6 +419,7 @@ class NormScanTangent(torch.autograd.Function):
     """Autograd of the tangent sweep."""
 
     @staticmethod
+    @with_signature
     def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: D102
         return _ops.norm_scan_tangent(*tensors)
 
@@ -480,6 +483,7 @@ class NormScanAdjoint(torch.autograd.Function):
     """Autograd of the adjoint sweep."""
 
     @staticmethod
+    @with_signature
     def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: D102
         return _ops.norm_scan_adjoint(*tensors)
 

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_fast.ops.backend import LIBRARY, fold, last_contiguous, native_kernel, needs_autograd
+from ssm_fast.ops.backend import (
+    LIBRARY,
+    fold,
+    last_contiguous,
+    native_kernel,
+    needs_autograd,
+    with_signature,
+)
 
 
 def incoming(s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
@@ -91,6 +98,7 @@ class WeightGrad(torch.autograd.Function):
     """Autograd of the sum."""
 
     @staticmethod
+    @with_signature
     def forward(  # noqa: D102
         x: Tensor, s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool
     ) -> Tensor:
