@@ -266,10 +266,17 @@ def _project(x: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
     return (x - x.mean(-1, keepdim=True) - n * mean_n) * rstd.unsqueeze(-1)
 
 
-def _project_change(x: Tensor, n: Tensor, rstd: Tensor, n_t: Tensor, rstd_t: Tensor) -> Tensor:
+def _project_change(
+    x: Tensor, n: Tensor, rstd: Tensor, n_t: Tensor | None, rstd_t: Tensor | None
+) -> Tensor:
     """The tangent of rstd P(x) in the directions ``n_t`` and ``rstd_t``."""
-    mean_n, mean_t = (x * n).mean(-1, keepdim=True), (x * n_t).mean(-1, keepdim=True)
-    return _project(x, n, rstd_t) - (n_t * mean_n + n * mean_t) * rstd.unsqueeze(-1)
+    change = torch.zeros_like(n)
+    if rstd_t is not None:
+        change = change + _project(x, n, rstd_t)
+    if n_t is not None:
+        mean_n, mean_t = (x * n).mean(-1, keepdim=True), (x * n_t).mean(-1, keepdim=True)
+        change = change - (n_t * mean_n + n * mean_t) * rstd.unsqueeze(-1)
+    return change
 
 
 def _initial(z: Tensor, A: Tensor, reset: Tensor | None) -> Tensor:
@@ -315,18 +322,25 @@ def _coefficient_gradients(
     return grad_A, grad_w, grad_n, grad_rstd
 
 
-def _fold_all(
-    V: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...], weights: set[int]
-) -> tuple[list[Tensor | None], int]:
-    """Merge a vmapped dimension: into groups if a weight has it, else into rows (dimension 1)."""
+def _vmapped(
+    function: Any,
+    V: int,
+    in_dims: tuple[int | None, ...],
+    tensors: tuple[Tensor | None, ...],
+    weights: set[int],
+    *constants: float,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Apply a Function over a vmapped dimension: groups if a weight has it, else rows.
+
+    ``weights`` are the places of the tensors that belong to a group.
+    """
     to = 0 if any(in_dims[i] is not None for i in weights) else 1
-    folded: list[Tensor | None] = []
-    for i, x in enumerate(tensors):
-        if x is None or (to == 1 and i in weights):
-            folded.append(x)
-        else:
-            folded.append(fold(x, in_dims[i], V, to))
-    return folded, to
+    folded = [
+        x if x is None or (to == 1 and i in weights) else fold(x, in_dims[i], V, to)
+        for i, x in enumerate(tensors)
+    ]
+    outputs = tuple(x.unflatten(to, (V, -1)) for x in function.apply(*folded, *constants))
+    return outputs, (to,) * len(outputs)
 
 
 class NormScan(torch.autograd.Function):
@@ -410,9 +424,7 @@ class NormScan(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], *arguments: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         *tensors, eps = arguments
-        folded, to = _fold_all(info.batch_size, in_dims, tuple(tensors), {1, 2, 3})
-        outputs = NormScan.apply(*folded, eps)
-        return tuple(x.unflatten(to, (info.batch_size, -1)) for x in outputs), (to,) * 3
+        return _vmapped(NormScan, info.batch_size, in_dims, tuple(tensors), {1, 2, 3}, eps)
 
 
 class NormScanTangent(torch.autograd.Function):
@@ -464,19 +476,15 @@ class NormScanTangent(torch.autograd.Function):
         behind = torch.zeros_like(s) if c_t is None else c_t
         if weight_t is not None:
             behind = behind + weight_t[:, None, None] * _project(z, n, rstd)
-        if n_t is not None or rstd_t is not None:
-            n_t = torch.zeros_like(n) if n_t is None else n_t
-            rstd_t = torch.zeros_like(rstd) if rstd_t is None else rstd_t
-            behind = behind + weight[:, None, None] * _project_change(z, n, rstd, n_t, rstd_t)
+        change = _project_change(z, n, rstd, n_t, rstd_t)
+        behind = behind + weight[:, None, None] * change
         return _tangent(before, behind, A, weight, n, rstd, s0_t, reset)
 
     @staticmethod
     def vmap(  # noqa: D102
         info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        folded, to = _fold_all(info.batch_size, in_dims, tensors, {2, 3})
-        outputs = NormScanTangent.apply(*folded)
-        return tuple(x.unflatten(to, (info.batch_size, -1)) for x in outputs), (to,) * 2
+        return _vmapped(NormScanTangent, info.batch_size, in_dims, tensors, {2, 3})
 
 
 class NormScanAdjoint(torch.autograd.Function):
@@ -526,20 +534,15 @@ class NormScanAdjoint(torch.autograd.Function):
         behind = torch.zeros_like(zeta) if q_t is None else q_t
         if weight_t is not None:
             behind = behind + _project(weight_t[:, None, None] * sigma, n, rstd)
-        if n_t is not None or rstd_t is not None:
-            n_t = torch.zeros_like(n) if n_t is None else n_t
-            rstd_t = torch.zeros_like(rstd) if rstd_t is None else rstd_t
-            p = weight[:, None, None] * sigma
-            behind = behind + _project_change(p, n, rstd, n_t, rstd_t)
+        p = weight[:, None, None] * sigma
+        behind = behind + _project_change(p, n, rstd, n_t, rstd_t)
         return _adjoint(before, behind, A, weight, n, rstd, reset)
 
     @staticmethod
     def vmap(  # noqa: D102
         info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        folded, to = _fold_all(info.batch_size, in_dims, tensors, {2, 3})
-        outputs = NormScanAdjoint.apply(*folded)
-        return tuple(x.unflatten(to, (info.batch_size, -1)) for x in outputs), (to,) * 2
+        return _vmapped(NormScanAdjoint, info.batch_size, in_dims, tensors, {2, 3})
 
 
 # What torch.compile traces: the ops with the same gradients registered on them.
