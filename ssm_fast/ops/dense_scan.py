@@ -109,7 +109,8 @@ class DenseScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        return _gradients(DenseScan.apply, ctx, grad)
+        scan = DenseScan.apply if needs_autograd(grad, *ctx.saved_tensors) else _op
+        return _gradients(scan, ctx, grad)
 
     @staticmethod
     def jvp(  # noqa: D102
