@@ -81,11 +81,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_forward(*tensors)
 
 
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Rows times the matrix of their group, one GEMM a group: [G, B, T, N]."""
+    return (x.flatten(1, 2) @ matrix).reshape(x.shape)
+
+
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, s and s0; bilinear, so torch's own formulas serve the higher orders."""
     x, s, s0, reset = ctx.saved_tensors
-    grad_x = incoming(s, s0, reset, ctx.reverse) @ grad.mT.unsqueeze(1)
-    grad_h = x @ grad.unsqueeze(1)
+    grad_x = _product(incoming(s, s0, reset, ctx.reverse), grad.mT)
+    grad_h = _product(x, grad)
     grad_s0 = None
     if s0 is not None:
         grad_s0 = grad_h[:, :, 0]
