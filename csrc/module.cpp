@@ -14,6 +14,10 @@
 
 #include "dispatch.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace py = pybind11;
 
 namespace ssm_fast {
@@ -59,6 +63,27 @@ std::unique_ptr<void, AlignedDelete> scratch_block(Index elements) {
   return std::unique_ptr<void, AlignedDelete>(::operator new(std::size_t(elements) * sizeof(T), std::align_val_t{64}));
 }
 
+// Elements from the first to the end of the last one of [G, B, T, N] with these strides.
+Index last_element(const Strides<3>& strides, const Strides<4>& sizes) {
+  Index end = sizes[3];
+  for (std::size_t i = 0; i < 3; ++i) end += (sizes[i] - 1) * strides[i];
+  return end;
+}
+
+// Asks for pages of 2 MiB in the whole ones that an output spans. Fresh memory is mapped while a kernel
+// writes it, and at 4 KiB a page that takes longer than the arithmetic.
+template <class T>
+void use_huge_pages(T* output, Index elements) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kPage = std::uintptr_t(1) << 21;
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(output) + kPage - 1) & ~(kPage - 1);
+  const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(output + elements) & ~(kPage - 1);
+  if (output && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint
+#else
+  (void)output, (void)elements;
+#endif
+}
+
 // Calls a function of the chosen instruction set.
 #if defined(SSM_FAST_HAS_avx512)
 #define SSM_FAST_CALL(call) \
@@ -72,8 +97,9 @@ void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides
                 Address reset, Strides<3> reset_strides, Address s, Strides<3> s_strides, Strides<4> sizes,
                 bool reverse) {
   const auto [G, B, T_len, N] = sizes;
-  const int threads = threads_for(double(G * B * T_len) * double(N * N), G * B);
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(dense_scan_scratch(N, sizeof(T) == 8)) * threads);
+  const int threads =
+      threads_for(double(G * B * T_len) * double(N * N), SSM_FAST_CALL(dense_scan_rows(G, B, T_len, N)));
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(dense_scan_scratch(G, B, T_len, N, threads, sizeof(T) == 8)));
   const DenseScan<T> params{at<T>(u),
                             u_strides[0],
                             u_strides[1],
@@ -101,6 +127,7 @@ void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides
                             threads,
                             static_cast<T*>(scratch.get())};
   const py::gil_scoped_release release;
+  use_huge_pages(params.s, last_element(s_strides, sizes));
   SSM_FAST_CALL(dense_scan(params));
 }
 
@@ -108,10 +135,13 @@ template <class T>
 void norm_scan(Sweep sweep, Address u, Strides<3> u_strides, Address c, Strides<3> c_strides, Address A,
                Strides<3> A_strides, Address weight, Index weight_stride, Address bias, Index bias_stride, Address n,
                Strides<3> n_strides, Address rstd, Address s0, Strides<2> s0_strides, Address reset,
-               Strides<3> reset_strides, Address s, Address x, Strides<3> s_strides, Strides<4> sizes, double eps) {
+               Strides<3> reset_strides, Address s, Address x, Strides<3> s_strides, Strides<4> sizes, double eps,
+               Address weight_grad, Address bias_grad) {
   const auto [G, B, T_len, N] = sizes;
   const int threads = threads_for(double(G * B * T_len) * double(N * N), G * B);
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(norm_scan_scratch(N, sizeof(T) == 8)) * threads);
+  const Index work = SSM_FAST_CALL(norm_scan_scratch(N, sizeof(T) == 8)) * threads;
+  const Index sums = weight_grad ? SSM_FAST_CALL(norm_scan_sums(G, B, N, sizeof(T) == 8)) : 0;
+  const auto scratch = scratch_block<T>(work + sums);
   NormScan<T> params{};
   params.u = at<T>(u);
   std::tie(params.u_g, params.u_b, params.u_t) = std::tuple_cat(u_strides);
@@ -138,7 +168,13 @@ void norm_scan(Sweep sweep, Address u, Strides<3> u_strides, Address c, Strides<
   params.sweep = sweep;
   params.threads = threads;
   params.scratch = static_cast<T*>(scratch.get());
+  params.weight_grad = at<T>(weight_grad);
+  params.bias_grad = at<T>(bias_grad);
+  params.sums = weight_grad ? params.scratch + work : nullptr;
   const py::gil_scoped_release release;
+  use_huge_pages(params.s, last_element(s_strides, sizes));
+  use_huge_pages(params.x, last_element(s_strides, sizes));
+  if (sweep == Sweep::forward) use_huge_pages(params.n, last_element(n_strides, sizes));
   SSM_FAST_CALL(norm_scan(params));
 }
 

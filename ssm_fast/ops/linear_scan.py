@@ -14,6 +14,8 @@ from ssm_fast.ops.backend import (
     check_shape,
     check_tensors,
     choose,
+    cpu_kernel,
+    direct_apply,
     native_kernel,
     needs_autograd,
 )
@@ -37,7 +39,6 @@ def reference(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
 LIBRARY.define(
     "linear_scan(Tensor a, Tensor b, Tensor? h0, bool reverse, bool shift) -> Tensor",
 )
-_op = torch.ops.ssm_fast.linear_scan
 
 
 @torch.library.register_fake("ssm_fast::linear_scan")
@@ -45,8 +46,8 @@ def _(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Te
     return torch.empty_like(b)
 
 
-@torch.library.impl("ssm_fast::linear_scan", "CPU")
-def _(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Tensor:
+@cpu_kernel("linear_scan")
+def _op(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Tensor:
     h = torch.empty_like(b)  # in the layout of b where that is dense
     if h.numel() == 0:
         return h
@@ -122,7 +123,8 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        return _gradients(LinearScan.apply, ctx, grad)
+        scan = _differentiable if needs_autograd(grad, *ctx.saved_tensors) else _op
+        return _gradients(scan, ctx, grad)
 
     @staticmethod
     def jvp(  # noqa: D102
@@ -137,7 +139,7 @@ class LinearScan(torch.autograd.Function):
         if a_t is not None:
             coefficient_t = _later(a_t, None, ctx.reverse) if ctx.shift else a_t
             source = source + coefficient_t * _later(h, None if ctx.shift else h0, ctx.reverse)
-        return LinearScan.apply(a, source, h0_t, ctx.reverse, ctx.shift)
+        return _differentiable(a, source, h0_t, ctx.reverse, ctx.shift)
 
     @staticmethod
     def vmap(  # noqa: D102
@@ -160,6 +162,8 @@ class LinearScan(torch.autograd.Function):
         folded = (fold(x, d) for x, d in zip((a, b, h0), in_dims, strict=False))
         return LinearScan.apply(*folded, reverse, shift).unflatten(0, (V, -1)), 0
 
+
+_differentiable = direct_apply(LinearScan)
 
 # What torch.compile traces: the op with the same gradients registered on it.
 torch.library.register_autograd(
@@ -223,7 +227,7 @@ def linear_scan(
     if chosen == "reference":
         h = reference(a, b, h0, reverse)
     elif not torch.compiler.is_compiling() and needs_autograd(a, b, h0):
-        h = LinearScan.apply(a, b, h0, reverse, False)
+        h = _differentiable(a, b, h0, reverse, False)
     else:
         h = _op(a, b, h0, reverse, False)
     return h.reshape(shape)
