@@ -14,6 +14,7 @@ from ssm_fast.ops.backend import (
     check_shape,
     check_tensors,
     choose,
+    cpu_kernel,
     native_kernel,
 )
 
@@ -35,9 +36,11 @@ def gae_reference(
     delta = rewards + gamma * next_values.masked_fill(terminated, 0) - values
     ended = terminated | truncated
     advantages = torch.empty_like(delta)
-    later = torch.zeros_like(delta[:, 0])
+    discount = float(delta.new_tensor(gamma) * delta.new_tensor(gae_lambda))
+    later = torch.zeros_like(delta.sum(1))
     for t in reversed(range(delta.shape[1])):
-        later = delta[:, t] + gamma * gae_lambda * later.masked_fill(ended[:, t], 0)
+        cut = ended[:, t] if discount else torch.ones_like(ended[:, t])
+        later = delta[:, t] + discount * later.masked_fill(cut, 0)
         advantages[:, t] = later
     return advantages, advantages + values
 
@@ -47,8 +50,12 @@ def discounted_returns_reference(
 ) -> Tensor:
     """The recurrence as a loop of torch calls: [M, T, C]."""
     returns = torch.empty_like(rewards)
-    later = next_values[:, -1]
-    for t in reversed(range(rewards.shape[1])):
+    T, discount = rewards.shape[1], float(rewards.new_tensor(gamma))
+    for t in reversed(range(T)):
+        if t == T - 1:
+            later = next_values[:, t]
+        elif not discount:  # what is not used may be anything here, too
+            later = torch.zeros_like(later)
         later = torch.where(truncated[:, t], next_values[:, t], later)
         later = rewards[:, t] + gamma * later.masked_fill(terminated[:, t], 0)
         returns[:, t] = later
@@ -75,15 +82,15 @@ def _(rewards: Tensor, *_: Any) -> Tensor:
     return _empty(rewards)
 
 
-@torch.library.impl("ssm_fast::gae", "CPU")
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+@cpu_kernel("gae")
+def _gae(*arguments: Any) -> tuple[Tensor, Tensor]:
     outputs = _empty(arguments[0]), _empty(arguments[0])
     _run("gae", arguments[:5], outputs, *arguments[5:])
     return outputs
 
 
-@torch.library.impl("ssm_fast::discounted_returns", "CPU")
-def _(*arguments: Any) -> Tensor:
+@cpu_kernel("discounted_returns")
+def _discounted_returns(*arguments: Any) -> Tensor:
     returns = _empty(arguments[0])
     _run("discounted_returns", arguments[:4], (returns,), *arguments[4:])
     return returns
@@ -190,7 +197,7 @@ def gae(
         {"gamma": gamma, "gae_lambda": gae_lambda},
     )
     chosen = choose("gae", impl, rewards.device)
-    run = gae_reference if chosen == "reference" else torch.ops.ssm_fast.gae
+    run = gae_reference if chosen == "reference" else _gae
     advantages, returns = run(
         canonical(rewards),
         canonical(values),
@@ -244,8 +251,7 @@ def discounted_returns(
         {"gamma": gamma},
     )
     chosen = choose("discounted_returns", impl, rewards.device)
-    native = torch.ops.ssm_fast.discounted_returns
-    run = discounted_returns_reference if chosen == "reference" else native
+    run = discounted_returns_reference if chosen == "reference" else _discounted_returns
     returns = run(
         canonical(rewards),
         canonical(next_values),

@@ -269,7 +269,7 @@ void exercise_dense_scan(Random& random) {
   const auto kernel = [&](int threads) {
     std::unique_ptr<Memory> memory;
     p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::dense_scan_scratch(N, sizeof(T) == 8) * threads, memory);
+    p.scratch = fresh_scratch<T>(random, K::dense_scan_scratch(G, B, T_len, N, threads, sizeof(T) == 8), memory);
     K::dense_scan(p);
   };
   check(random, G * B, kernel, std::tie(u, A, s0, reset), std::tie(s));
@@ -294,7 +294,11 @@ void exercise_norm_scan(Random& random) {
   const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), sizes.rows(), 1);
   const Tensor<T> s(random, kOutput<T>, sizes.rows(), N);
   const std::vector<Index> s_strides{s.stride(0), s.stride(1), s.stride(2)};  // x shares them
-  const Tensor<T> x(random, forward ? none : kOutput<T>, sizes.rows(), N, s_strides);
+  const bool sums = sweep == Sweep::adjoint && random.chance(0.5);            // gradients of weight and bias, then no x
+  const Tensor<T> x(random, forward || sums ? none : kOutput<T>, sizes.rows(), N, s_strides);
+  const std::vector<Index> dense{N};
+  const Tensor<T> weight_grad(random, sums ? kOutput<T> : none, {G}, N, dense);
+  const Tensor<T> bias_grad(random, sums ? kOutput<T> : none, {G}, N, dense);
   A.scale(0.9 / double(N));
   if (!forward) rstd.scale(0.3);
   NormScan<T> p{};
@@ -311,16 +315,18 @@ void exercise_norm_scan(Random& random) {
   p.G = G, p.B = B, p.T_len = T_len, p.N = N;
   p.eps = T(1e-5);
   p.sweep = sweep;
+  p.weight_grad = weight_grad.data(), p.bias_grad = bias_grad.data();
   const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory;
+    std::unique_ptr<Memory> memory, rows;
     p.threads = threads;
+    if (sums) p.sums = fresh_scratch<T>(random, K::norm_scan_sums(G, B, N, sizeof(T) == 8), rows);
     p.scratch = fresh_scratch<T>(random, K::norm_scan_scratch(N, sizeof(T) == 8) * threads, memory);
     K::norm_scan(p);
   };
   if (forward) {
     check(random, G * B, kernel, std::tie(u, A, weight, bias, s0, reset), std::tie(s, n, rstd));
   } else {
-    check(random, G * B, kernel, std::tie(u, c, A, weight, n, rstd, s0, reset), std::tie(s, x));
+    check(random, G * B, kernel, std::tie(u, c, A, weight, n, rstd, s0, reset), std::tie(s, x, weight_grad, bias_grad));
   }
 }
 
@@ -364,28 +370,35 @@ Axes random_axes(Random& random) {
   return axes;
 }
 
+// A tensor [M, T, C] of which one axis has stride 1, and its three strides.
+template <class T>
+struct Scanned {
+  Tensor<T> tensor;
+  std::array<Index, 3> strides{};
+
+  // `broadcast`: the axis may have one element that stands for all.
+  Scanned(Random& random, typename Tensor<T>::Use use, std::array<Index, 3> sizes, std::size_t axis, bool broadcast)
+      : tensor(random, use, {sizes[(axis + 1) % 3], sizes[(axis + 2) % 3]}, broadcast ? 1 : sizes[axis]) {
+    strides[axis] = broadcast ? 0 : 1;
+    for (const std::size_t i : {std::size_t(0), std::size_t(1)}) strides[(axis + 1 + i) % 3] = tensor.stride(i);
+  }
+};
+
 template <class K, class T>
 void exercise_linear_scan(Random& random) {
-  const auto [M, T_len, C] = random_axes(random);
-  const Tensor<T> b(random, kInput<T>, {M, T_len}, C);
-  const bool rows = C == 1 && random.chance(0.7);  // time is contiguous
-  const Tensor<T> b_rows(random, kInput<T>, {M}, T_len);
-  const bool a_per_column = random.chance(0.7);
-  const Tensor<T> a(random, kInput<T>, {M, T_len}, a_per_column ? C : 1);
-  const Tensor<T> a_rows(random, kInput<T>, {M}, T_len);
-  const Tensor<T> h0(random, sometimes<T>(random), {M}, C);
-  const Tensor<T> h(random, kOutput<T>, {M, T_len}, C);
-  const Tensor<T> h_rows(random, kOutput<T>, {M}, T_len);
+  Axes axes = random_axes(random);
+  if (random.chance(0.1)) axes = {random.size(3), 2000 + random.below(9000), 1};  // enough for chunks of time
+  const auto [M, T_len, C] = axes;
+  const std::array<Index, 3> sizes{M, T_len, C};
+  const std::size_t axis = std::size_t(random.below(3));
+  const Scanned<T> a(random, kInput<T>, sizes, axis, random.chance(0.3)), b(random, kInput<T>, sizes, axis, false);
+  const Scanned<T> h(random, kOutput<T>, sizes, axis, false);
+  const Tensor<T> h0(random, sometimes<T>(random), {M, C}, 1);
   LinearScan<T> p{};
-  p.a = a.data(), p.a_m = a.stride(0), p.a_t = a.stride(1), p.a_c = a_per_column;
-  p.b = b.data(), p.b_m = b.stride(0), p.b_t = b.stride(1);
-  p.h = h.data(), p.h_m = h.stride(0), p.h_t = h.stride(1);
-  if (rows) {
-    p.b = b_rows.data(), p.b_m = b_rows.stride(0), p.b_t = 1;
-    p.h = h_rows.data(), p.h_m = h_rows.stride(0), p.h_t = 1;
-    if (random.chance(0.7)) p.a = a_rows.data(), p.a_m = a_rows.stride(0), p.a_t = 1, p.a_c = 1;
-  }
-  p.h0 = h0.data(), p.h0_m = h0.stride(0);
+  p.a = a.tensor.data(), std::tie(p.a_m, p.a_t, p.a_c) = std::tuple_cat(a.strides);
+  p.b = b.tensor.data(), std::tie(p.b_m, p.b_t, p.b_c) = std::tuple_cat(b.strides);
+  p.h = h.tensor.data(), std::tie(p.h_m, p.h_t, p.h_c) = std::tuple_cat(h.strides);
+  p.h0 = h0.data(), p.h0_m = h0.stride(0), p.h0_c = h0.stride(1);
   p.M = M, p.T_len = T_len, p.C = C;
   p.reverse = random.chance(0.5);
   p.shift = random.chance(0.5);
@@ -393,12 +406,7 @@ void exercise_linear_scan(Random& random) {
     p.threads = threads;
     K::linear_scan(p);
   };
-  const auto inputs = std::tie(a, b, a_rows, b_rows, h0);
-  if (rows) {
-    check(random, M * C, kernel, inputs, std::tie(h_rows));
-  } else {
-    check(random, M * C, kernel, inputs, std::tie(h));
-  }
+  check(random, M * C, kernel, std::tie(a.tensor, b.tensor, h0), std::tie(h.tensor));
 }
 
 template <class K, class T>
@@ -572,6 +580,10 @@ void exercise_policy_step(Random& random) {
     template <class... P>                        \
     static Index norm_scan_scratch(P... p) {     \
       return isa::norm_scan_scratch(p...);       \
+    }                                            \
+    template <class... P>                        \
+    static Index norm_scan_sums(P... p) {        \
+      return isa::norm_scan_sums(p...);          \
     }                                            \
     template <class... P>                        \
     static Index weight_grad_scratch(P... p) {   \

@@ -159,8 +159,6 @@ class Case:
         if torch.Size(shape).numel() > 40_000:
             shape = [size % 20 for size in shape]
         fraction = st.one_of(st.sampled_from([0.0, 1.0, 0.99]), st.floats(0, 1))
-        if kind == "special":  # zero times infinity: the kernel cuts off, the reference gives NaN
-            fraction = st.floats(0.01, 1)
         arguments = {"rewards": self.values(shape, dtype, kind)}
         if op is gae:
             arguments["values"] = self.values(shape, dtype, kind)
@@ -284,8 +282,6 @@ def test_linear_scan_equals_its_reference(data):
 @given(st.data())
 def test_returns_equal_their_reference(op, data):
     arguments = Case(data).rollout(op)
-    if arguments["rewards"].shape[arguments["dim"]] == 0:
-        return  # no step: the loops of the references begin with the last one
     results = []
     for inputs, impl in (
         (arguments, "native"),
