@@ -55,6 +55,6 @@ class FlatParameters:
             loss, self._parameters, allow_unused=True, materialize_grads=True
         )
         gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])  # [P]
-        norm = torch.linalg.vector_norm(gradient)
+        norm: Tensor = torch.linalg.vector_norm(gradient)
         self.vector.grad = gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
