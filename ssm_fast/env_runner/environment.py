@@ -46,7 +46,7 @@ class Environment:
     the same numbers:
 
     - `"vector"`: all rows at once on C++ threads (`MujocoVectorEnv`). HalfCheetah, Hopper,
-      Walker2d, Swimmer, Ant and Humanoid v5 have it, without rendering, from mujoco 4.0 on.
+      Walker2d, Swimmer, Ant and Humanoid v5 have it, but for rendering, from mujoco 3.17 on.
     - `"gymnasium"`: Gymnasium's own environments, one after the other. Every id has it.
 
     Args:

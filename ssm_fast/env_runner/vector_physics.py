@@ -1,4 +1,8 @@
-"""Gymnasium's MuJoCo locomotion tasks with all rows stepped at once, on C++ threads."""
+"""Gymnasium's MuJoCo locomotion tasks with all rows stepped at once, on C++ threads.
+
+`mujoco.batch` keeps every row's integration state, the solver's warm start included, which
+`mujoco.rollout` takes but does not return: without it a trajectory leaves Gymnasium's after a step.
+"""
 
 from __future__ import annotations
 
@@ -112,8 +116,13 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
         """
         if len(models) != self.num_envs:
             raise ValueError(f"models must have {self.num_envs} entries, got {len(models)}")
-        self._batch.set_models(models)
-        self._batch.reset(stage=0)
+        import mujoco
+
+        try:
+            self._batch.set_models(models)
+        except mujoco.FatalError as error:
+            raise ValueError(f"models must have the sizes of `model`: {error}") from error
+        self._batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)
         self._task.set_models(models, self._batch.state.copy())
         self._is_reset = False
 
@@ -137,15 +146,22 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
             seeds = list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed must have {self.num_envs} entries, got {len(seeds)}")
-        rows = np.arange(self.num_envs)
+        mask = np.ones(self.num_envs, dtype=np.bool_)
         if options is not None and "reset_mask" in options:
-            rows = np.flatnonzero(options["reset_mask"])
-        for i in rows:
+            mask = np.asarray(options["reset_mask"])
+            if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
+                raise ValueError(
+                    f"reset_mask must be boolean of shape [B] = [{self.num_envs}], "
+                    f"got {mask.dtype} of shape {list(mask.shape)}"
+                )
+            if not (self._is_reset or mask.all()):
+                raise RuntimeError("call reset() of all rows before reset() of some")
+        for i in np.flatnonzero(mask).tolist():
             if seeds[i] is not None:
                 self._generators[i] = np_random(seeds[i])[0]
-        self._restart(rows)
+        self._restart(np.flatnonzero(mask))
         self._is_reset = True
-        return self._task.observation(), _with_masks(self._task.place(), _mask(rows, self.num_envs))
+        return self._task.observation(), _with_masks(_only(mask, self._task.place()), mask)
 
     def step(
         self, actions: ArrayLike
@@ -200,7 +216,8 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Ends the threads of the physics."""
-        del self._batch, self._task, self._ctrl
+        for name in ("_batch", "_task", "_ctrl"):  # the threads end with their last owner
+            self.__dict__.pop(name, None)
 
     def __repr__(self) -> str:
         assert self.spec is not None
@@ -213,11 +230,11 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
         """Draws first states as Gymnasium does: each row from its own generator."""
         if not rows.size:
             return
-        for i in rows:
+        for i in rows.tolist():
             generator = self._generators[i]
             if generator is None:
                 generator = self._generators[i] = np_random()[0]
-            self._task.draw_state(int(i), generator)
+            self._task.draw_state(i, generator)
         self._batch.forward(rows)
         self._task.after_restart(rows)
         self._elapsed[rows] = 0
@@ -238,15 +255,18 @@ def unsupported(env_name: str, **env_kwargs: Any) -> str | None:
         return f"only the v5 tasks {names} have it"
     if spec.additional_wrappers:
         return "its registration adds wrappers"
+    if not _has_batch():
+        return "it needs mujoco.batch, which mujoco 3.17 and later have"
     task_kwargs = {**spec.kwargs, **env_kwargs}
     foreign = sorted(task_kwargs.keys() - _parameters(entry_point) - {"max_episode_steps"})
-    if foreign:
-        return f"it does not take {', '.join(foreign)}"
+    return f"it does not take {', '.join(foreign)}" if foreign else None
+
+
+def _has_batch() -> bool:
     try:
-        found = importlib.util.find_spec("mujoco.batch") is not None
+        return importlib.util.find_spec("mujoco.batch") is not None
     except ModuleNotFoundError:
-        found = False
-    return None if found else "it needs mujoco 4.0 or later"
+        return False
 
 
 def _parameters(entry_point: str) -> set[str]:
@@ -254,12 +274,6 @@ def _parameters(entry_point: str) -> set[str]:
     module, _, name = entry_point.partition(":")
     init = getattr(importlib.import_module(module), name).__init__
     return set(inspect.signature(init).parameters) - {"self", "kwargs", "default_camera_config"}
-
-
-def _mask(rows: NDArray[np.intp], num_envs: int) -> NDArray[np.bool_]:
-    mask = np.zeros(num_envs, dtype=np.bool_)
-    mask[rows] = True
-    return mask
 
 
 def _only(mask: NDArray[np.bool_], entries: _Info) -> _Info:
