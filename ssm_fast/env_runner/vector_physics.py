@@ -197,7 +197,7 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
         else:
             truncated = self._elapsed >= self._max_episode_steps
         done = terminated | truncated  # [B]
-        if not done.any():
+        if not np.count_nonzero(done):  # a quarter of the time of done.any()
             info = _with_masks(place | report, np.ones(self.num_envs, dtype=np.bool_))
             return obs, rewards, terminated, truncated, info
 
