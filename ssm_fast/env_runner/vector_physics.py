@@ -119,11 +119,11 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
         import mujoco
 
         try:
-            self._batch.set_models(models)
+            self._batch.set_models(list(models))
         except mujoco.FatalError as error:
             raise ValueError(f"models must have the sizes of `model`: {error}") from error
         self._batch.reset(stage=mujoco.mjtStage.mjSTAGE_NONE)
-        self._task.set_models(models, self._batch.state.copy())
+        self._task.set_models(list(models), self._batch.state.copy())
         self._is_reset = False
 
     def reset(
@@ -470,7 +470,7 @@ class _Ant(_Swimmer):
 
     Gymnasium calls it after the last substep; a sensor would make MuJoCo call it inside, at the
     first stage of the Runge-Kutta step, with other forces. So every row's data is copied out and
-    passed through it: about 6 us a row beside 200 us of physics.
+    passed through it: 7 to 10 us a row beside 200 us of physics.
     """
 
     normal_velocity = True
@@ -496,6 +496,7 @@ class _Ant(_Swimmer):
 
     def after_restart(self, rows: NDArray[np.intp]) -> None:
         self.contact_forces[rows] = 0.0
+        self.bound_contact_forces()
 
     def after_step(self) -> None:
         forces = self.data.cfrc_ext

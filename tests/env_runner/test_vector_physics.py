@@ -82,6 +82,7 @@ def test_trajectories_equal_gymnasium(name):
         ("Walker2d-v5", {"terminate_when_unhealthy": False, "healthy_reward": 0.5}),
         ("Walker2d-v5", {"healthy_z_range": (1.2, 1.3)}),
         ("Ant-v5", {"include_cfrc_ext_in_observation": False, "contact_force_range": (-0.1, 0.2)}),
+        ("Ant-v5", {"contact_force_range": (0.05, 0.2)}),
         ("Ant-v5", {"main_body": "front_left_leg", "healthy_z_range": (0.5, 0.8)}),
         ("Humanoid-v5", {"contact_cost_weight": 1e-2, "contact_cost_range": (0.1, 0.5)}),
         (
