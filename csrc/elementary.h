@@ -23,16 +23,27 @@ inline T exponential(T x) {
   }
 }
 
+// The sum of the lanes, by halves.
 template <class T>
 inline T sum(Vector<T> v) {
-  T lanes[kWidth<T>];
-  store(lanes, v);
-#pragma GCC unroll 8
-  for (int half = kWidth<T> / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  if constexpr (kWidth<T> == 2) {
+    return v[0] + v[1];
+  } else if constexpr (kWidth<T> == 4) {
+    const auto half = __builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3);
+    return half[0] + half[1];
+  } else if constexpr (kWidth<T> == 8) {
+    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    const auto quarter = __builtin_shufflevector(half, half, 0, 1) + __builtin_shufflevector(half, half, 2, 3);
+    return quarter[0] + quarter[1];
+  } else {
+    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    const auto quarter =
+        __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    const auto eighth =
+        __builtin_shufflevector(quarter, quarter, 0, 1) + __builtin_shufflevector(quarter, quarter, 2, 3);
+    return eighth[0] + eighth[1];
   }
-  return lanes[0];
 }
 
 template <class T>

@@ -1,42 +1,11 @@
 // norm_scan: dense_scan with a LayerNorm on the state, and its two linear sweeps; docs/ops/norm_scan.md.
+#include "elementary.h"
 #include "ops.h"
 #include "recurrence.h"
 #include "simd.h"
 
 namespace ssm_fast::SSM_FAST_ISA {
 namespace {
-
-// The sum of the lanes, by halves.
-template <class T>
-inline T sum(Vector<T> v) {
-  if constexpr (kWidth<T> == 2) {
-    return v[0] + v[1];
-  } else if constexpr (kWidth<T> == 4) {
-    const auto half = __builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3);
-    return half[0] + half[1];
-  } else if constexpr (kWidth<T> == 8) {
-    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
-    const auto quarter = __builtin_shufflevector(half, half, 0, 1) + __builtin_shufflevector(half, half, 2, 3);
-    return quarter[0] + quarter[1];
-  } else {
-    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    const auto quarter =
-        __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-    const auto eighth =
-        __builtin_shufflevector(quarter, quarter, 0, 1) + __builtin_shufflevector(quarter, quarter, 2, 3);
-    return eighth[0] + eighth[1];
-  }
-}
-
-template <class T>
-inline T square_root(T x) {
-  if constexpr (sizeof(T) == 4) {
-    return __builtin_sqrtf(x);
-  } else {
-    return __builtin_sqrt(x);
-  }
-}
 
 // Loads and stores of the vector at column `c` of rows that hold N elements.
 template <class T>
