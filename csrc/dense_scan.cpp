@@ -183,6 +183,10 @@ bool run_chunked(const DenseScan<T>& p, Index steps) {
       } else {
         multiply_step<T>(&local, &entry, &next, 1, W, p.N);
       }
+      // A power that underflowed would turn an infinity into a NaN that a step at a time does not give.
+      for (Index n = 0; n < p.N; ++n) {
+        if (!(next[n] - next[n] == T(0))) return false;
+      }
     }
   }
   const auto entered = [&](Index b, Index c) {

@@ -21,7 +21,8 @@ from ssm_fast.nn.ssm_layer import (
     last_state,
     orthogonal_,
 )
-from ssm_fast.ops import output_norm
+from ssm_fast.ops.backend import is_plain, is_watched, needs_autograd
+from ssm_fast.ops.output_norm import unchecked as fused_output
 from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
@@ -244,7 +245,7 @@ class ImprovedSSM(nn.Module):
             None if reset is None else reset.bool(),
             None
             if deterministic or self.discrete
-            else torch.randn(len(x), self.action_dim, dtype=x.dtype),
+            else torch.randn(len(x), self.action_dim, dtype=x.dtype, device=x.device),
             weights,
             None if norm is None else Observations(norm.mean, norm.var, norm.eps, norm.clip),
             self.norm == "state",
@@ -360,7 +361,7 @@ class ImprovedSSM(nn.Module):
                 hidden_state = hidden_state.masked_fill(reset.bool().unsqueeze(1), 0.0)
             state = hidden_state.unbind(0)
         h = self.encoder(x)  # [B, H] or [B, T, H]
-        h = h.tanh() if one_step else output_norm.unchecked(h, None, None, None, 0.0, True)
+        h = h.tanh() if one_step else fused_output(h, None, None, None, NORM_EPS, True)
         states: list[Tensor] = []
         for layer, s in zip(cast("list[SSMLayer]", self.layers), state, strict=True):
             residual = h if self.use_residual else None  # [B, H] or [B, T, H]
@@ -377,33 +378,47 @@ class ImprovedSSM(nn.Module):
     def _step_weights(self, *inputs: Tensor | None) -> PolicyWeights | None:
         """What the native step reads, or ``None`` where the modules themselves have to run.
 
-        They have to for a sequence, with gradients, under a transform, on another device, and where
-        somebody has put another module, a hook or another kind of tensor in the place of ours.
+        They have to for a sequence, with gradients, under a transform, a tracer or a mode, on
+        another device, and where somebody has put another module, a hook or another kind of tensor
+        in the place of ours.
         """
         x = inputs[0]
         if (
             x is None
             or x.ndim != 2
             or x.dtype not in (torch.float32, torch.float64)
-            or not all(t is None or (type(t) is Tensor and t.is_cpu) for t in inputs)
+            or not all(t is None or is_plain(t) for t in inputs)
+            or needs_autograd()
             or torch.is_grad_enabled()
-            or torch._C._are_functorch_transforms_active()
-            or torch.compiler.is_compiling()
             or torch.is_autocast_enabled("cpu")
+            or is_watched()
         ):
             return None
         modules = self._modules
+        norm = modules["obs_norm"]
+        if norm is not None and not (
+            type(norm) is RunningNorm
+            and _is_untouched(norm)
+            and norm.mean.shape == norm.var.shape == (self.input_dim,)
+            and norm.mean.dtype == norm.var.dtype == torch.float64
+            and all(is_plain(t) and t.is_contiguous() for t in (norm.mean, norm.var))
+        ):
+            return None
         heads: list[Tensor | None] = []
         for name in ("encoder", "actor", "critic"):
             linear = modules[name]
-            if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+            if type(linear) is not nn.Linear or not _is_untouched(linear):
                 return None
-            heads += (linear._parameters["weight"], linear._parameters["bias"])
+            heads += (linear._parameters.get("weight"), linear._parameters.get("bias"))
         layers: list[Tensor | None] = []
         for layer in cast("nn.ModuleList", modules["layers"])._modules.values():
-            if type(layer) is not SSMLayer:
+            if (
+                type(layer) is not SSMLayer
+                or not _is_untouched(layer)
+                or layer.normalize_state != (self.use_layer_norm and self.norm == "state")
+            ):
                 return None
-            layers += [layer._parameters[name] for name in ("A", "B", "bias", "C", "D")]
+            layers += [layer._parameters.get(name) for name in ("A", "B", "bias", "C", "D")]
             norm = layer._modules["norm"]
             if norm is None:
                 layers += (None, None)
@@ -411,6 +426,7 @@ class ImprovedSSM(nn.Module):
             weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
             if (
                 type(norm) is not nn.LayerNorm
+                or not _is_untouched(norm)
                 or norm.eps != NORM_EPS
                 or weight is None
                 or bias is None
@@ -418,21 +434,19 @@ class ImprovedSSM(nn.Module):
                 return None
             layers += (weight, bias)
         log_std = self._parameters["log_std"]
-        for t, shape in zip((*heads, log_std, *layers), self._step_shapes(), strict=True):
+        tensors = (*heads, log_std, *layers)
+        sizes = self.input_dim, self.hidden_dim, self.state_dim, self.action_dim
+        shapes = _step_shapes(*sizes, self.num_layers, self.norm == "state")
+        if len(shapes) != len(tensors):
+            return None
+        for t, (shape, required) in zip(tensors, shapes, strict=True):
+            if t is None and required:
+                return None
             if t is not None and not (
-                type(t) in (nn.Parameter, Tensor)
-                and t.shape == shape
-                and t.dtype == x.dtype
-                and t.is_contiguous()
-                and t.is_cpu
+                t.shape == shape and t.dtype == x.dtype and t.is_contiguous() and is_plain(t)
             ):
                 return None
         return PolicyWeights(heads, log_std, layers)
-
-    def _step_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the weights that the native step reads, in its order."""
-        sizes = self.input_dim, self.hidden_dim, self.state_dim, self.action_dim
-        return _step_shapes(*sizes, self.num_layers, self.norm == "state")
 
     def _check(self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None) -> None:
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_dim:
@@ -459,16 +473,24 @@ class ImprovedSSM(nn.Module):
 
 @cache
 def _step_shapes(
-    I: int,
-    H: int,
-    N: int,
-    K: int,
-    L: int,
-    norm_state: bool,
-) -> tuple[tuple[int, ...], ...]:
+    I: int, H: int, N: int, K: int, L: int, norm_state: bool
+) -> tuple[tuple[tuple[int, ...], bool], ...]:
+    """Shapes of the weights of a native step, in its order, and whether one has to be there."""
     F = N if norm_state else H
-    heads = ((H, I), (H,), (K, H), (K,), (1, H), (1,), (K,))
-    return heads + ((N, N), (N, H), (N,), (H, N), (H, H), (F,), (F,)) * L
+    heads = (((H, I), True), ((H,), False), ((K, H), True), ((K,), False), ((1, H), True))
+    rest = (((1,), False), ((K,), False))
+    layer = ((N, N), True), ((N, H), True), ((N,), False), ((H, N), True), ((H, H), True)
+    return heads + rest + (*layer, ((F,), False), ((F,), False)) * L
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether nobody has put a hook on it or another method into it."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
+        or "step" in module.__dict__
+    )
 
 
 def choose_action(logits: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:

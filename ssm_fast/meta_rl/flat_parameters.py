@@ -20,6 +20,7 @@ class FlatParameters:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.vector = nn.Parameter(nn.utils.parameters_to_vector(self._parameters).detach())
         self._views: list[Tensor] = [
@@ -33,7 +34,15 @@ class FlatParameters:
 
     @torch.no_grad()
     def read(self) -> None:
-        """Take the model's values into the vector."""
+        """Take the model's values into the vector.
+
+        Raises:
+            ValueError: Other parameters of the model are trainable than at the start.
+        """
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        if [p.shape for p in trainable] != [p.shape for p in self._parameters]:
+            raise ValueError("the model must train the parameters that the trainer was made with")
+        self._parameters = list(trainable)  # load_state_dict(..., assign=True) replaces them
         torch._foreach_copy_(self._views, self._parameters)
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_fast.ops import dense_scan, norm_scan, output_norm
+from ssm_fast.ops import dense_scan, norm_scan
+from ssm_fast.ops.output_norm import unchecked as fused_output
 
 Norm = Literal["output", "state"]
 
@@ -205,12 +206,14 @@ class SSMLayer(nn.Module):
         """
         z = F.linear(x, self.D)  # [..., H]
         z = torch.addmm(z.flatten(0, -2), s.flatten(0, -2), self.C.t()).view(z.shape)  # [..., H]
-        norm = self.norm
-        if norm is not None and not self.normalize_state:
-            return output_norm.unchecked(z, norm.weight, norm.bias, residual, norm.eps, tanh)
-        if tanh or residual is not None:
-            return output_norm.unchecked(z, None, None, residual, 0.0, tanh)
-        return z
+        norm = None if self.normalize_state else self.norm
+        weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+        if norm is not None and (weight is None or bias is None):
+            z = F.layer_norm(z, (self.hidden_size,), weight, bias, norm.eps)  # [..., H]
+            weight = bias = None
+        if weight is None and residual is None and not tanh:
+            return z
+        return fused_output(z, weight, bias, residual, 1e-5 if norm is None else norm.eps, tanh)
 
     def extra_repr(self) -> str:
         """Sizes and options, for ``print(layer)``."""

@@ -29,11 +29,19 @@ LIBRARY = torch.library.Library("ssm_fast", "DEF")
 
 _REAL = {torch.float32: "float32", torch.float64: "float64"}
 _COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
+_NAMES = _REAL | _COMPLEX
 
 
 def native_kernel(op: str, dtype: torch.dtype) -> Any:
-    """The compiled function of ``op`` for ``dtype``."""
-    return getattr(native, f"{op}_{(_REAL | _COMPLEX)[dtype]}")
+    """The compiled function of ``op`` for ``dtype``.
+
+    Raises:
+        TypeError: There is none.
+    """
+    kernel = getattr(native, f"{op}_{_NAMES.get(dtype)}", None)
+    if kernel is None:
+        raise TypeError(f"{op} has no kernel for {dtype}")
+    return kernel
 
 
 def choose(op: str, impl: str, device: torch.device, *, triton: bool = False) -> str:
@@ -122,32 +130,55 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _is_batched(argument: Any) -> bool:
-    """Whether this is a tensor of ``torch.autograd.grad(..., is_grads_batched=True)``."""
-    return isinstance(argument, Tensor) and torch._C._functorch.is_legacy_batchedtensor(argument)
+def _keys(x: Tensor) -> int:
+    return torch._C._dispatch_keys(x).raw_repr()
+
+
+with torch.inference_mode():
+    _PLAIN = {_keys(torch.empty(0))}
+_PLAIN.add(_keys(torch.empty(0)))
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` lies in memory as it looks, on the CPU.
+
+    Not a fake or wrapped tensor, none of functorch or of a batched gradient, none that is negated or
+    conjugated on the way, and not a zero without memory: torch's dispatcher knows what to do there.
+    """
+    return _keys(x) in _PLAIN
+
+
+def is_watched() -> bool:
+    """Whether somebody wants to see each op: a compiler, a tracer, a mode, a profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 def cpu_kernel(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the CPU kernel of ``op``, and return how to call the op.
 
     torch's dispatcher takes longer for an op written in Python than many of our kernels run, so a
-    call goes straight to the kernel where nobody else would see it.
+    call goes straight to the kernel where the dispatcher would do nothing else.
     """
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         torch.library.impl(f"ssm_fast::{op}", "CPU")(kernel)
         dispatched = getattr(torch.ops.ssm_fast, op)
 
-        def run(first: Tensor, *arguments: Any) -> Any:
-            if (
-                torch.compiler.is_compiling()
-                or not first.is_cpu
-                or torch._C._len_torch_dispatch_stack()  # fake tensors, tracing, counters
-                or torch._C._autograd._profiler_enabled()
-                or any(map(_is_batched, (first, *arguments)))
-            ):
-                return dispatched(first, *arguments)
-            return kernel(first, *arguments)
+        def run(*arguments: Any) -> Any:
+            if is_watched():
+                return dispatched(*arguments)
+            differentiable = torch.is_grad_enabled()
+            for x in arguments:
+                if isinstance(x, Tensor) and (
+                    not is_plain(x) or (differentiable and x.requires_grad)
+                ):
+                    return dispatched(*arguments)
+            return kernel(*arguments)
 
         return run
 

@@ -122,6 +122,21 @@ def _grouped(x: Tensor | None, weight: Tensor | None) -> Tensor | None:
     return last_contiguous(x.reshape(G, -1, x.shape[-1]))
 
 
+def _check_fit(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> None:
+    """What the kernel relies on, for callers of `unchecked` whose modules somebody has changed."""
+    if (weight is None) != (bias is None):
+        raise ValueError("weight and bias must be given together")
+    for name, x in (("weight", weight), ("bias", bias), ("residual", residual)):
+        if x is None:
+            continue
+        if x.dtype != z.dtype:
+            raise TypeError(f"{name} must have the dtype of z, {z.dtype}, got {x.dtype}")
+        if x.shape != z.shape if x is residual else x.shape[-1] != z.shape[-1]:
+            raise ValueError(f"{name} must fit z of {list(z.shape)}, got {list(x.shape)}")
+
+
 @cpu_kernel("output_norm")
 def _run(
     z: Tensor,
@@ -137,6 +152,7 @@ def _run(
     mean, rstd = z.new_empty(saved), z.new_empty(saved)
     if y.numel() == 0:
         return y, mean, rstd
+    _check_fit(z, weight, bias, residual)
     rows, added = _grouped(z, weight), _grouped(residual, weight)
     assert rows is not None
     weight = None if weight is None else last_contiguous(weight)
@@ -250,7 +266,8 @@ class OutputNorm(torch.autograd.Function):
         if not needs_autograd(grad, z, weight, bias):
             return _native_gradients(ctx, grad)
         gradients = _composed_gradients(grad, z, weight, bias, ctx.eps, ctx.tanh)
-        return *gradients, grad if ctx.needs_input_grad[3] else None, None, None
+        wanted = ctx.needs_input_grad
+        return *gradients, grad if wanted[3] else None, *(None,) * (len(wanted) - 4)
 
     @staticmethod
     def jvp(  # noqa: D102
@@ -311,7 +328,7 @@ _differentiable = direct_apply(OutputNorm)
 
 # What torch.compile traces: the op with the same gradients registered on it.
 torch.library.register_autograd(
-    "ssm_fast::output_norm", _native_gradients, setup_context=_setup_context
+    "ssm_fast::output_norm", OutputNorm.backward, setup_context=_setup_context
 )
 
 
@@ -342,10 +359,12 @@ def output_norm(
         ``[..., H]``.
 
     Raises:
-        ValueError: A shape or device is wrong, only one of weight and bias is given, or ``impl`` is
+        ValueError: A shape, device or eps is wrong, only one of weight and bias is given, or ``impl`` is
             unknown or cannot run there.
         TypeError: A dtype is not supported, or the dtypes differ.
     """
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
     tensors = {"z": z, "weight": weight, "bias": bias, "residual": residual}
     check_tensors(**{name: x for name, x in tensors.items() if name == "z" or x is not None})
     chosen = choose("output_norm", impl, z.device)

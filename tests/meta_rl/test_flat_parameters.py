@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -41,3 +42,18 @@ def test_read_takes_what_changed_in_the_model() -> None:
     flat.read()
     assert bool((flat.vector == 2.0).all())
     assert flat.vector.numel() == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_read_follows_replaced_parameters_and_refuses_frozen_ones() -> None:
+    model = _model()
+    flat = FlatParameters(model)
+    state = {name: torch.full_like(value, 3.0) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model[2].bias.requires_grad_(False)
+    flat.read()
+    assert bool((flat.vector == 3.0).all())
+    flat.backward(model[0](torch.ones(1, 3)).sum(), 1.0)
+    assert float(flat.vector.grad.norm()) > 0.0
+    model[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="must train the parameters"):
+        flat.read()

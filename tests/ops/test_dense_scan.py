@@ -5,6 +5,7 @@ import pytest
 import torch
 from references import dense_scan_loop, relative_rms
 from scipy import signal
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, jacfwd, jacrev, jvp, vmap
 
@@ -385,3 +386,48 @@ def test_wrong_arguments_raise_before_a_kernel_runs(change, error, message):
     arguments = {"u": torch.zeros(3, 4, 5), "A": torch.zeros(5, 5)} | change
     with pytest.raises(error, match=message):
         dense_scan(**arguments)
+
+
+def test_second_order_through_a_compiled_function():
+    # Compiled without AOT autograd, the op's registered gradients are differentiated again.
+    u, A = torch.randn(2, 9, 5, dtype=torch.float64), 0.3 * torch.randn(5, 5, dtype=torch.float64)
+
+    def second(f):
+        x = u.clone().requires_grad_()
+        (first,) = torch.autograd.grad(f(x, A), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    def loss(u, A):
+        return dense_scan(u, A).pow(3).sum()
+
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(second(compiled), second(loss))
+
+
+def test_tensors_that_are_not_what_they_look_like():
+    z = torch.randn(2, 9, 5, dtype=torch.complex128)
+    A = 0.3 * torch.randn(5, 5, dtype=torch.float64)
+    negated = z.conj().imag  # a view of memory with the other sign
+    assert negated.is_neg()
+    torch.testing.assert_close(dense_scan(negated, A), dense_scan(negated.resolve_neg(), A))
+    with FakeTensorMode():
+        fake = torch.empty(2, 9, 5)
+        fake_A = torch.empty(5, 5)
+    assert dense_scan(fake, fake_A).shape == (2, 9, 5)
+    zero = torch._efficientzerotensor((2, 9, 5), dtype=torch.float64)
+    assert not dense_scan(zero, A).any()
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_jit_trace_sees_the_op():
+    u, A = torch.randn(2, 9, 5), 0.3 * torch.randn(5, 5)
+    traced = torch.jit.trace(lambda u: dense_scan(u, A), (u,), check_trace=False)
+    x = torch.randn(2, 9, 5)
+    torch.testing.assert_close(traced(x), dense_scan(x, A))
+
+
+def test_one_row_with_an_infinity_and_underflowing_powers():
+    u = torch.randn(1, 4096, 1)
+    u[0, 5] = torch.inf
+    A = torch.full((1, 1), 0.1)
+    assert torch.equal(dense_scan(u, A).isnan(), dense_scan(u, A, impl="reference").isnan())
