@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 SEED ?= 0
 STEPS ?= 1000000
-OUT ?= runs/halfcheetah-seed$(SEED)
+OUT ?= runs/improved-HalfCheetah-v5-seed$(SEED)
 RESULTS ?= build/bench
 CASES ?= 10000
 

@@ -2,9 +2,6 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <array>
 #include <memory>
@@ -27,9 +24,8 @@ using Address = std::uintptr_t;
 template <std::size_t N>
 using Strides = std::array<Index, N>;
 
-constexpr std::size_t kHugeBlock = 32 << 20;  // smaller blocks come back from the allocator with their pages
-constexpr Index kParallelRows = 16;           // rows of a policy step that are worth a thread
-constexpr double kSerialWork = 3e4;           // below this many multiply-adds waking a second thread costs more
+constexpr Index kParallelRows = 16;  // rows of a policy step that are worth a thread
+constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
 
 template <class T>
 T* at(Address address) {
@@ -40,17 +36,6 @@ int threads_for(double work, Index rows) {
   if (work < kSerialWork || omp_in_parallel()) return 1;
   const Index threads = omp_get_max_threads();
   return int(threads < rows ? threads : (rows < 1 ? 1 : rows));
-}
-
-// A fresh block costs a page fault every 4 KB, more than the sweep itself: ask for 2 MB at a time.
-template <class T>
-void prefer_huge_pages([[maybe_unused]] T* output, [[maybe_unused]] Index elements) {
-#if defined(MADV_HUGEPAGE)
-  constexpr Address page = 4096;
-  const Address first = (reinterpret_cast<Address>(output) + page - 1) / page * page;
-  const Address last = reinterpret_cast<Address>(output + elements) / page * page;
-  if (last >= first + kHugeBlock) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice
-#endif
 }
 
 struct AlignedDelete {
@@ -238,7 +223,7 @@ void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<3> b_stride
                              shift,
                              threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
-  prefer_huge_pages(at<T>(h), elements);
+  use_huge_pages(at<T>(h), elements);
   SSM_FAST_CALL(linear_scan(params));
 }
 
@@ -261,8 +246,8 @@ void gae(Address rewards, Address values, Address next_values, Address terminate
                       T(gae_lambda),
                       threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
-  prefer_huge_pages(at<T>(advantages), elements);
-  prefer_huge_pages(at<T>(returns), elements);
+  use_huge_pages(at<T>(advantages), elements);
+  use_huge_pages(at<T>(returns), elements);
   SSM_FAST_CALL(gae(params));
 }
 
@@ -282,7 +267,7 @@ void discounted_returns(Address rewards, Address next_values, Address terminated
                                     T(gamma),
                                     threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
-  prefer_huge_pages(at<T>(returns), elements);
+  use_huge_pages(at<T>(returns), elements);
   SSM_FAST_CALL(discounted_returns(params));
 }
 
