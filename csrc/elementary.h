@@ -1,6 +1,8 @@
-// Elementary functions: square root, exponential, tanh (a few units in the last place), the sum of a vector.
+// Elementary functions (square root, exponential, tanh to a few units in the last place), and the sum and
+// moments of a row.
 #pragma once
 
+#include "ops.h"
 #include "simd.h"
 
 namespace ssm_fast::SSM_FAST_ISA {
@@ -44,6 +46,49 @@ inline T sum(Vector<T> v) {
         __builtin_shufflevector(quarter, quarter, 0, 1) + __builtin_shufflevector(quarter, quarter, 2, 3);
     return eighth[0] + eighth[1];
   }
+}
+
+// The vector at column `c` of a row of N elements, of which the last may be part of one.
+template <class T>
+inline Vector<T> load_at(const T* row, Index c, Index N) {
+  return c + kWidth<T> <= N ? load(row + c) : load_part(row + c, int(N - c));
+}
+template <class T>
+inline void store_at(T* row, Index c, Index N, Vector<T> v) {
+  if (c + kWidth<T> <= N) {
+    store(row + c, v);
+  } else {
+    store_part(row + c, v, int(N - c));
+  }
+}
+
+// row - mean in the vector at column `c`; 0 beyond the N elements of the row.
+template <class T>
+inline Vector<T> deviation(const T* row, Index c, Index N, Vector<T> mean) {
+  const Vector<T> d = load_at(row, c, N) - mean;
+  if (c + kWidth<T> <= N) return d;
+  T part[kWidth<T>] = {};
+  store_part(part, d, int(N - c));
+  return load(part);
+}
+
+template <class T>
+struct Moments {
+  T mean, rstd;
+};
+
+// Of a row of N elements, in two passes: its mean, and one over the root of its variance plus eps.
+template <class T>
+inline Moments<T> moments(const T* row, Index N, T eps) {
+  constexpr int L = kWidth<T>;
+  Vector<T> total{}, squares{};
+  for (Index c = 0; c < N; c += L) total += load_at(row, c, N);
+  const T mean = sum<T>(total) / T(N);
+  for (Index c = 0; c < N; c += L) {
+    const Vector<T> d = deviation(row, c, N, broadcast(mean));
+    squares = fused_vector(d, d, squares);
+  }
+  return {mean, T(1) / square_root(sum<T>(squares) / T(N) + eps)};
 }
 
 template <class T>

@@ -13,8 +13,7 @@ constexpr Index kChunkSteps = 128;  // shorter chunks of time are not worth the 
 template <class T>
 constexpr T kSmallest = sizeof(T) == 4 ? T(1e-37) : T(1e-307);
 
-// ---- one vector of steps ----
-
+// One vector of steps.
 template <class T>
 struct Steps {
   Vector<T> rewards, values, next_values;
@@ -124,7 +123,7 @@ inline bool is_large(const P& p) {
   return std::size_t(p.M * p.T_len * p.C) * sizeof(T) >= kStreamBytes;
 }
 
-// ---- columns: elements of one step lie side by side ----
+// Columns, where the elements of one step lie side by side.
 
 // `later` holds the scanned values of the step behind.
 template <class T, class P>
@@ -154,7 +153,7 @@ void scan_columns(const P& p, Index m, Index c, Index count) {
   stream_end();
 }
 
-// ---- rows: time lies side by side ----
+// Rows, where time lies side by side.
 
 // kWidth rows that advance together: sequences, or chunks of time of one sequence.
 template <class T>
@@ -302,8 +301,6 @@ void scan_chunks(const P& p, Index m, Index chunks) {
     scan_rows<T, false>(p, rows, {});
   }
 }
-
-// ---- which of them ----
 
 template <class T, class P>
 void run(const P& p) {

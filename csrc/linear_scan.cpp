@@ -47,7 +47,7 @@ inline bool is_large(const LinearScan<T>& p) {
   return std::size_t(p.M * p.T_len * p.C) * sizeof(T) >= kStreamBytes;
 }
 
-// ---- columns: elements of one step lie side by side ----
+// Columns, where the elements of one step lie side by side.
 
 template <class T>
 inline void advance(T a, const T* __restrict previous, const T* __restrict b, T* __restrict h, Index count) {
@@ -168,7 +168,7 @@ void scan_columns(const LinearScan<T>& p, Index m, Index c, Index count) {
   }
 }
 
-// ---- rows: time lies side by side, in turn with at most kMaxInterleaved columns ----
+// Rows, where time lies side by side, in turn with at most kMaxInterleaved columns.
 
 // kWidth rows that advance together: sequences, or chunks of time of one sequence. All counts are
 // of reals; pointers stand at the first step of a row in sweep order, in reverse one past it.
@@ -476,8 +476,6 @@ bool scan_chunks(const LinearScan<T>& p, Index m, Index chunks, Index steps) {
   }
   return true;
 }
-
-// ---- which of them ----
 
 template <class T>
 void scan_all_columns(const LinearScan<T>& p) {

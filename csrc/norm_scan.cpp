@@ -7,20 +7,6 @@
 namespace ssm_fast::SSM_FAST_ISA {
 namespace {
 
-// Loads and stores of the vector at column `c` of rows that hold N elements.
-template <class T>
-inline Vector<T> load_at(const T* row, Index c, Index N) {
-  return c + kWidth<T> <= N ? load(row + c) : load_part(row + c, int(N - c));
-}
-template <class T>
-inline void store_at(T* row, Index c, Index N, Vector<T> v) {
-  if (c + kWidth<T> <= N) {
-    store(row + c, v);
-  } else {
-    store_part(row + c, v, int(N - c));
-  }
-}
-
 // What R rows read and write in a step; null where an argument is left out. Every loop below runs
 // over the rows inside, so that the rows hide the latency of each other's sums and roots.
 template <class T, int R>
@@ -46,12 +32,7 @@ inline void normalise(const Rows<T, R>& row, T* const* z, const T* weight, const
   for (Index c = 0; c < N; c += L) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      Vector<T> d = load(z[r] + c) - mean[r];
-      if (c + L > N) {
-        T part[L] = {};
-        store_part(part, d, int(N - c));
-        d = load(part);
-      }
+      const Vector<T> d = deviation(z[r], c, N, mean[r]);
       squares[r] = fused_vector(d, d, squares[r]);
     }
   }

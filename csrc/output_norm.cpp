@@ -9,50 +9,6 @@ namespace {
 
 constexpr Index kChunkRows = 64;  // rows of a partial sum, whatever the number of threads
 
-// Calls f(column, count) for each vector of a row; `count` is the width, but of the last one.
-template <class T, class F>
-inline void for_columns(Index H, F f) {
-  constexpr int L = kWidth<T>;
-  Index c = 0;
-  for (; c + L <= H; c += L) f(c, L);
-  if (c < H) f(c, int(H - c));
-}
-
-template <class T>
-inline Vector<T> load_at(const T* row, Index c, int count) {
-  return count == kWidth<T> ? load(row + c) : load_part(row + c, count);
-}
-template <class T>
-inline void store_at(T* row, Index c, int count, Vector<T> v) {
-  if (count == kWidth<T>) {
-    store(row + c, v);
-  } else {
-    store_part(row + c, v, count);
-  }
-}
-
-template <class T>
-struct Moments {
-  T mean, rstd;
-};
-
-template <class T>
-inline Moments<T> moments(const T* z, Index H, T eps) {
-  Vector<T> total{}, squares{};
-  for_columns<T>(H, [&](Index c, int count) { total += load_at(z, c, count); });
-  const T mean = sum<T>(total) / T(H);
-  for_columns<T>(H, [&](Index c, int count) {
-    Vector<T> d = load_at(z, c, count) - mean;
-    if (count < kWidth<T>) {
-      T part[kWidth<T>] = {};
-      store_part(part, d, count);
-      d = load(part);
-    }
-    squares = fused_vector(d, d, squares);
-  });
-  return {mean, T(1) / square_root(sum<T>(squares) / T(H) + eps)};
-}
-
 // y = [residual +] [tanh] (n w + b) with n = (z - mean) rstd, or without the norm (w null) of z itself.
 template <class T>
 void forward_row(const OutputNorm<T>& p, Index g, Index m) {
@@ -63,13 +19,13 @@ void forward_row(const OutputNorm<T>& p, Index g, Index m) {
   T* y = p.y + (g * p.M + m) * p.H;
   Moments<T> row{T(0), T(1)};
   if (weight) row = moments(z, p.H, p.eps);
-  for_columns<T>(p.H, [&](Index c, int count) {
-    Vector<T> v = load_at(z, c, count);
-    if (weight) v = fused_vector((v - row.mean) * row.rstd, load_at(weight, c, count), load_at(bias, c, count));
+  for (Index c = 0; c < p.H; c += kWidth<T>) {
+    Vector<T> v = load_at(z, c, p.H);
+    if (weight) v = fused_vector((v - row.mean) * row.rstd, load_at(weight, c, p.H), load_at(bias, c, p.H));
     if (p.tanh) v = tanh<T>(v);
-    if (residual) v += load_at(residual, c, count);
-    store_at(y, c, count, v);
-  });
+    if (residual) v += load_at(residual, c, p.H);
+    store_at(y, c, p.H, v);
+  }
   if (p.mean) {
     p.mean[g * p.M + m] = row.mean;
     p.rstd[g * p.M + m] = row.rstd;
@@ -84,25 +40,25 @@ void backward_row(const OutputNormGrad<T>& p, Index g, Index m, T* row, T* parti
   const T* grad_y = p.grad_y + g * p.grad_g + m * p.grad_m;
   T* grad_z = p.grad_z + (g * p.M + m) * p.H;
   if (!p.weight) {
-    for_columns<T>(p.H, [&](Index c, int count) {
-      Vector<T> grad = load_at(grad_y, c, count);
+    for (Index c = 0; c < p.H; c += kWidth<T>) {
+      Vector<T> grad = load_at(grad_y, c, p.H);
       if (p.tanh) {
-        const Vector<T> t = tanh<T>(load_at(z, c, count));
+        const Vector<T> t = tanh<T>(load_at(z, c, p.H));
         grad *= T(1) - t * t;
       }
-      store_at(grad_z, c, count, grad);
-    });
+      store_at(grad_z, c, p.H, grad);
+    }
     return;
   }
   const T *weight = p.weight + g * p.weight_g, *bias = p.bias + g * p.bias_g;
   const T mean = p.mean[g * p.M + m], rstd = p.rstd[g * p.M + m];
   Vector<T> plain{}, weighted{};
-  for_columns<T>(p.H, [&](Index c, int count) {
-    const Vector<T> w = load_at(weight, c, count);
-    const Vector<T> n = (load_at(z, c, count) - mean) * rstd;
-    Vector<T> ga = load_at(grad_y, c, count);  // zero beyond the row, and with it all that follows
+  for (Index c = 0; c < p.H; c += kWidth<T>) {
+    const Vector<T> w = load_at(weight, c, p.H);
+    const Vector<T> n = (load_at(z, c, p.H) - mean) * rstd;
+    Vector<T> ga = load_at(grad_y, c, p.H);  // zero beyond the row, and with it all that follows
     if (p.tanh) {
-      const Vector<T> t = tanh<T>(fused_vector(n, w, load_at(bias, c, count)));
+      const Vector<T> t = tanh<T>(fused_vector(n, w, load_at(bias, c, p.H)));
       ga *= T(1) - t * t;
     }
     const Vector<T> q = ga * w;
@@ -112,12 +68,12 @@ void backward_row(const OutputNormGrad<T>& p, Index g, Index m, T* row, T* parti
     store(row + stride + c, n);
     store(partial + c, fused_vector(ga, n, load(partial + c)));
     store(partial + stride + c, load(partial + stride + c) + ga);
-  });
+  }
   const T mean_p = sum<T>(plain) / T(p.H), mean_n = sum<T>(weighted) / T(p.H);
-  for_columns<T>(p.H, [&](Index c, int count) {
+  for (Index c = 0; c < p.H; c += kWidth<T>) {
     const Vector<T> n = load(row + stride + c);
-    store_at(grad_z, c, count, (load(row + c) - mean_p - n * mean_n) * rstd);
-  });
+    store_at(grad_z, c, p.H, (load(row + c) - mean_p - n * mean_n) * rstd);
+  }
 }
 
 template <class T>

@@ -84,22 +84,10 @@ void affine(const Product<T> (&products)[P], const T* bias, Index M, T* y, Index
 // Normalises a row of M elements in place; what lies behind them stays zero.
 template <class T>
 void layer_norm(T* y, const T* weight, const T* bias, Index M, T eps) {
-  constexpr int L = kWidth<T>;
-  Vector<T> total{}, squares{};
-  for (Index m = 0; m < M; m += L) total += load(y + m);
-  const T mean = sum<T>(total) / T(M);
-  for (Index m = 0; m < M; m += L) {
-    const int count = M - m < L ? int(M - m) : L;
-    T part[L] = {};
-    store_part(part, load(y + m) - mean, count);
-    const Vector<T> d = load(part);
-    squares = fused_vector(d, d, squares);
-  }
-  const T rstd = T(1) / square_root(sum<T>(squares) / T(M) + eps);
-  for (Index m = 0; m < M; m += L) {
-    const int count = M - m < L ? int(M - m) : L;
-    const Vector<T> n = (load(y + m) - mean) * rstd;
-    store_part(y + m, fused_vector(n, load_part(weight + m, count), load_part(bias + m, count)), count);
+  const Moments<T> row = moments(y, M, eps);
+  for (Index m = 0; m < M; m += kWidth<T>) {
+    const Vector<T> n = (load(y + m) - row.mean) * row.rstd;
+    store_at(y, m, M, fused_vector(n, load_at(weight, m, M), load_at(bias, m, M)));
   }
 }
 

@@ -22,7 +22,7 @@ from ssm_fast.nn.ssm_layer import (
     orthogonal_,
 )
 from ssm_fast.ops.backend import is_plain, is_watched, needs_autograd
-from ssm_fast.ops.output_norm import unchecked as fused_output
+from ssm_fast.ops.output_norm import fused_output
 from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
@@ -404,35 +404,12 @@ class ImprovedSSM(nn.Module):
             and all(is_plain(t) and t.is_contiguous() for t in (norm.mean, norm.var))
         ):
             return None
-        heads: list[Tensor | None] = []
-        for name in ("encoder", "actor", "critic"):
-            linear = modules[name]
-            if type(linear) is not nn.Linear or not _is_untouched(linear):
-                return None
-            heads += (linear._parameters.get("weight"), linear._parameters.get("bias"))
-        layers: list[Tensor | None] = []
-        for layer in cast("nn.ModuleList", modules["layers"])._modules.values():
-            if (
-                type(layer) is not SSMLayer
-                or not _is_untouched(layer)
-                or layer.normalize_state != (self.use_layer_norm and self.norm == "state")
-            ):
-                return None
-            layers += [layer._parameters.get(name) for name in ("A", "B", "bias", "C", "D")]
-            norm = layer._modules["norm"]
-            if norm is None:
-                layers += (None, None)
-                continue
-            weight, bias = norm._parameters.get("weight"), norm._parameters.get("bias")
-            if (
-                type(norm) is not nn.LayerNorm
-                or not _is_untouched(norm)
-                or norm.eps != NORM_EPS
-                or weight is None
-                or bias is None
-            ):
-                return None
-            layers += (weight, bias)
+        norm_state = self.use_layer_norm and self.norm == "state"
+        linears = [_linear_weights(modules[name]) for name in ("encoder", "actor", "critic")]
+        blocks = [_layer_weights(layer, norm_state) for layer in self.layers]
+        heads, layers = _joined(linears), _joined(blocks)
+        if heads is None or layers is None:
+            return None
         log_std = self._parameters["log_std"]
         tensors = (*heads, log_std, *layers)
         sizes = self.input_dim, self.hidden_dim, self.state_dim, self.action_dim
@@ -481,6 +458,40 @@ def _step_shapes(
     rest = (((1,), False), ((K,), False))
     layer = ((N, N), True), ((N, H), True), ((N,), False), ((H, N), True), ((H, H), True)
     return heads + rest + (*layer, ((F,), False), ((F,), False)) * L
+
+
+def _linear_weights(module: nn.Module | None) -> list[Tensor | None] | None:
+    """Weight and bias, or ``None`` where this is not a linear layer as we made it."""
+    if type(module) is not nn.Linear or not _is_untouched(module):
+        return None
+    return [module._parameters.get("weight"), module._parameters.get("bias")]
+
+
+def _layer_weights(layer: nn.Module, norm_state: bool) -> list[Tensor | None] | None:
+    """The tensors of a layer as `PolicyWeights` has them, or ``None`` as for a linear one."""
+    if (
+        type(layer) is not SSMLayer
+        or not _is_untouched(layer)
+        or layer.normalize_state != norm_state
+    ):
+        return None
+    weights = [layer._parameters.get(name) for name in ("A", "B", "bias", "C", "D")]
+    norm = layer._modules["norm"]
+    if norm is None:
+        return [*weights, None, None]
+    affine = [norm._parameters.get("weight"), norm._parameters.get("bias")]
+    ours = type(norm) is nn.LayerNorm and _is_untouched(norm) and norm.eps == NORM_EPS
+    return [*weights, *affine] if ours and all(t is not None for t in affine) else None
+
+
+def _joined(parts: list[list[Tensor | None] | None]) -> list[Tensor | None] | None:
+    """All of them in one list, or ``None`` where one is."""
+    joined: list[Tensor | None] = []
+    for part in parts:
+        if part is None:
+            return None
+        joined += part
+    return joined
 
 
 def _is_untouched(module: nn.Module) -> bool:

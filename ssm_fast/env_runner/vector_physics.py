@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -288,7 +289,7 @@ def _with_masks(entries: _Info, mask: NDArray[np.bool_]) -> _Info:
     return entries | dict.fromkeys([f"_{key}" for key in entries], mask)
 
 
-class _Task:
+class _Task(ABC):
     """Observations, rewards and ends of a task, over all rows at once.
 
     Arithmetic follows the task's class in `gymnasium.envs.mujoco` operation by operation: float32
@@ -328,13 +329,15 @@ class _Task:
             qvel += generator.uniform(-self.noise, self.noise, qvel.size)
 
     def after_restart(self, rows: NDArray[np.intp]) -> None:
-        """Called when the rows stand at their first states."""
+        """Called when the rows stand at their first states; most tasks have nothing to do."""
+        return
 
     def before_step(self) -> None:
         self.position_before = self.position().copy()  # [B] or [B, 2]
 
     def after_step(self) -> None:
-        """Called when the physics has run."""
+        """Called when the physics has run; most tasks have nothing to do."""
+        return
 
     def position(self) -> _Array:
         """Where the body is, `[B]` (x) or `[B, 2]`: the forward reward is its velocity."""
@@ -350,24 +353,20 @@ class _Task:
         cost: NDArray[Any] = self.ctrl_weight * np.add.reduce(np.square(actions), axis=1)
         return cost  # [B], of the actions' dtype
 
-    def healthy(self) -> NDArray[np.bool_]:
-        raise NotImplementedError
-
-    def survival(self) -> tuple[_Array, NDArray[np.bool_]]:
+    def survival(self, healthy: NDArray[np.bool_]) -> tuple[_Array, NDArray[np.bool_]]:
         """Returns the reward for being healthy `[B]` and `terminated` `[B]`."""
-        healthy = self.healthy()
         ends = self.arguments["terminate_when_unhealthy"]
         terminated = ~healthy if ends else np.zeros_like(healthy)
         reward: _Array = healthy * np.float64(self.arguments["healthy_reward"])
         return reward, terminated
 
+    @abstractmethod
     def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], _Info]:
         """Returns the rewards `[B]`, `terminated` `[B]` and the `info` of a step beside `place`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self) -> _Info:
         """Returns the `info` of a reset, which is part of the `info` of a step."""
-        raise NotImplementedError
 
 
 def _between(low: Any, values: _Array, high: Any) -> NDArray[np.bool_]:
@@ -406,7 +405,7 @@ class _Walker2d(_Task):
     def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], _Info]:
         x_velocity = (self.position() - self.position_before) / self.dt  # [B]
         forward = self.forward_weight * x_velocity
-        survive, terminated = self.survival()
+        survive, terminated = self.survival(self.healthy())
         ctrl_cost = self.ctrl_cost(actions)
         report = {
             "x_velocity": x_velocity,
@@ -531,7 +530,7 @@ class _Ant(_Swimmer):
     def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], _Info]:
         velocity = self.velocity()
         forward = velocity[:, 0] * self.forward_weight
-        survive, terminated = self.survival()
+        survive, terminated = self.survival(self.healthy())
         ctrl_cost, contact_cost = self.ctrl_cost(actions), self.contact_cost()
         report = {
             "x_velocity": velocity[:, 0],

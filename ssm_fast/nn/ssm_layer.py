@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast.ops import dense_scan, norm_scan
-from ssm_fast.ops.output_norm import unchecked as fused_output
+from ssm_fast.ops.output_norm import fused_output
 
 Norm = Literal["output", "state"]
 

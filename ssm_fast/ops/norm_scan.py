@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ from ssm_fast.ops.backend import (
     last_contiguous,
     native_kernel,
     needs_autograd,
+    normalised,
+    project_norm,
 )
 from ssm_fast.ops.weight_grad import incoming, weight_grad
 
@@ -36,20 +38,15 @@ def reference(
     reset: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """The recurrence as a loop of differentiable torch calls: [G, B, T, N], any dtype and device.
-
-    The norm is written out: torch's layer_norm has wrong derivatives of third order.
-    """
+    """The recurrence as a loop of differentiable torch calls: [G, B, T, N], any dtype and device."""
     weight, bias = weight.unsqueeze(1), bias.unsqueeze(1)  # [G, 1, N]
     state = torch.zeros_like(u[:, :, 0]) if s0 is None else s0  # [G, B, N]
     states = []
     for t in range(u.shape[2]):
         if reset is not None:
             state = state.masked_fill(reset[:, :, t, None], 0)
-        z = state @ A.mT + u[:, :, t]
-        centred = z - z.mean(-1, keepdim=True)
-        rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-        state = centred * rstd * weight + bias
+        n, _ = normalised(state @ A.mT + u[:, :, t], eps)
+        state = n * weight + bias
         states.append(state)
     return torch.stack(states, dim=2)
 
@@ -95,43 +92,17 @@ def _(
     return empty_states(u), empty_states(u), u.new_empty(u.shape[:3])
 
 
+# n is the fifth argument of the sweeps, weight the fourth.
 @torch.library.register_fake("ssm_fast::norm_scan_tangent")
-def _(
-    a: Tensor,
-    c: Tensor | None,
-    A: Tensor,
-    weight: Tensor,
-    n: Tensor,
-    rstd: Tensor,
-    s0: Tensor | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return empty_states(n), empty_states(n)
-
-
 @torch.library.register_fake("ssm_fast::norm_scan_adjoint")
-def _(
-    g: Tensor,
-    q: Tensor | None,
-    A: Tensor,
-    weight: Tensor,
-    n: Tensor,
-    rstd: Tensor,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    n = cast("Tensor", tensors[4])
     return empty_states(n), empty_states(n)
 
 
 @torch.library.register_fake("ssm_fast::norm_scan_gradients")
-def _(
-    g: Tensor,
-    q: Tensor | None,
-    A: Tensor,
-    weight: Tensor,
-    n: Tensor,
-    rstd: Tensor,
-    reset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    weight, n = cast("tuple[Tensor, Tensor]", tensors[3:5])
     return empty_states(n), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
 
@@ -261,9 +232,8 @@ def _scan_gradients(
 
 
 def _project(x: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
-    """The (symmetric) Jacobian of the norm, rstd P(x): [G, B, T, N]."""
-    mean_n = (x * n).mean(-1, keepdim=True)
-    return (x - x.mean(-1, keepdim=True) - n * mean_n) * rstd.unsqueeze(-1)
+    """The Jacobian of the norm, rstd P(x), with rstd [G, B, T]: [G, B, T, N]."""
+    return project_norm(x, n, rstd.unsqueeze(-1))
 
 
 def _project_change(

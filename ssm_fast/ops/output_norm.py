@@ -19,6 +19,8 @@ from ssm_fast.ops.backend import (
     last_contiguous,
     native_kernel,
     needs_autograd,
+    normalised,
+    project_norm,
 )
 
 
@@ -33,7 +35,7 @@ def reference(
     """The output as differentiable torch calls: [..., H], any dtype and device."""
     y = z
     if weight is not None and bias is not None:
-        n, _ = _normalised(z, eps)
+        n, _ = normalised(z, eps)
         y = n * _like(weight, z) + _like(bias, z)
     if tanh:
         y = y.tanh()
@@ -51,18 +53,6 @@ def _rows_of(z: Tensor, weight: Tensor | None) -> tuple[int, ...]:
     """The dimensions that a gradient of the weights sums over."""
     first = 0 if weight is None or weight.dim() == 1 else 1
     return tuple(range(first, z.dim() - 1))
-
-
-def _normalised(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``n = (z - mean) rstd`` and ``rstd``; torch's layer_norm has wrong third derivatives."""
-    centred = z - z.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return centred * rstd, rstd
-
-
-def _project(x: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
-    """The (symmetric) Jacobian of the norm applied to ``x``."""
-    return (x - x.mean(-1, keepdim=True) - n * (x * n).mean(-1, keepdim=True)) * rstd
 
 
 # z is [..., H] with weights [H], or [G, ..., H] with weights [G, H] of G groups. `save` asks for the
@@ -125,7 +115,7 @@ def _grouped(x: Tensor | None, weight: Tensor | None) -> Tensor | None:
 def _check_fit(
     z: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
 ) -> None:
-    """What the kernel relies on, for callers of `unchecked` whose modules somebody has changed."""
+    """What the kernel relies on, for callers of `fused_output` whose modules somebody has changed."""
     if (weight is None) != (bias is None):
         raise ValueError("weight and bias must be given together")
     for name, x in (("weight", weight), ("bias", bias), ("residual", residual)):
@@ -234,11 +224,11 @@ def _composed_gradients(
     """Gradients of z, weight and bias as torch calls, which can be differentiated again."""
     if weight is None or bias is None:
         return grad * (1 - z.tanh().square()) if tanh else grad, None, None
-    n, rstd = _normalised(z, eps)
+    n, rstd = normalised(z, eps)
     if tanh:
         grad = grad * (1 - (n * _like(weight, z) + _like(bias, z)).tanh().square())
     rows = _rows_of(z, weight)
-    grad_z = _project(grad * _like(weight, z), n, rstd)
+    grad_z = project_norm(grad * _like(weight, z), n, rstd)
     if not rows:
         return grad_z, grad * n, grad
     return grad_z, (grad * n).sum(rows), grad.sum(rows)
@@ -282,9 +272,9 @@ class OutputNorm(torch.autograd.Function):
         y_t = torch.zeros_like(z) if z_t is None else z_t
         y = z
         if weight is not None and bias is not None:
-            n, rstd = _normalised(z, ctx.eps)
+            n, rstd = normalised(z, ctx.eps)
             y = n * _like(weight, z) + _like(bias, z)
-            y_t = _project(y_t, n, rstd) * _like(weight, z)
+            y_t = project_norm(y_t, n, rstd) * _like(weight, z)
             if weight_t is not None:
                 y_t = y_t + n * _like(weight_t, z)
             if bias_t is not None:
@@ -382,10 +372,10 @@ def output_norm(
         check_shape("residual", residual, "that of z", z.shape)
     if chosen == "reference":
         return reference(z, weight, bias, residual, eps, tanh)
-    return unchecked(z, weight, bias, residual, eps, tanh)
+    return fused_output(z, weight, bias, residual, eps, tanh)
 
 
-def unchecked(
+def fused_output(
     z: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -393,7 +383,7 @@ def unchecked(
     eps: float,
     tanh: bool,
 ) -> Tensor:
-    """`output_norm` by the kernel, for layers whose arguments fit by construction."""
+    """`output_norm` by the kernel, for layers: only what could crash it is checked."""
     if torch.compiler.is_compiling():
         y, _, _ = _run(z, weight, bias, residual, eps, tanh, True)
     elif needs_autograd(z, weight, bias, residual):

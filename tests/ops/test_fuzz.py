@@ -205,6 +205,36 @@ def assert_same(actual, same_dtype, exact, dims, tolerance=None, floor=0.0):
     assert (error <= tolerance * scale).all(), f"error {(error / scale).max():.1e} of the scale"
 
 
+def is_blurred(z, eps, tolerance, dtype):
+    """Where the rounding of a row's mean alone changes its norm by more than ``tolerance``, [...].
+
+    As in a row of equal huge values: the deviation is that of the rounding of their sum, and what
+    is right depends on its order.
+    """
+    largest = z.abs().amax(-1) if z.shape[-1] else z.sum(-1)
+    deviation = ((z - z.mean(-1, keepdim=True)).square().mean(-1) + eps).sqrt()
+    return torch.finfo(dtype).eps * largest > tolerance * deviation
+
+
+def norm_scan_blurs(arguments, states, tolerance):
+    """Where a step of `norm_scan`, or one before it in its row, is blurred: [..., B, T, 1]."""
+    x = in_double(arguments)
+    u, A, s0, reset = (x[name] for name in ("u", "A", "s0", "reset"))
+    first = torch.zeros_like(u[..., :1, :]) if s0 is None else s0.unsqueeze(-2)
+    previous = torch.cat([first, states.to(u.dtype)], -2)[..., :-1, :]
+    if reset is not None:
+        previous = previous.masked_fill((reset != 0).unsqueeze(-1), 0)
+    # A is [N, N] or [G, N, N], previous [B, T, N] or [G, B, T, N]
+    z = previous @ (A.mT if A.dim() == 2 else A.mT.unsqueeze(-3)) + u
+    blurred = is_blurred(z, x["eps"], tolerance, arguments["u"].dtype)
+    return (blurred.cumsum(-1) > 0).unsqueeze(-1)
+
+
+def without(blurred, actual, same_dtype):
+    """``actual``, but for blurred values, of which only that they are finite is compared."""
+    return torch.where(blurred & actual.isfinite(), same_dtype, actual)
+
+
 def gradients(op, arguments, impl):
     leaves = {
         name: x.detach().requires_grad_()
@@ -258,7 +288,10 @@ def test_norm_scan_equals_its_reference(data):
     single = arguments["u"].dtype == torch.float32
     # a step divides by the deviation of the state and so enlarges an error by up to eps^-1/2
     tolerance = 1e-2 if single else 1e-6
-    assert_same(norm_scan(**arguments), same_dtype, exact, (-1, -2), tolerance, 1.0)
+    blurred = norm_scan_blurs(arguments, exact, tolerance)
+    actual = without(blurred, norm_scan(**arguments), same_dtype)
+    exact = torch.where(blurred, same_dtype, exact)
+    assert_same(actual, same_dtype, exact, (-1, -2), tolerance, 1.0)
     if kind in ("normal", "zero") and case.chance(50) and not single:
         assert_same_gradients(norm_scan, arguments, 1e-6)
 
@@ -279,7 +312,13 @@ def test_output_norm_equals_its_reference(data):
     exact = same_dtype if kind == "huge" else output_norm(**in_double(arguments), impl="reference")
     single = dtype == torch.float32
     tolerance = 1e-2 if single else 1e-6  # as for norm_scan
-    assert_same(output_norm(**arguments), same_dtype, exact, (-1,), tolerance, 1.0)
+    blurred = torch.tensor(False)
+    if "weight" in arguments:
+        z = arguments["z"].to(torch.float64)
+        blurred = is_blurred(z, 1e-5, tolerance, dtype).unsqueeze(-1)  # output_norm's own eps
+    actual = without(blurred, output_norm(**arguments), same_dtype)
+    exact = torch.where(blurred, same_dtype, exact)
+    assert_same(actual, same_dtype, exact, (-1,), tolerance, 1.0)
     if kind in ("normal", "zero") and case.chance(50) and not single:
         assert_same_gradients(output_norm, arguments, 1e-6)
 
