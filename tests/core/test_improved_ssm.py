@@ -12,12 +12,15 @@ from layer_references import layer_loop, weights
 from numpy.typing import NDArray
 from references import relative_rms
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck
 from torch.distributions import Categorical, Independent, Normal
 from torch.func import functional_call, grad, vmap
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssm_fast.core.improved_ssm import ImprovedSSM
-from ssm_fast.nn import RunningNorm
+from ssm_fast.nn import RunningNorm, SSMLayer
 
 IN, ACTIONS, N, H, L = 5, 3, 6, 8, 2
 
@@ -543,8 +546,38 @@ class TestNativeStep:
         def without_affine(model: ImprovedSSM) -> None:
             model.layers[0].norm = nn.LayerNorm(H, elementwise_affine=False, dtype=torch.float64)
 
-        for change in (hooked, wrapped, other_eps, without_affine):
-            model = make()
+        def without_norm_bias(model: ImprovedSSM) -> None:
+            model.layers[0].norm = nn.LayerNorm(H, bias=False, dtype=torch.float64)
+
+        def other_norm(model: ImprovedSSM) -> None:
+            model.layers[0] = SSMLayer(H, H, N, norm="state", dtype=torch.float64)
+
+        def pruned(model: ImprovedSSM) -> None:
+            prune.l1_unstructured(model.layers[0], "A", 0.3)
+
+        def other_forward(model: ImprovedSSM) -> None:
+            model.encoder.forward = lambda x: torch.ones(4, H, dtype=x.dtype)
+
+        def single_statistics(model: ImprovedSSM) -> None:
+            state = model.state_dict()
+            assert model.obs_norm is not None
+            model.obs_norm.mean = state["obs_norm.mean"].float()
+            model.obs_norm.var = state["obs_norm.var"].float()
+
+        changes = (
+            hooked,
+            wrapped,
+            other_eps,
+            without_affine,
+            without_norm_bias,
+            other_norm,
+            pruned,
+            other_forward,
+            single_statistics,
+        )
+        for change in changes:
+            torch.manual_seed(0)
+            model = make(normalize_observations=change is single_statistics)
             change(model)
             with torch.no_grad():
                 native = model.get_action(x[:, 0], h, True)
@@ -567,6 +600,29 @@ class TestNativeStep:
             weights = {f"model.{name}": p.detach() for name, p in other.named_parameters()}
             actions = functional_call(Act(), weights, ())
             torch.testing.assert_close(actions, other.get_action(x[:, 0], h, True)[0])
+
+    def test_a_negated_view_is_read_as_it_is(self) -> None:
+        model = make()
+        _, h, _, _ = inputs(model)
+        x = torch.randn(4, IN, dtype=torch.complex128).conj().imag
+        assert x.is_neg()
+        with torch.no_grad():
+            actions = model.get_action(x, h, True)[0]
+            torch.testing.assert_close(actions, model.get_action(x.resolve_neg(), h, True)[0])
+
+    def test_modes_of_torch_see_the_modules(self) -> None:
+        model = make(dtype=torch.float32)
+        x, h, _, _ = inputs(model)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.get_action(x[:, 0], h)
+        heads = IN * H + H * (ACTIONS + 1)
+        assert counter.get_total_flops() >= 2 * 4 * (heads + L * (N * H + H * N + H * H))
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            actions = model.get_action(torch.empty(4, IN), None)[0]
+            assert isinstance(actions, FakeTensor)
+        with torch.no_grad(), torch.device("meta"):  # moves what is new, not what is given
+            drawn = model.get_action(x[:, 0], h)[0]
+        assert drawn.device.type == "cpu"
 
     def test_wrong_shapes_raise_before_the_kernel(self) -> None:
         model = make()

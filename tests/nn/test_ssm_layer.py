@@ -255,3 +255,31 @@ def test_bad_input() -> None:
         layer(x, s0.float())
     with pytest.raises(ValueError, match="reset"):
         layer(x, s0, torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm(5, bias=False, dtype=torch.float64),
+        nn.LayerNorm(5, elementwise_affine=False, dtype=torch.float64),
+    ],
+    ids=["no_bias", "no_affine"],
+)
+def test_runs_the_norm_that_a_user_puts_in(norm: nn.Module) -> None:
+    layer, plain = make(norm="output"), make(norm=None)
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    layer.norm = norm
+    x, s0 = inputs(3, 6)
+    torch.testing.assert_close(layer(x, s0)[0], norm(plain(x, s0)[0]))
+    torch.testing.assert_close(layer.step(x[:, 0], s0)[0], norm(plain.step(x[:, 0], s0)[0]))
+
+
+def test_readout_refuses_what_the_kernel_cannot_read() -> None:
+    layer = make(dtype=torch.float32, norm="output")
+    s, x = torch.zeros(2, 3, 4), torch.zeros(2, 3, 3)
+    with pytest.raises(ValueError, match=r"residual must fit z of \[2, 3, 5\], got \[1, 5\]"):
+        layer.readout(s, x, residual=torch.zeros(1, 5))
+    with pytest.raises(TypeError, match="residual must have the dtype of z"):
+        layer.readout(s, x, residual=torch.zeros(2, 3, 5).double())
+    with pytest.raises(TypeError, match=r"no kernel for torch\.bfloat16"):
+        layer.to(torch.bfloat16).readout(s.bfloat16(), x.bfloat16())
