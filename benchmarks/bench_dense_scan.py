@@ -5,20 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from contest import contest
-from jax_scans import jax_contenders
+from peers import SHAPES, jax_contenders, three_mm, torch_contenders
 from references import dense_scan_loop
 from second_order import gradients, peak_memory
 
 from ssm_fast.ops import dense_scan
-
-SHAPES = [
-    (8, 256, 64),
-    (64, 256, 64),
-    (64, 1000, 64),
-    (32, 256, 128),
-    (1, 1000, 64),
-    (256, 128, 32),
-]
 
 
 def problem(B, T, N):
@@ -35,12 +26,10 @@ def test_dense_scan_forward(benchmark, B, T, N):
     contenders = {
         "dense_scan": lambda: dense_scan(u, A),
         "one mm": lambda: torch.mm(x, A),
+        **torch_contenders(u),
         **jax_contenders((u, A)),
         "eager loop": lambda: dense_scan_loop(u, A),
     }
-    for kind in ("RNN", "GRU", "LSTM"):
-        layer = getattr(torch.nn, kind)(N, N, batch_first=True)
-        contenders[f"nn.{kind}"] = lambda layer=layer: layer(u)
     with torch.no_grad():
         contest(benchmark, "dense_scan", contenders, floor="one mm")
 
@@ -48,28 +37,16 @@ def test_dense_scan_forward(benchmark, B, T, N):
 @pytest.mark.parametrize(("B", "T", "N"), SHAPES)
 def test_dense_scan_forward_backward(benchmark, B, T, N):
     u, A, weights = problem(B, T, N)
-    x = u.reshape(-1, N).clone()
     u.requires_grad_()
     A.requires_grad_()
 
-    def three_mm():
-        with torch.no_grad():
-            torch.mm(x, A)
-            torch.mm(x, A)
-            torch.mm(x.T, x)
-
     contenders = {
         "dense_scan": lambda: torch.autograd.grad(dense_scan(u, A), (u, A), weights),
-        "three mm": three_mm,
+        "three mm": three_mm(u, A),
+        **torch_contenders(u, weights),
         **jax_contenders((u, A), weights),
         "eager loop": lambda: torch.autograd.grad(dense_scan_loop(u, A), (u, A), weights),
     }
-    for kind in ("RNN", "GRU", "LSTM"):
-        layer = getattr(torch.nn, kind)(N, N, batch_first=True)
-        leaves = (u, *layer.parameters())
-        contenders[f"nn.{kind}"] = lambda layer=layer, leaves=leaves: torch.autograd.grad(
-            layer(u)[0], leaves, weights
-        )
     contest(benchmark, "dense_scan", contenders, floor="three mm")
 
 

@@ -5,20 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from contest import contest
-from jax_scans import jax_contenders
+from peers import SHAPES, jax_contenders, three_mm, torch_contenders
 from references import norm_scan_loop
 from second_order import gradients, peak_memory
 
 from ssm_fast.ops import norm_scan
-
-SHAPES = [
-    (8, 256, 64),
-    (64, 256, 64),
-    (64, 1000, 64),
-    (32, 256, 128),
-    (1, 1000, 64),
-    (256, 128, 32),
-]
 
 
 def problem(B, T, N):
@@ -36,6 +27,7 @@ def test_norm_scan_forward(benchmark, B, T, N):
     contenders = {
         "norm_scan": lambda: norm_scan(*tensors),
         "one mm": lambda: torch.mm(x, A),
+        **torch_contenders(u),
         **jax_contenders(tensors),
         "eager loop": lambda: norm_scan_loop(*tensors),
     }
@@ -47,28 +39,15 @@ def test_norm_scan_forward(benchmark, B, T, N):
 def test_norm_scan_forward_backward(benchmark, B, T, N):
     leaves, weights = problem(B, T, N)
     u, A, *_ = leaves
-    x = u.reshape(-1, N).clone()
     for leaf in leaves:
         leaf.requires_grad_()
-
-    def three_mm():
-        with torch.no_grad():
-            torch.mm(x, A)
-            torch.mm(x, A)
-            torch.mm(x.T, x)
-
     contenders = {
         "norm_scan": lambda: torch.autograd.grad(norm_scan(*leaves), leaves, weights),
-        "three mm": three_mm,
+        "three mm": three_mm(u, A),
+        **torch_contenders(u, weights),
         **jax_contenders(leaves, weights),
         "eager loop": lambda: torch.autograd.grad(norm_scan_loop(*leaves), leaves, weights),
     }
-    for kind in ("RNN", "GRU", "LSTM"):
-        layer = getattr(torch.nn, kind)(N, N, batch_first=True)
-        inputs = (u, *layer.parameters())
-        contenders[f"nn.{kind}"] = lambda layer=layer, inputs=inputs: torch.autograd.grad(
-            layer(u)[0], inputs, weights
-        )
     contest(benchmark, "norm_scan", contenders, floor="three mm")
 
 

@@ -1,9 +1,11 @@
-"""The scans in JAX: `lax.scan` compiled by XLA, the strongest peer on a CPU. Optional: empty without jax."""
+"""What the dense recurrences are compared with: their GEMM floor, torch's recurrent layers and JAX."""
 
 from __future__ import annotations
 
 import importlib.util
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -11,10 +13,48 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SHAPES = [  # B, T, N
+    (8, 256, 64),
+    (64, 256, 64),
+    (64, 1000, 64),
+    (32, 256, 128),
+    (1, 1000, 64),
+    (256, 128, 32),
+]
+
+
+def three_mm(u: Tensor, A: Tensor) -> Callable[[], None]:
+    """The products that a recurrence and its gradients cannot do without."""
+    x, A = u.detach().reshape(-1, u.shape[-1]).clone(), A.detach()
+
+    def run() -> None:
+        torch.mm(x, A)
+        torch.mm(x, A)
+        torch.mm(x.T, x)
+
+    return run
+
+
+def torch_contenders(u: Tensor, weights: Tensor | None = None) -> dict[str, Callable[[], Any]]:
+    """nn.RNN, nn.GRU and nn.LSTM on ``u`` [B, T, N]; with ``weights`` also the gradients of all."""
+    N = u.shape[-1]
+    contenders: dict[str, Callable[[], Any]] = {}
+    for kind in ("RNN", "GRU", "LSTM"):
+        layer = getattr(torch.nn, kind)(N, N, batch_first=True)
+        leaves = (u, *layer.parameters())
+        if weights is None:
+            contenders[f"nn.{kind}"] = lambda layer=layer: layer(u)
+        else:
+            contenders[f"nn.{kind}"] = lambda layer=layer, leaves=leaves: torch.autograd.grad(
+                layer(u)[0], leaves, weights
+            )
+    return contenders
+
+
 def jax_contenders(
     tensors: tuple[Tensor, ...], weights: Tensor | None = None, eps: float = 1e-5
 ) -> dict[str, Callable[[], Any]]:
-    """A contender of `contest` by its name, or none where jax is not installed.
+    """`lax.scan` compiled by XLA, by its name; none where jax is not installed.
 
     Args:
         tensors: u `[B, T, N]` and A, and weight and bias for the scan with a layer norm.
