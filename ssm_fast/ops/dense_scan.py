@@ -15,6 +15,7 @@ from ssm_fast.ops.backend import (
     check_shape,
     check_tensors,
     choose,
+    cpu_kernel,
     empty_states,
     fold,
     last_contiguous,
@@ -50,7 +51,7 @@ def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bo
     return empty_states(u)
 
 
-@torch.library.impl("ssm_fast::dense_scan", "CPU")
+@cpu_kernel("dense_scan")
 def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
     s = empty_states(u)
     if s.numel() == 0:

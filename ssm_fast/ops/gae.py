@@ -14,6 +14,7 @@ from ssm_fast.ops.backend import (
     check_shape,
     check_tensors,
     choose,
+    cpu_kernel,
     native_kernel,
 )
 
@@ -85,7 +86,7 @@ def _(
     return rewards.new_empty(rewards.shape)
 
 
-@torch.library.impl("ssm_fast::gae", "CPU")
+@cpu_kernel("gae")
 def _(
     rewards: Tensor,
     values: Tensor,
@@ -104,7 +105,7 @@ def _(
     return outputs
 
 
-@torch.library.impl("ssm_fast::discounted_returns", "CPU")
+@cpu_kernel("discounted_returns", "gae")
 def _(
     rewards: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
 ) -> Tensor:

@@ -14,6 +14,7 @@ from ssm_fast.ops.backend import (
     check_shape,
     check_tensors,
     choose,
+    cpu_kernel,
     native_kernel,
     needs_autograd,
 )
@@ -45,7 +46,7 @@ def _(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Te
     return b.new_empty(b.shape)
 
 
-@torch.library.impl("ssm_fast::linear_scan", "CPU")
+@cpu_kernel("linear_scan")
 def _(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Tensor:
     h = b.new_empty(b.shape)
     if h.numel() == 0:

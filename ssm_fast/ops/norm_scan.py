@@ -16,6 +16,7 @@ from ssm_fast.ops.backend import (
     check_shape,
     check_tensors,
     choose,
+    cpu_kernel,
     empty_states,
     fold,
     last_contiguous,
@@ -166,7 +167,7 @@ def _sweep(
     )
 
 
-@torch.library.impl("ssm_fast::norm_scan", "CPU")
+@cpu_kernel("norm_scan")
 def _(
     u: Tensor,
     A: Tensor,
@@ -186,7 +187,7 @@ def _(
     return s, n, rstd
 
 
-@torch.library.impl("ssm_fast::norm_scan_tangent", "CPU")
+@cpu_kernel("norm_scan_tangent", "norm_scan")
 def _(
     a: Tensor,
     c: Tensor | None,
@@ -203,7 +204,7 @@ def _(
     return s, z
 
 
-@torch.library.impl("ssm_fast::norm_scan_adjoint", "CPU")
+@cpu_kernel("norm_scan_adjoint", "norm_scan")
 def _(
     g: Tensor,
     q: Tensor | None,

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_fast.ops.backend import LIBRARY, fold, last_contiguous, native_kernel, needs_autograd
+from ssm_fast.ops.backend import (
+    LIBRARY,
+    cpu_kernel,
+    fold,
+    last_contiguous,
+    native_kernel,
+    needs_autograd,
+)
 
 
 def incoming(s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
@@ -44,7 +51,7 @@ def _(x: Tensor, s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bo
     return x.new_empty(G, N, N)
 
 
-@torch.library.impl("ssm_fast::weight_grad", "CPU")
+@cpu_kernel("weight_grad")
 def _(x: Tensor, s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
     G, _, _, N = x.shape
     if x.numel() == 0:
