@@ -69,7 +69,7 @@ def kernel(
         h += tl.load(p_ends + o_start, mask=only_if(i_c > 0, inside), other=0.0).to(ACC)
 
     t = T - 1 - first if REVERSE else first
-    step = -1 if REVERSE else 1
+    step: tl.constexpr = -1 if REVERSE else 1
     p_u += i_g * u_g + b[:, None] * u_b + t.to(tl.int64) * u_t + n[None, :]
     u = tl.load(p_u, mask=only_if(first < last, inside), other=0.0)
     p_u += step * u_t

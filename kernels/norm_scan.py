@@ -71,8 +71,8 @@ def kernel(
         h += tl.load(p_s0 + o_s0, mask=inside, other=0.0).to(ACC)
 
     # What a step reads is asked for two steps ahead, before the store of the step in between.
-    t = (T - 1 if REVERSE else T * 0).to(tl.int64)
-    step = -1 if REVERSE else 1
+    step: tl.constexpr = -1 if REVERSE else 1
+    t = ((T - 1) * (1 if REVERSE else 0)).to(tl.int64)
     p_u += i_g * u_g + b[:, None] * u_b + t * u_t + o_n[None, :]
     u = tl.load(p_u, mask=inside, other=0.0)
     p_u += step * u_t
@@ -95,7 +95,10 @@ def kernel(
     if p_reset is not None:
         gate = t + 1 if REVERSE else t  # the step whose reset cuts the incoming state
         p_reset += i_g * reset_g + b * reset_b + gate * reset_t
-        cut = tl.load(p_reset, mask=only_if(0 < (0 if REVERSE else T), in_batch), other=0)
+        if REVERSE:
+            cut = tl.zeros((BB,), tl.uint8)  # nothing enters the last step
+        else:
+            cut = tl.load(p_reset, mask=in_batch, other=0)
         p_reset += step * reset_t
         cut_1 = tl.load(p_reset, mask=only_if(1 < T, in_batch), other=0)
     p_s += i_g * s_g + b[:, None] * s_b + t * s_t + o_n[None, :]

@@ -106,7 +106,8 @@ def resident_matrix(
     """A^T, to be kept in registers for all of time; next to nothing where it is streamed."""
     if PRODUCT == "stream":
         return tl.zeros((1, 1), ACC)
-    return tile_of_matrix(p_A, A_row, A_col, tl.arange(0, BN), N, BN, ACC)
+    else:  # noqa: RET505 - the branches are chosen while compiling
+        return tile_of_matrix(p_A, A_row, A_col, tl.arange(0, BN), N, BN, ACC)
 
 
 @triton.jit
@@ -117,7 +118,7 @@ def multiply(
     """A h for each row of ``h``, [BB, BN]."""
     if PRODUCT == "sum":
         return tl.sum(W[None, :, :] * h[:, :, None], axis=1)
-    elif PRODUCT == "stream":  # noqa: RET505 - the branches are chosen while compiling
+    elif PRODUCT == "stream":  # noqa: RET505
         BK: tl.constexpr = 32
         parts = tl.reshape(h, (BB, BN // BK, BK))
         index = tl.arange(0, BN // BK)[None, :, None]
