@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_fast.kernels.linear_scan import MANY_COLUMNS, STEPS
+from ssm_fast.kernels.linear_scan import MANY_COLUMNS
 from ssm_fast.kernels.recurrence import OPTIONS, accumulator
+
+STEPS = 8  # of a tile: all that its steps read has to fit the registers
 
 _SIZES = ("stride_m", "stride_t", "stride_c", "M", "T", "C")
 

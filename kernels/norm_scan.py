@@ -76,12 +76,12 @@ def kernel(
     p_u += i_g * u_g + b[:, None] * u_b + t * u_t + o_n[None, :]
     u = tl.load(p_u, mask=inside, other=0.0)
     p_u += step * u_t
-    u_1 = tl.load(p_u, mask=only_if(1 < T, inside), other=0.0)
+    u_1 = tl.load(p_u, mask=only_if(T > 1, inside), other=0.0)
     if p_c is not None:
         p_c += i_g * c_g + b[:, None] * c_b + t * c_t + o_n[None, :]
         c = tl.load(p_c, mask=inside, other=0.0)
         p_c += step * c_t
-        c_1 = tl.load(p_c, mask=only_if(1 < T, inside), other=0.0)
+        c_1 = tl.load(p_c, mask=only_if(T > 1, inside), other=0.0)
     if p_n is not None:
         p_n += i_g * n_g + b[:, None] * n_b + t * n_t + o_n[None, :]
         p_rstd += (i_g * B + b) * T + t
@@ -90,8 +90,8 @@ def kernel(
         rstd = tl.load(p_rstd, mask=in_batch, other=0.0)
         p_n += step * n_t
         p_rstd += step
-        n_1 = tl.load(p_n, mask=only_if(1 < T, inside), other=0.0)
-        rstd_1 = tl.load(p_rstd, mask=only_if(1 < T, in_batch), other=0.0)
+        n_1 = tl.load(p_n, mask=only_if(T > 1, inside), other=0.0)
+        rstd_1 = tl.load(p_rstd, mask=only_if(T > 1, in_batch), other=0.0)
     if p_reset is not None:
         gate = t + 1 if REVERSE else t  # the step whose reset cuts the incoming state
         p_reset += i_g * reset_g + b * reset_b + gate * reset_t
@@ -100,7 +100,7 @@ def kernel(
         else:
             cut = tl.load(p_reset, mask=in_batch, other=0)
         p_reset += step * reset_t
-        cut_1 = tl.load(p_reset, mask=only_if(1 < T, in_batch), other=0)
+        cut_1 = tl.load(p_reset, mask=only_if(T > 1, in_batch), other=0)
     p_s += i_g * s_g + b[:, None] * s_b + t * s_t + o_n[None, :]
     if p_x is not None:
         p_x += i_g * s_g + b[:, None] * s_b + t * s_t + o_n[None, :]

@@ -95,7 +95,8 @@ def grad_kernel(
         row = i_g * M + m
         o_grad = i_g * grad_g + m[:, None] * grad_m + o_h[None, :]
         grad = tl.load(p_grad + o_grad, mask=inside, other=0.0).to(ACC)
-        z = tl.load(p_z + i_g * z_g + m[:, None] * z_m + o_h[None, :], mask=inside, other=0.0).to(ACC)
+        o_z = i_g * z_g + m[:, None] * z_m + o_h[None, :]
+        z = tl.load(p_z + o_z, mask=inside, other=0.0).to(ACC)
         if p_weight is not None:
             mean = tl.load(p_mean + row, mask=in_rows, other=0.0).to(ACC)[:, None]
             rstd = tl.load(p_rstd + row, mask=in_rows, other=0.0).to(ACC)[:, None]
@@ -137,12 +138,12 @@ def output_norm(
     rows, added = grouped(z, weight), grouped(residual, weight)
     weight, bias = contiguous(weight), contiguous(bias)
     G, M, H = rows.shape
-    features, tile = tile_of("output_norm", H)
+    features, tile, warps = tile_of("output_norm", H)
     keep = save and weight is not None
     kernel[(G * triton.cdiv(M, tile),)](
         rows, weight, bias, added, y, mean if keep else None, rstd if keep else None,
         *strides(rows, 2), group_stride(weight), group_stride(bias), *strides(added, 2), M,
-        eps=eps, H=H, BH=features, BM=tile, TANH=tanh, ACC=accumulator(z.dtype), num_warps=4,
+        eps=eps, H=H, BH=features, BM=tile, TANH=tanh, ACC=accumulator(z.dtype), num_warps=warps,
         **OPTIONS,
     )  # fmt: skip
     return y, mean, rstd
@@ -165,14 +166,14 @@ def output_norm_grad(
     grads, rows = grouped(grad, weight), grouped(z, weight)
     weight, bias = contiguous(weight), contiguous(bias)
     G, M, H = rows.shape
-    features, tile = tile_of("output_norm", H)
+    features, tile, warps = tile_of("output_norm", H)
     count = min(PARTS, triton.cdiv(M, tile))
     state = torch.float64 if z.dtype == torch.float64 else torch.float32
     parts = None if weight is None else z.new_empty(G, count, 2, H, dtype=state)
     grad_kernel[(count, G)](
         grads, rows, weight, bias, mean.contiguous(), rstd.contiguous(), grad_z, parts,
         *strides(grads, 2), *strides(rows, 2), group_stride(weight), group_stride(bias), M,
-        H=H, BH=features, BM=tile, TANH=tanh, ACC=accumulator(z.dtype), num_warps=4, **OPTIONS,
+        H=H, BH=features, BM=tile, TANH=tanh, ACC=accumulator(z.dtype), num_warps=warps, **OPTIONS,
     )  # fmt: skip
     if parts is None:
         return grad_z, z.new_empty(0), z.new_empty(0)
@@ -180,15 +181,15 @@ def output_norm_grad(
     return grad_z, sums[:, 0].reshape(shape), sums[:, 1].reshape(shape)
 
 
-def tile_of(op: str, H: int) -> tuple[int, int]:
-    """Features padded to a power of two, and rows of a tile."""
+def tile_of(op: str, H: int) -> tuple[int, int, int]:
+    """Features padded to a power of two, rows of a tile, and warps."""
     if H > MAX_FEATURES:
         raise ValueError(
             f"{op} on a GPU takes at most H = {MAX_FEATURES} features, got {H}; "
             "pass impl='reference'"
         )
     features = max(16, triton.next_power_of_2(H))
-    return features, max(1, TILE // features)
+    return features, max(1, TILE // features), min(16, max(4, features // 512))
 
 
 def grouped(x: Tensor | None, weight: Tensor | None) -> Tensor | None:

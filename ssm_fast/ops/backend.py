@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch  # before _native: the compiled module uses the OpenMP runtime that torch has loaded
@@ -64,7 +64,7 @@ def interpreter() -> Iterator[None]:
         _interpreting = before
 
 
-@lru_cache(maxsize=None)
+@cache
 def triton_kernel(op: str, module: str) -> Callable[..., Any]:
     """The launcher of ``op``, from ``ssm_fast.kernels``; Triton is imported here and no earlier.
 

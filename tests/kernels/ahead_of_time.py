@@ -1,6 +1,6 @@
 """Compile what the launchers would launch, for GPUs that need not be there, and read its resources.
 
-Run as a program of its own, without TRITON_INTERPRET; prints one JSON object a line.
+Run as a program of its own, without TRITON_INTERPRET; prints one JSON object a launch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class Recorder:
 def compile_launch(kernel, args, options, capability):
     """The resources that one launch needs on a GPU of ``capability``."""
     names = kernel.arg_names
-    compile_options = {k: options[k] for k in ("num_warps", "enable_fp_fusion", "num_stages") if k in options}
+    compile_options = {
+        k: options[k] for k in ("num_warps", "enable_fp_fusion", "num_stages") if k in options
+    }
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
     signature, constants, attributes = {}, {}, {}
     annotations = inspect.get_annotations(kernel.fn)
@@ -68,11 +70,13 @@ def resources(cubin):
         file.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text).groups()
+    registers, stack, local = re.search(
+        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text
+    ).groups()
     return {"registers": int(registers), "spilled": int(stack) + int(local)}
 
 
-def problem(op, dtype, N, B=3, T=7, G=2):
+def problem(op, dtype, N, B, T, G=2):
     """Arguments of ``op``; the sizes other than N do not reach the compiler."""
 
     def real(*shape):
@@ -103,30 +107,27 @@ MODULES = {
 }
 
 
-def launches(op, dtype, N, B=3, T=7, complex_too=False):
-    """The launches of one call of ``op``: (name, kernel, arguments, options)."""
+def launches(op, dtype, N, B, T):
+    """The launches of one call of ``op``: kernel, arguments, options."""
     module = importlib.import_module(f"ssm_fast.kernels.{MODULES.get(op, op)}")
-    recorders = {}
-    for name, value in list(vars(module).items()):
-        if isinstance(value, triton.runtime.JITFunction) and name.endswith("kernel"):
-            recorders[name] = Recorder(value)
-            setattr(module, name, recorders[name])
-    try:
-        getattr(module, op)(*problem(op, dtype, N, B, T))
-    finally:
-        for name, recorder in recorders.items():
-            setattr(module, name, recorder.kernel)
-    return [(name, r.kernel, *launch) for name, r in recorders.items() for launch in r.launches]
+    recorders = {
+        name: Recorder(value)
+        for name, value in vars(module).items()
+        if isinstance(value, triton.runtime.JITFunction) and name.endswith("kernel")
+    }
+    for name, recorder in recorders.items():
+        setattr(module, name, recorder)
+    getattr(module, op)(*problem(op, dtype, N, B, T))
+    for name, recorder in recorders.items():
+        setattr(module, name, recorder.kernel)
+    return [(r.kernel, *launch) for r in recorders.values() for launch in r.launches]
 
 
 def main(cases):
-    for op, dtype, N, B, T, capability in cases:
-        for name, kernel, args, options in launches(op, getattr(torch, dtype), N, B, T):
-            found = compile_launch(kernel, args, options, capability)
-            case = {"op": op, "kernel": name, "dtype": dtype, "N": N, "B": B, "T": T}
-            if "PASS" in options:
-                case["pass"] = options["PASS"]
-            print(json.dumps(case | {"capability": capability} | found), flush=True)
+    for case in cases:
+        op, dtype, N, B, T, capability = case
+        for kernel, args, options in launches(op, getattr(torch, dtype), N, B, T):
+            print(json.dumps({"case": case} | compile_launch(kernel, args, options, capability)))
 
 
 if __name__ == "__main__":
