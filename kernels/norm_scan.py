@@ -145,7 +145,6 @@ def kernel(
                 h += c.to(ACC)
                 c = c_1
                 c_1 = c_2
-            h = tl.where(columns, h, 0.0)
             n = n_1
             n_1 = n_2
             rstd = rstd_1
