@@ -7,26 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_fast.kernels.linear_scan import MANY_COLUMNS
-from ssm_fast.kernels.recurrence import OPTIONS, accumulator
-
-STEPS = 8  # of a tile: all that its steps read has to fit the registers
+from ssm_fast.kernels.linear_scan import MANY_COLUMNS, STEPS, steps_of
+from ssm_fast.kernels.recurrence import OPTIONS, accumulator, only_if
 
 _SIZES = ("stride_m", "stride_t", "stride_c", "M", "T", "C")
 
 
 @triton.jit
-def then(a_1, b_1, a_2, b_2):
-    """The step x -> a_1 x + b_1 and then x -> a_2 x + b_2, where zero cuts off what came before."""
-    return a_1 * a_2, tl.where(a_2 == 0.0, b_2, a_2 * b_1 + b_2)
-
-
-@triton.jit
-def scan_tile(coefficient, source, later, i):
-    """Scan a tile behind ``later``, [1, BC]; its last row is what enters the next tile."""
-    entered = tl.where(coefficient == 0.0, source, coefficient * later + source)
-    _, x = tl.associative_scan((coefficient, tl.where(i == 0, entered, source)), 0, then)
-    return x, tl.sum(tl.where(i == x.shape[0] - 1, x, 0.0), axis=0)[None, :]
+def advance(coefficient, later, source):
+    """The step behind: a coefficient of zero cuts off whatever came later, NaN included."""
+    return tl.where(coefficient == 0.0, source, coefficient * later + source)
 
 
 # Time runs backwards: step i in sweep order stands at T - 1 - i. A value that is not used may be
@@ -39,26 +29,28 @@ def gae_kernel(
     BT: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
-    in_columns = (column < M.to(tl.int64) * C)[None, :]
-    i = tl.arange(0, BT)[:, None]
-    o = (column // C * stride_m + column % C * stride_c)[None, :] + (T - 1 - i).to(
-        tl.int64
-    ) * stride_t
-    later = tl.zeros((1, BC), ACC)
-    for first in range(0, T, BT):
-        inside = (i + first < T) & in_columns
-        reward = tl.load(p_rewards + o, mask=inside, other=0.0).to(ACC)
-        value = tl.load(p_values + o, mask=inside, other=0.0).to(ACC)
-        next_value = tl.load(p_next_values + o, mask=inside, other=0.0).to(ACC)
-        terminated = tl.load(p_terminated + o, mask=inside, other=0) != 0
-        truncated = tl.load(p_truncated + o, mask=inside, other=0) != 0
-        source = reward + gamma * tl.where(terminated, 0.0, next_value) - value
-        ones = tl.full((BT, BC), 1.0, ACC)
-        coefficient = tl.where(terminated | truncated, 0.0, ones * gamma * gae_lambda)
-        advantage, later = scan_tile(coefficient, source, later, i)
-        tl.store(p_advantages + o, advantage.to(p_advantages.dtype.element_ty), mask=inside)
-        tl.store(p_returns + o, (advantage + value).to(p_returns.dtype.element_ty), mask=inside)
-        o -= BT * stride_t
+    mask = column < M.to(tl.int64) * C
+    back = -stride_t.to(tl.int64)
+    o = column // C * stride_m + column % C * stride_c - (T - 1) * back
+    advantage = tl.zeros((BC,), ACC)
+    decay = tl.full((BC,), 1.0, ACC) * gamma * gae_lambda
+    for i in range(0, T, BT):
+        rewards = steps_of(p_rewards + o, back, i, 0, T, mask)
+        values = steps_of(p_values + o, back, i, 0, T, mask)
+        next_values = steps_of(p_next_values + o, back, i, 0, T, mask)
+        terminated = steps_of(p_terminated + o, back, i, 0, T, mask)
+        truncated = steps_of(p_truncated + o, back, i, 0, T, mask)
+        for j in tl.static_range(BT):
+            value = values[j].to(ACC)
+            bootstrap = tl.where(terminated[j] != 0, 0.0, next_values[j].to(ACC))
+            source = rewards[j].to(ACC) + gamma * bootstrap - value
+            coefficient = tl.where((terminated[j] | truncated[j]) != 0, 0.0, decay)
+            advantage = advance(coefficient, advantage, source)
+            inside = only_if(i + j < T, mask)
+            returned = (advantage + value).to(p_returns.dtype.element_ty)
+            tl.store(p_advantages + o, advantage.to(p_advantages.dtype.element_ty), mask=inside)
+            tl.store(p_returns + o, returned, mask=inside)
+            o += back
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -68,23 +60,26 @@ def returns_kernel(
     gamma: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
-    in_columns = (column < M.to(tl.int64) * C)[None, :]
-    i = tl.arange(0, BT)[:, None]
-    o = (column // C * stride_m + column % C * stride_c)[None, :] + (T - 1 - i).to(
-        tl.int64
-    ) * stride_t
-    later = tl.zeros((1, BC), ACC)
-    for first in range(0, T, BT):
-        inside = (i + first < T) & in_columns
-        reward = tl.load(p_rewards + o, mask=inside, other=0.0).to(ACC)
-        next_value = tl.load(p_next_values + o, mask=inside, other=0.0).to(ACC)
-        terminated = tl.load(p_terminated + o, mask=inside, other=0) != 0
-        ends = (tl.load(p_truncated + o, mask=inside, other=0) != 0) | (i + first == 0)
-        bootstrap = tl.where(terminated, 0.0, tl.where(ends, next_value, 0.0))
-        coefficient = tl.where(ends | terminated, 0.0, tl.full((BT, BC), 1.0, ACC) * gamma)
-        x, later = scan_tile(coefficient, reward + gamma * bootstrap, later, i)
-        tl.store(p_returns + o, x.to(p_returns.dtype.element_ty), mask=inside)
-        o -= BT * stride_t
+    mask = column < M.to(tl.int64) * C
+    back = -stride_t.to(tl.int64)
+    o = column // C * stride_m + column % C * stride_c - (T - 1) * back
+    x = tl.zeros((BC,), ACC)
+    decay = tl.full((BC,), 1.0, ACC) * gamma
+    for i in range(0, T, BT):
+        rewards = steps_of(p_rewards + o, back, i, 0, T, mask)
+        next_values = steps_of(p_next_values + o, back, i, 0, T, mask)
+        terminated = steps_of(p_terminated + o, back, i, 0, T, mask)
+        truncated = steps_of(p_truncated + o, back, i, 0, T, mask)
+        for j in tl.static_range(BT):
+            ends = truncated[j] != 0
+            if j == 0:
+                ends = ends | (column * 0 + i == 0)  # the last step
+            bootstrap = tl.where(ends, next_values[j].to(ACC), 0.0)
+            bootstrap = tl.where(terminated[j] != 0, 0.0, bootstrap)
+            coefficient = tl.where(ends | (terminated[j] != 0), 0.0, decay)
+            x = advance(coefficient, x, rewards[j].to(ACC) + gamma * bootstrap)
+            tl.store(p_returns + o, x.to(p_returns.dtype.element_ty), mask=only_if(i + j < T, mask))
+            o += back
 
 
 def gae(

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_fast.kernels.recurrence import OPTIONS, accumulator
+from ssm_fast.kernels.recurrence import OPTIONS, accumulator, only_if
 
-STEPS = 16  # of a tile
+STEPS = 8  # that `steps_of` reads at once
 MANY_COLUMNS = 1 << 14  # from here on programs are wide: there are enough of them
 
 _SIZES = (
@@ -18,24 +18,31 @@ _SIZES = (
 
 
 @triton.jit
-def then(a_1, b_1, a_2, b_2):
-    """The step h -> a_1 h + b_1 and then h -> a_2 h + b_2."""
-    return a_1 * a_2, a_2 * b_1 + b_2
+def step_of(p, stride, i, begin, end, mask, j: tl.constexpr):
+    """What step ``i + j`` reads, zeros unless it lies in [begin, end)."""
+    inside = only_if((i + j >= begin) & (i + j < end), mask)
+    return tl.load(p + j * stride, mask=inside, other=0)
 
 
 @triton.jit
-def then_complex(a_1, a_i_1, b_1, b_i_1, a_2, a_i_2, b_2, b_i_2):
-    """The same with imaginary parts."""
+def steps_of(p, stride, i, begin, end, mask):
+    """What eight steps from ``i`` on read: in vectors of their own, so that no layout can spread
+    time over lanes.
+    """
     return (
-        a_1 * a_2 - a_i_1 * a_i_2,
-        a_1 * a_i_2 + a_i_1 * a_2,
-        a_2 * b_1 - a_i_2 * b_i_1 + b_2,
-        a_2 * b_i_1 + a_i_2 * b_1 + b_i_2,
+        step_of(p, stride, i, begin, end, mask, 0),
+        step_of(p, stride, i, begin, end, mask, 1),
+        step_of(p, stride, i, begin, end, mask, 2),
+        step_of(p, stride, i, begin, end, mask, 3),
+        step_of(p, stride, i, begin, end, mask, 4),
+        step_of(p, stride, i, begin, end, mask, 5),
+        step_of(p, stride, i, begin, end, mask, 6),
+        step_of(p, stride, i, begin, end, mask, 7),
     )
 
 
-# A program advances BC columns by tiles of BT steps. The lanes lie along the columns and a thread
-# holds all steps of a column: the scan of a tile is the recurrence itself, step after step.
+# A program advances BC columns, a lane each, and asks for eight steps while it computes the eight
+# before them.
 @triton.jit(do_not_specialize=_SIZES)
 def kernel(
     p_a, p_b, p_h0, p_h, a_m, a_t, a_c, b_m, b_t, b_c, h0_m, h0_c, h_m, h_t, h_c, M, T, C,
@@ -43,63 +50,58 @@ def kernel(
     COMPLEX: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
-    in_columns = column < M.to(tl.int64) * C
+    mask = column < M.to(tl.int64) * C
     m, c = column // C, column % C
-    i = tl.arange(0, BT)[:, None]  # the step in sweep order; t is where it stands
-    t = (T - 1 - i if REVERSE else i).to(tl.int64)
-    step: tl.constexpr = -BT if REVERSE else BT
-    lag: tl.constexpr = (1 if REVERSE else -1) if SHIFT else 0  # where a step's coefficient stands
+    direction: tl.constexpr = -1 if REVERSE else 1
+    t = ((T - 1) * (1 if REVERSE else 0)).to(tl.int64)
+    lag: tl.constexpr = -direction if SHIFT else 0  # where a step's coefficient stands
     # Nothing enters the first step, so that it takes no coefficient, unless there is an h0.
-    skipped: tl.constexpr = 1 if SHIFT or p_h0 is None else 0
-    p_a += (m * a_m + c * a_c)[None, :] + (t + lag) * a_t
-    p_b += (m * b_m + c * b_c)[None, :] + t * b_t
-    p_h += (m * h_m + c * h_c)[None, :] + t * h_t
+    begin: tl.constexpr = 1 if SHIFT or p_h0 is None else 0
+    p_a += m * a_m + c * a_c + (t + lag) * a_t
+    p_b += m * b_m + c * b_c + t * b_t
+    p_h += m * h_m + c * h_c + t * h_t
+    a_t = direction * a_t.to(tl.int64)
+    b_t = direction * b_t.to(tl.int64)
+    h_t = direction * h_t.to(tl.int64)
 
-    entering = tl.zeros((1, BC), ACC)
-    entering_i = tl.zeros((1, BC), ACC)
+    h = tl.zeros((BC,), ACC)
+    h_i = tl.zeros((BC,), ACC)
     if p_h0 is not None:
         if not SHIFT:
-            p_h0 += (m * h0_m + c * h0_c)[None, :]
-            entering += tl.load(p_h0, mask=in_columns[None, :], other=0.0).to(ACC)
+            p_h0 += m * h0_m + c * h0_c
+            h += tl.load(p_h0, mask=mask, other=0.0).to(ACC)
             if COMPLEX:
-                entering_i += tl.load(p_h0 + 1, mask=in_columns[None, :], other=0.0).to(ACC)
+                h_i += tl.load(p_h0 + 1, mask=mask, other=0.0).to(ACC)
 
-    inside = (i < T) & in_columns[None, :]
-    a = tl.load(p_a, mask=inside & (i >= skipped), other=0.0)
-    b = tl.load(p_b, mask=inside, other=0.0)
+    a = steps_of(p_a, a_t, 0, begin, T, mask)
+    b = steps_of(p_b, b_t, 0, 0, T, mask)
     if COMPLEX:
-        a_i = tl.load(p_a + 1, mask=inside & (i >= skipped), other=0.0)
-        b_i = tl.load(p_b + 1, mask=inside, other=0.0)
-    for first in range(0, T, BT):
-        ahead = (i + first + BT < T) & in_columns[None, :]
-        p_a += step * a_t
-        p_b += step * b_t
-        next_a = tl.load(p_a, mask=ahead, other=0.0)
-        next_b = tl.load(p_b, mask=ahead, other=0.0)
+        a_i = steps_of(p_a + 1, a_t, 0, begin, T, mask)
+        b_i = steps_of(p_b + 1, b_t, 0, 0, T, mask)
+    for i in range(0, T, BT):
+        p_a += BT * a_t
+        p_b += BT * b_t
+        next_a = steps_of(p_a, a_t, i + BT, 0, T, mask)
+        next_b = steps_of(p_b, b_t, i + BT, 0, T, mask)
         if COMPLEX:
-            next_a_i = tl.load(p_a + 1, mask=ahead, other=0.0)
-            next_b_i = tl.load(p_b + 1, mask=ahead, other=0.0)
-        inside = (i + first < T) & in_columns[None, :]
-        if COMPLEX:
-            from_before = a * entering - a_i * entering_i
-            from_before_i = a * entering_i + a_i * entering
-            b = tl.where(i == 0, b + from_before, b)
-            b_i = tl.where(i == 0, b_i + from_before_i, b_i)
-            _, _, h, h_i = tl.associative_scan((a, a_i, b, b_i), 0, then_complex)
-            tl.store(p_h, h, mask=inside)
-            tl.store(p_h + 1, h_i, mask=inside)
-            entering_i = tl.sum(tl.where(i == BT - 1, h_i, 0.0), axis=0)[None, :]
-            a_i = next_a_i
-            b_i = next_b_i
-        else:
-            first_b = b.to(ACC) + a.to(ACC) * entering
-            source = tl.where(i == 0, first_b, b.to(ACC))
-            _, h = tl.associative_scan((a.to(ACC), source), 0, then)
+            next_a_i = steps_of(p_a + 1, a_t, i + BT, 0, T, mask)
+            next_b_i = steps_of(p_b + 1, b_t, i + BT, 0, T, mask)
+        for j in tl.static_range(BT):
+            inside = only_if(i + j < T, mask)
+            if COMPLEX:
+                before = h
+                h = a[j] * before - a_i[j] * h_i + b[j]
+                h_i = a[j] * h_i + a_i[j] * before + b_i[j]
+                tl.store(p_h + 1, h_i, mask=inside)
+            else:
+                h = a[j].to(ACC) * h + b[j].to(ACC)
             tl.store(p_h, h.to(p_h.dtype.element_ty), mask=inside)
-        entering = tl.sum(tl.where(i == BT - 1, h, 0.0), axis=0)[None, :]
+            p_h += h_t
         a = next_a
         b = next_b
-        p_h += step * h_t
+        if COMPLEX:
+            a_i = next_a_i
+            b_i = next_b_i
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Tensor:

@@ -51,10 +51,10 @@ def plan(op: str, rows: int, N: int, double: bool) -> Plan:
         )
     states = max(16, triton.next_power_of_2(N))
     many = rows >= MANY_ROWS
-    if states > 128:
+    if states > (64 if double else 128):
         return Plan(states, 4 if many and not double else 1, "stream", 8)
     if states == 128:
-        return Plan(states, 4 if many and not double else 1, "sum", 16 if double else 8)
+        return Plan(states, 4 if many else 1, "sum", 8)
     if double:
         return Plan(states, 1, "sum", 4)
     # A lane a state: sums over k stay in a thread. Two warps halve the latency of a step for 64

@@ -27,7 +27,7 @@ def loop(a, b, h0, reverse, dim=1):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 15, 1), (2, 16, 3), (1, 17, 5), (2, 33)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 1), (2, 8, 3), (1, 9, 5), (2, 33)])
 def test_equals_loop(device, canaries, shape, reverse, dtype):
     a, b, h0 = problem(shape, device=device, dtype=dtype)
     for initial in (h0, None):
@@ -60,8 +60,7 @@ def test_error_of_each_dtype(device, canaries, dtype, bound):
 @pytest.mark.parametrize(
     ("dtype", "reverse"), [(torch.float64, False), (torch.float64, True), (torch.complex128, True)]
 )
-def test_gradcheck_and_gradgradcheck(device, monkeypatch, dtype, reverse):
-    monkeypatch.setattr(kernels, "STEPS", 2)
+def test_gradcheck_and_gradgradcheck(device, dtype, reverse):
     leaves = [x.requires_grad_() for x in problem((1, 3, 2), device=device, dtype=dtype)]
     assert gradcheck(
         lambda *x: linear_scan(*x, reverse),
