@@ -26,9 +26,7 @@ def step_of(p, stride, i, begin, end, mask, j: tl.constexpr):
 
 @triton.jit
 def steps_of(p, stride, i, begin, end, mask):
-    """What eight steps from ``i`` on read: in vectors of their own, so that no layout can spread
-    time over lanes.
-    """
+    """What eight steps from ``i`` on read, each in a vector: no layout can spread time over lanes."""
     return (
         step_of(p, stride, i, begin, end, mask, 0),
         step_of(p, stride, i, begin, end, mask, 1),
