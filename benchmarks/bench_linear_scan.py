@@ -1,4 +1,4 @@
-"""linear_scan beside a copy of the same bytes and the eager loop."""
+"""linear_scan beside copies of the same bytes, into warm and into fresh memory, and the eager loop."""
 
 from __future__ import annotations
 
@@ -7,6 +7,19 @@ import torch
 from contest import contest
 
 from ssm_fast.ops import linear_scan
+from ssm_fast.ops.backend import native_kernel
+
+LONGEST_LOOP = 1024  # steps; beyond it the eager loop only takes time
+
+CASES = {
+    "B8-T256": ((8, 256), 1, torch.float32),
+    "B64-T1000": ((64, 1000), 1, torch.float32),
+    "B1024-T1024": ((1024, 1024), 1, torch.float32),
+    "T1024-B1024": ((1024, 1024), 0, torch.float32),
+    "B8-T1024-C128-N16": ((8, 1024, 128, 16), 1, torch.float32),
+    "B1024-T1024-complex64": ((1024, 1024), 1, torch.complex64),
+    "B1-T1000000": ((1, 1_000_000), 1, torch.float32),
+}
 
 
 def eager_loop(a, b, dim):
@@ -18,25 +31,32 @@ def eager_loop(a, b, dim):
     return torch.stack(states, dim)
 
 
-@pytest.mark.parametrize(
-    ("shape", "dim"),
-    [((1024, 1024), 1), ((1024, 1024), 0), ((8, 1024, 2048), 1)],
-    ids=["B1024-T1024", "T1024-B1024", "B8-T1024-C2048"],
-)
-def test_linear_scan_forward(benchmark, shape, dim):
-    a, b = torch.rand(shape), torch.randn(shape)
-    source = torch.randn(3 * b.numel() // 2)  # a copy moves as many bytes as the scan
+def into_warm_memory(a, b, dim):
+    """The kernel alone, its output allocated beforehand."""
+    sizes = b.shape[:dim].numel(), b.shape[dim], b.shape[dim + 1 :].numel()
+    h = torch.empty_like(b)
+    a, b, states = (x.reshape(sizes) for x in (a, b, h))
+    kernel = native_kernel("linear_scan", b.dtype)
+    inputs = (a.data_ptr(), a.stride(), b.data_ptr(), b.stride(), 0, (0, 0))
+    return lambda: kernel(*inputs, states.data_ptr(), states.stride(), sizes, False, False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_linear_scan_forward(benchmark, case):
+    shape, dim, dtype = CASES[case]
+    a, b = torch.rand(shape, dtype=dtype) / 2, torch.randn(shape, dtype=dtype)
+    source = torch.randn(3 * b.numel() // 2, dtype=dtype)  # as many bytes are moved as by the scan
     target = torch.empty_like(source)
-    contest(
-        benchmark,
-        "linear_scan",
-        {
-            "linear_scan": lambda: linear_scan(a, b, dim=dim),
-            "copy of the same bytes": lambda: target.copy_(source),
-            "eager loop": lambda: eager_loop(a, b, dim),
-        },
-        floor="copy of the same bytes",
-    )
+    contenders = {
+        "linear_scan": lambda: linear_scan(a, b, dim=dim),
+        "linear_scan, warm output": into_warm_memory(a, b, dim),
+        "copy of the same bytes": lambda: target.copy_(source),
+        "clone of the same bytes": lambda: source.clone(),
+        "a + b": lambda: a + b,
+    }
+    if shape[dim] <= LONGEST_LOOP and b.numel() <= 1 << 20:
+        contenders["eager loop"] = lambda: eager_loop(a, b, dim)
+    contest(benchmark, "linear_scan", contenders, floor="copy of the same bytes")
 
 
 def test_linear_scan_forward_backward(benchmark):

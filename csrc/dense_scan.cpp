@@ -1,4 +1,4 @@
-// dense_scan: a block of rows keeps its state in L1 while time advances; docs/ops/dense_scan.md.
+// dense_scan: a block of rows advances through time with the state matrix in cache; docs/ops/dense_scan.md.
 #include "ops.h"
 #include "recurrence.h"
 #include "simd.h"
@@ -6,35 +6,51 @@
 namespace ssm_fast::SSM_FAST_ISA {
 namespace {
 
-// All of time for R consecutive rows of one group. `h` holds two [R, stride] state blocks.
-template <class T, int R>
-void scan_rows(const DenseScan<T>& p, Index g, Index b, const T* W, T* h, Index stride) {
-  const Index first = p.reverse ? p.T_len - 1 : 0;
+constexpr Index kWideRows = 48;          // rows that share a pass over a matrix too large for the cache
+constexpr Index kWideBytes = 256 << 10;  // size of such a matrix
+
+// A stretch of time of one row: from step `start` of the sweep on, entered with the state h0.
+template <class T>
+struct Segment {
+  Index g, b, start;
+  const T* h0;
+};
+
+// Whether the state that enters step i of the sweep is cut.
+template <class T>
+inline bool resets(const DenseScan<T>& p, Index g, Index b, Index i) {
+  if (p.reverse && i == 0) return false;
+  return p.reset[g * p.reset_g + b * p.reset_b + (p.reverse ? p.T_len - i : i) * p.reset_t];
+}
+
+// `length` steps of up to kWideRows segments of one group. The state of a row is read where the step
+// before stored it; `zeros` is a state of N zeros.
+template <class T>
+void scan_segments(const DenseScan<T>& p, const Segment<T>* segments, int rows, Index length, const T* W,
+                   const T* zeros) {
   const Index step = p.reverse ? -1 : 1;
-  const T* u[R];
-  T* s[R];
-  T* h_next = h + R * stride;
-  std::memset(h, 0, std::size_t(2 * R * stride) * sizeof(T));
-  for (int r = 0; r < R; ++r) {
-    u[r] = p.u + g * p.u_g + (b + r) * p.u_b + first * p.u_t;
-    s[r] = p.s + g * p.s_g + (b + r) * p.s_b + first * p.s_t;
-    if (p.s0) std::memcpy(h + r * stride, p.s0 + g * p.s0_g + (b + r) * p.s0_b, std::size_t(p.N) * sizeof(T));
+  const T *u[kWideRows], *h[kWideRows];
+  T* s[kWideRows];
+  for (int r = 0; r < rows; ++r) {
+    const Segment<T>& at = segments[r];
+    const Index t = p.reverse ? p.T_len - 1 - at.start : at.start;
+    u[r] = p.u + at.g * p.u_g + at.b * p.u_b + t * p.u_t;
+    s[r] = p.s + at.g * p.s_g + at.b * p.s_b + t * p.s_t;
+    h[r] = at.h0;
   }
-  const std::uint8_t* reset = p.reset ? p.reset + g * p.reset_g + b * p.reset_b : nullptr;
-  for (Index i = 0, t = first; i < p.T_len; ++i, t += step) {
-    const Index gate = p.reverse ? t + 1 : t;  // the step whose reset cuts the incoming state
-    if (reset && gate < p.T_len) {
-      for (int r = 0; r < R; ++r) {
-        if (reset[r * p.reset_b + gate * p.reset_t]) {
-          std::memset(h + r * stride, 0, std::size_t(p.N) * sizeof(T));
-        }
+  for (Index i = 0; i < length; ++i) {
+    if (p.reset) {
+      for (int r = 0; r < rows; ++r) {
+        if (resets(p, segments[r].g, segments[r].b, segments[r].start + i)) h[r] = zeros;
       }
     }
-    multiply_step<T, R, true>(u, s, h, stride, h_next, W, p.N);
-    T* swap = h;
-    h = h_next;
-    h_next = swap;
-    for (int r = 0; r < R; ++r) {
+    if (i + kAhead < length) {
+      prefetch<T>(u, rows, kAhead * step * p.u_t, p.N);
+      if (p.reverse) prefetch<T>(s, rows, kAhead * step * p.s_t, p.N);
+    }
+    multiply_step<T>(u, h, s, rows, W, p.N);
+    for (int r = 0; r < rows; ++r) {
+      h[r] = s[r];
       u[r] += step * p.u_t;
       s[r] += step * p.s_t;
     }
@@ -42,40 +58,166 @@ void scan_rows(const DenseScan<T>& p, Index g, Index b, const T* W, T* h, Index 
 }
 
 template <class T>
-void scan_block(const DenseScan<T>& p, Index g, Index b, int rows, const T* W, T* h, Index stride) {
-  switch (rows) {
-    case 1: return scan_rows<T, 1>(p, g, b, W, h, stride);
-    case 2: return scan_rows<T, 2>(p, g, b, W, h, stride);
-    case 3: return scan_rows<T, 3>(p, g, b, W, h, stride);
-    case 4: return scan_rows<T, 4>(p, g, b, W, h, stride);
-    case 5: return scan_rows<T, 5>(p, g, b, W, h, stride);
-    default: return scan_rows<T, kMaxRows>(p, g, b, W, h, stride);
+Index packed_elements(Index N) {  // W and a row of zeros
+  return round_up((N + 1) * round_up(N, kWidth<T>), 64 / Index(sizeof(T)));
+}
+
+// Scans `count` segments of equal length, `at(i)` the i-th of them and all of group g, with the threads.
+template <class T, class At>
+void scan_all(const DenseScan<T>& p, Index count, Index length, At at) {
+#pragma omp parallel for schedule(static) num_threads(p.threads)
+  for (int thread = 0; thread < p.threads; ++thread) {
+    T* W = p.scratch + thread * packed_elements<T>(p.N);
+    T* zeros = W + p.N * round_up(p.N, kWidth<T>);
+    std::memset(zeros, 0, std::size_t(round_up(p.N, kWidth<T>)) * sizeof(T));
+    const Index most = Index(sizeof(T)) * p.N * p.N > kWideBytes ? kWideRows : kMaxRows;
+    for_row_blocks(
+        p.G, count / p.G, thread, p.threads, most, [&](Index g) { pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, W); },
+        [&](Index g, Index first, int rows) {
+          Segment<T> segments[kWideRows];
+          for (int r = 0; r < rows; ++r) {
+            segments[r] = at(g * (count / p.G) + first + r);
+            if (!segments[r].h0) segments[r].h0 = zeros;
+          }
+          scan_segments(p, segments, rows, length, W, zeros);
+        });
   }
 }
 
 template <class T>
-Index scratch_elements(Index N) {
-  const Index padded = round_up(N, kWidth<T>);
-  return round_up(N * padded + 2 * kMaxRows * padded, 64 / Index(sizeof(T)));
+const T* initial(const DenseScan<T>& p, Index g, Index b) {
+  return p.s0 ? p.s0 + g * p.s0_g + b * p.s0_b : nullptr;
+}
+
+// Steps of a chunk of time, or 0 for one sweep: a rule of the sizes, so that results do not depend on
+// the number of threads. Chunks double the operations, so they pay where one row alone leaves a second
+// core idle and runs far below its peak: the state is narrow, or the matrix exceeds the first cache.
+Index chunk_steps(Index G, Index B, Index T_len, Index N) {
+  const bool slow = N <= 32 || N >= 96;
+  return G * B == 1 && slow && T_len >= 2048 && T_len >= 16 * N ? 64 : 0;
+}
+
+// P := P P for [N, stride], the sum of its squares returned. `square` and W are of the same size.
+template <class T>
+T square_matrix(T* P, T* square, T* W, const T* zeros, Index N, Index stride, int threads) {
+  pack(P, Index(1), stride, N, W);
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (Index first = 0; first < N; first += kMaxRows) {
+    const int rows = int(N - first < kMaxRows ? N - first : kMaxRows);
+    const T *u[kMaxRows], *h[kMaxRows];
+    T* out[kMaxRows];
+    for (int r = 0; r < rows; ++r) {
+      u[r] = zeros;
+      h[r] = P + (first + r) * stride;
+      out[r] = square + (first + r) * stride;
+    }
+    multiply_step<T>(u, h, out, rows, W, N);
+  }
+  T total = 0;
+  for (Index i = 0; i < N; ++i) {
+    for (Index j = 0; j < N; ++j) {
+      P[i * stride + j] = square[i * stride + j];
+      total += P[i * stride + j] * P[i * stride + j];
+    }
+  }
+  return total;
+}
+
+// What the chunked form works in, behind the packed matrices of the threads.
+template <class T>
+struct Chunks {
+  Index steps, count, stride;
+  T *power, *square;  // [N, stride]
+  T* entry;           // [B, count, stride]: the state that enters each chunk
+};
+
+// Whether row b is reset at a step of chunk c.
+template <class T>
+bool resets_within(const DenseScan<T>& p, Index b, Index c, Index steps) {
+  for (Index i = 0; p.reset && i < steps; ++i) {
+    if (resets(p, 0, b, c * steps + i)) return true;
+  }
+  return false;
+}
+
+// The transposed power A^steps, or false where it is so large that it would amplify rounding errors.
+template <class T>
+bool raise(const DenseScan<T>& p, const Chunks<T>& chunks) {
+  const Index stride = chunks.stride;
+  T* W = p.scratch;
+  T* zeros = W + p.N * stride;
+  std::memset(zeros, 0, std::size_t(stride) * sizeof(T));
+  for (Index i = 0; i < p.N; ++i) {
+    for (Index j = 0; j < p.N; ++j) chunks.power[i * stride + j] = p.A[j * p.A_row + i * p.A_col];
+  }
+  for (Index power = 1; power < chunks.steps; power *= 2) {
+    const T squares = square_matrix(chunks.power, chunks.square, W, zeros, p.N, stride, p.threads);
+    if (!(squares <= T(4 * p.N))) return false;  // its mean singular value is above 2, or it is not finite
+  }
+  return true;
+}
+
+// Few rows, long time. Each chunk is scanned from a state of zero, all at once; its last state and
+// A^steps give the state that enters the next chunk; from these the chunks are scanned again.
+template <class T>
+bool run_chunked(const DenseScan<T>& p, Index steps) {
+  const Index stride = round_up(p.N, kWidth<T>), count = (p.T_len + steps - 1) / steps;
+  T* power = p.scratch + p.threads * packed_elements<T>(p.N);
+  const Chunks<T> chunks{steps, count, stride, power, power + p.N * stride, power + 2 * p.N * stride};
+  if (!raise(p, chunks)) return false;
+  const Index whole = count - 1;  // the last chunk may be short, and nothing follows it
+  scan_all(p, p.B * whole, steps, [&](Index i) {
+    const Index b = i / whole, c = i % whole;
+    return Segment<T>{0, b, c * steps, c == 0 ? initial(p, 0, b) : nullptr};
+  });
+  T* W = p.scratch;
+  pack(chunks.power, Index(1), stride, p.N, W);
+  for (Index b = 0; b < p.B; ++b) {
+    for (Index c = 0; c < whole; ++c) {
+      const Index last = (c + 1) * steps - 1;
+      const T* local = p.s + b * p.s_b + (p.reverse ? p.T_len - 1 - last : last) * p.s_t;
+      const T* entry = chunks.entry + (b * count + c) * stride;
+      T* next = chunks.entry + (b * count + c + 1) * stride;
+      if (c == 0 || resets_within(p, b, c, steps)) {
+        std::memcpy(next, local, std::size_t(p.N) * sizeof(T));
+      } else {
+        multiply_step<T>(&local, &entry, &next, 1, W, p.N);
+      }
+    }
+  }
+  const auto entered = [&](Index b, Index c) {
+    return Segment<T>{0, b, c * steps, chunks.entry + (b * count + c) * stride};
+  };
+  if (whole > 1) {
+    scan_all(p, p.B * (whole - 1), steps, [&](Index i) { return entered(i / (whole - 1), i % (whole - 1) + 1); });
+  }
+  scan_all(p, p.B, p.T_len - whole * steps, [&](Index b) { return entered(b, whole); });
+  return true;
 }
 
 template <class T>
 void run(const DenseScan<T>& p) {
-  const Index stride = round_up(p.N, kWidth<T>);
-#pragma omp parallel for schedule(static) num_threads(p.threads)
-  for (int thread = 0; thread < p.threads; ++thread) {
-    T* W = p.scratch + thread * scratch_elements<T>(p.N);
-    T* h = W + p.N * stride;
-    for_row_blocks(
-        p.G, p.B, thread, p.threads, [&](Index g) { pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, W); },
-        [&](Index g, Index b, int rows) { scan_block(p, g, b, rows, W, h, stride); });
-  }
+  const Index steps = chunk_steps(p.G, p.B, p.T_len, p.N);
+  if (steps && run_chunked(p, steps)) return;
+  scan_all(p, p.G * p.B, p.T_len,
+           [&](Index i) { return Segment<T>{i / p.B, i % p.B, 0, initial(p, i / p.B, i % p.B)}; });
+}
+
+template <class T>
+Index scratch_elements(Index G, Index B, Index T_len, Index N, int threads) {
+  const Index steps = chunk_steps(G, B, T_len, N), stride = round_up(N, kWidth<T>);
+  return threads * packed_elements<T>(N) + (steps ? (2 * N + B * ((T_len + steps - 1) / steps)) * stride : 0);
 }
 
 }  // namespace
 
-Index dense_scan_scratch(Index N, bool is_double) {
-  return is_double ? scratch_elements<double>(N) : scratch_elements<float>(N);
+Index dense_scan_rows(Index G, Index B, Index T_len, Index N) {
+  const Index steps = chunk_steps(G, B, T_len, N);
+  return steps ? B * (T_len / steps) : G * B;
+}
+Index dense_scan_scratch(Index G, Index B, Index T_len, Index N, int threads, bool is_double) {
+  return is_double ? scratch_elements<double>(G, B, T_len, N, threads)
+                   : scratch_elements<float>(G, B, T_len, N, threads);
 }
 void dense_scan(const DenseScan<float>& p) { run(p); }
 void dense_scan(const DenseScan<double>& p) { run(p); }

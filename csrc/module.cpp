@@ -2,6 +2,9 @@
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <array>
 #include <memory>
@@ -10,6 +13,10 @@
 #include <vector>
 
 #include "dispatch.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace py = pybind11;
 
@@ -20,8 +27,9 @@ using Address = std::uintptr_t;
 template <std::size_t N>
 using Strides = std::array<Index, N>;
 
-constexpr Index kParallelRows = 16;  // rows of a policy step that are worth a thread
-constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
+constexpr std::size_t kHugeBlock = 32 << 20;  // smaller blocks come back from the allocator with their pages
+constexpr Index kParallelRows = 16;           // rows of a policy step that are worth a thread
+constexpr double kSerialWork = 3e4;           // below this many multiply-adds waking a second thread costs more
 
 template <class T>
 T* at(Address address) {
@@ -34,6 +42,17 @@ int threads_for(double work, Index rows) {
   return int(threads < rows ? threads : (rows < 1 ? 1 : rows));
 }
 
+// A fresh block costs a page fault every 4 KB, more than the sweep itself: ask for 2 MB at a time.
+template <class T>
+void prefer_huge_pages([[maybe_unused]] T* output, [[maybe_unused]] Index elements) {
+#if defined(MADV_HUGEPAGE)
+  constexpr Address page = 4096;
+  const Address first = (reinterpret_cast<Address>(output) + page - 1) / page * page;
+  const Address last = reinterpret_cast<Address>(output + elements) / page * page;
+  if (last >= first + kHugeBlock) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // only advice
+#endif
+}
+
 struct AlignedDelete {
   void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
 };
@@ -42,6 +61,27 @@ struct AlignedDelete {
 template <class T>
 std::unique_ptr<void, AlignedDelete> scratch_block(Index elements) {
   return std::unique_ptr<void, AlignedDelete>(::operator new(std::size_t(elements) * sizeof(T), std::align_val_t{64}));
+}
+
+// Elements from the first to the end of the last one of [G, B, T, N] with these strides.
+Index last_element(const Strides<3>& strides, const Strides<4>& sizes) {
+  Index end = sizes[3];
+  for (std::size_t i = 0; i < 3; ++i) end += (sizes[i] - 1) * strides[i];
+  return end;
+}
+
+// Asks for pages of 2 MiB in the whole ones that an output spans. Fresh memory is mapped while a kernel
+// writes it, and at 4 KiB a page that takes longer than the arithmetic.
+template <class T>
+void use_huge_pages(T* output, Index elements) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kPage = std::uintptr_t(1) << 21;
+  const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(output) + kPage - 1) & ~(kPage - 1);
+  const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(output + elements) & ~(kPage - 1);
+  if (output && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint
+#else
+  (void)output, (void)elements;
+#endif
 }
 
 // Calls a function of the chosen instruction set.
@@ -57,8 +97,9 @@ void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides
                 Address reset, Strides<3> reset_strides, Address s, Strides<3> s_strides, Strides<4> sizes,
                 bool reverse) {
   const auto [G, B, T_len, N] = sizes;
-  const int threads = threads_for(double(G * B * T_len) * double(N * N), G * B);
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(dense_scan_scratch(N, sizeof(T) == 8)) * threads);
+  const int threads =
+      threads_for(double(G * B * T_len) * double(N * N), SSM_FAST_CALL(dense_scan_rows(G, B, T_len, N)));
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(dense_scan_scratch(G, B, T_len, N, threads, sizeof(T) == 8)));
   const DenseScan<T> params{at<T>(u),
                             u_strides[0],
                             u_strides[1],
@@ -86,6 +127,7 @@ void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides
                             threads,
                             static_cast<T*>(scratch.get())};
   const py::gil_scoped_release release;
+  use_huge_pages(params.s, last_element(s_strides, sizes));
   SSM_FAST_CALL(dense_scan(params));
 }
 
@@ -93,10 +135,13 @@ template <class T>
 void norm_scan(Sweep sweep, Address u, Strides<3> u_strides, Address c, Strides<3> c_strides, Address A,
                Strides<3> A_strides, Address weight, Index weight_stride, Address bias, Index bias_stride, Address n,
                Strides<3> n_strides, Address rstd, Address s0, Strides<2> s0_strides, Address reset,
-               Strides<3> reset_strides, Address s, Address x, Strides<3> s_strides, Strides<4> sizes, double eps) {
+               Strides<3> reset_strides, Address s, Address x, Strides<3> s_strides, Strides<4> sizes, double eps,
+               Address weight_grad, Address bias_grad) {
   const auto [G, B, T_len, N] = sizes;
   const int threads = threads_for(double(G * B * T_len) * double(N * N), G * B);
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(norm_scan_scratch(N, sizeof(T) == 8)) * threads);
+  const Index work = SSM_FAST_CALL(norm_scan_scratch(N, sizeof(T) == 8)) * threads;
+  const Index sums = weight_grad ? SSM_FAST_CALL(norm_scan_sums(G, B, N, sizeof(T) == 8)) : 0;
+  const auto scratch = scratch_block<T>(work + sums);
   NormScan<T> params{};
   params.u = at<T>(u);
   std::tie(params.u_g, params.u_b, params.u_t) = std::tuple_cat(u_strides);
@@ -123,7 +168,13 @@ void norm_scan(Sweep sweep, Address u, Strides<3> u_strides, Address c, Strides<
   params.sweep = sweep;
   params.threads = threads;
   params.scratch = static_cast<T*>(scratch.get());
+  params.weight_grad = at<T>(weight_grad);
+  params.bias_grad = at<T>(bias_grad);
+  params.sums = weight_grad ? params.scratch + work : nullptr;
   const py::gil_scoped_release release;
+  use_huge_pages(params.s, last_element(s_strides, sizes));
+  use_huge_pages(params.x, last_element(s_strides, sizes));
+  if (sweep == Sweep::forward) use_huge_pages(params.n, last_element(n_strides, sizes));
   SSM_FAST_CALL(norm_scan(params));
 }
 
@@ -161,10 +212,10 @@ void weight_grad(Address x, Strides<3> x_strides, Address s, Strides<3> s_stride
 }
 
 template <class T>
-void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<2> b_strides, Address h0, Index h0_stride,
-                 Address h, Strides<2> h_strides, Strides<3> sizes, bool reverse, bool shift) {
+void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<3> b_strides, Address h0, Strides<2> h0_strides,
+                 Address h, Strides<3> h_strides, Strides<3> sizes, bool reverse, bool shift) {
   const auto [M, T_len, C] = sizes;
-  const int threads = threads_for(double(M * T_len * C), M * C);
+  const Index elements = M * T_len * C;
   const LinearScan<T> params{at<T>(a),
                              a_strides[0],
                              a_strides[1],
@@ -172,18 +223,22 @@ void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<2> b_stride
                              at<T>(b),
                              b_strides[0],
                              b_strides[1],
+                             b_strides[2],
                              at<T>(h0),
-                             h0_stride,
+                             h0_strides[0],
+                             h0_strides[1],
                              at<T>(h),
                              h_strides[0],
                              h_strides[1],
+                             h_strides[2],
                              M,
                              T_len,
                              C,
                              reverse,
                              shift,
-                             threads};
+                             threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
+  prefer_huge_pages(at<T>(h), elements);
   SSM_FAST_CALL(linear_scan(params));
 }
 
@@ -191,6 +246,7 @@ template <class T>
 void gae(Address rewards, Address values, Address next_values, Address terminated, Address truncated,
          Address advantages, Address returns, Strides<3> sizes, double gamma, double gae_lambda) {
   const auto [M, T_len, C] = sizes;
+  const Index elements = M * T_len * C;
   const Gae<T> params{at<T>(rewards),
                       at<T>(values),
                       at<T>(next_values),
@@ -203,8 +259,10 @@ void gae(Address rewards, Address values, Address next_values, Address terminate
                       C,
                       T(gamma),
                       T(gae_lambda),
-                      threads_for(double(M * T_len * C), M * C)};
+                      threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
+  prefer_huge_pages(at<T>(advantages), elements);
+  prefer_huge_pages(at<T>(returns), elements);
   SSM_FAST_CALL(gae(params));
 }
 
@@ -212,6 +270,7 @@ template <class T>
 void discounted_returns(Address rewards, Address next_values, Address terminated, Address truncated, Address returns,
                         Strides<3> sizes, double gamma) {
   const auto [M, T_len, C] = sizes;
+  const Index elements = M * T_len * C;
   const DiscountedReturns<T> params{at<T>(rewards),
                                     at<T>(next_values),
                                     at<std::uint8_t>(terminated),
@@ -221,8 +280,9 @@ void discounted_returns(Address rewards, Address next_values, Address terminated
                                     T_len,
                                     C,
                                     T(gamma),
-                                    threads_for(double(M * T_len * C), M * C)};
+                                    threads_for(double(elements), elements)};
   const py::gil_scoped_release release;
+  prefer_huge_pages(at<T>(returns), elements);
   SSM_FAST_CALL(discounted_returns(params));
 }
 

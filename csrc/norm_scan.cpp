@@ -6,16 +6,27 @@
 namespace ssm_fast::SSM_FAST_ISA {
 namespace {
 
+// The sum of the lanes, by halves.
 template <class T>
 inline T sum(Vector<T> v) {
-  T lanes[kWidth<T>];
-  store(lanes, v);
-#pragma GCC unroll 8
-  for (int half = kWidth<T> / 2; half > 0; half /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  if constexpr (kWidth<T> == 2) {
+    return v[0] + v[1];
+  } else if constexpr (kWidth<T> == 4) {
+    const auto half = __builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3);
+    return half[0] + half[1];
+  } else if constexpr (kWidth<T> == 8) {
+    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    const auto quarter = __builtin_shufflevector(half, half, 0, 1) + __builtin_shufflevector(half, half, 2, 3);
+    return quarter[0] + quarter[1];
+  } else {
+    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    const auto quarter =
+        __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+    const auto eighth =
+        __builtin_shufflevector(quarter, quarter, 0, 1) + __builtin_shufflevector(quarter, quarter, 2, 3);
+    return eighth[0] + eighth[1];
   }
-  return lanes[0];
 }
 
 template <class T>
@@ -41,140 +52,226 @@ inline void store_at(T* row, Index c, Index N, Vector<T> v) {
   }
 }
 
-// What one row reads and writes in a step, beside the state block. Null where an argument is left out.
-template <class T>
-struct Row {
-  const T* source;  // tangent: what enters behind the norm; adjoint: what enters before it
-  T* normalised;    // forward writes it, the others read it
-  T* rstd;
-  T *first, *second;  // forward: s; tangent: the tangents of s and z; adjoint: those of z and s
+// What R rows read and write in a step; null where an argument is left out. Every loop below runs
+// over the rows inside, so that the rows hide the latency of each other's sums and roots.
+template <class T, int R>
+struct Rows {
+  const T* source[R];  // tangent: what enters behind the norm; adjoint: what enters before it
+  T* n[R];             // forward writes the normalised state, the others read it
+  T* rstd[R];
+  T *first[R], *second[R];           // forward: s; tangent: the tangents of s and z; adjoint: those of z and s
+  T *weight_grad[R], *bias_grad[R];  // adjoint: sums over time
 };
 
-// forward: z -> n = (z - mean) rstd, s = n w + b. `z` becomes s.
-template <class T>
-inline void normalise(const Row<T>& row, T* z, const T* weight, const T* bias, Index N, T eps) {
-  constexpr int L = kWidth<T>;
-  Vector<T> total{};
-  for (Index c = 0; c < N; c += L) total += load(z + c);
-  const Vector<T> mean = broadcast(sum<T>(total) / T(N));
-  Vector<T> squares{};
-  for (Index c = 0; c < N; c += L) {
-    Vector<T> d = load(z + c) - mean;
-    if (c + L > N) {
-      T part[L] = {};
-      store_part(part, d, int(N - c));
-      d = load(part);
-    }
-    squares = fused_vector(d, d, squares);
-  }
-  const T rstd = T(1) / square_root(sum<T>(squares) / T(N) + eps);
-  const Vector<T> scale = broadcast(rstd);
-  for (Index c = 0; c < N; c += L) {
-    const Vector<T> n = (load(z + c) - mean) * scale;
-    const Vector<T> s = fused_vector(n, load(weight + c), load(bias + c));
-    store(z + c, s);
-    store_at(row.first, c, N, s);
-    if (row.normalised) store_at(row.normalised, c, N, n);
-  }
-  if (row.rstd) *row.rstd = rstd;
-}
-
-// tangent: z -> s = source + w rstd (z - mean(z) - n mean(z n)). `z` becomes s.
-template <class T>
-inline void push_forward(const Row<T>& row, T* z, const T* weight, Index N) {
-  constexpr int L = kWidth<T>;
-  Vector<T> plain{}, weighted{};
-  for (Index c = 0; c < N; c += L) {
-    const Vector<T> x = load(z + c);
-    plain += x;
-    weighted = fused_vector(x, load_at(row.normalised, c, N), weighted);
-  }
-  const Vector<T> mean = broadcast(sum<T>(plain) / T(N)), mean_n = broadcast(sum<T>(weighted) / T(N));
-  const Vector<T> scale = broadcast(*row.rstd);
-  for (Index c = 0; c < N; c += L) {
-    const Vector<T> x = load(z + c);
-    const Vector<T> n = load_at(row.normalised, c, N);
-    const Vector<T> projected = (x - mean - n * mean_n) * scale;
-    const Vector<T> source = row.source ? load_at(row.source, c, N) : Vector<T>{};
-    const Vector<T> s = fused_vector(projected, load(weight + c), source);
-    store_at(row.second, c, N, x);
-    store(z + c, s);
-    store_at(row.first, c, N, s);
-  }
-}
-
-// adjoint: s -> z = source + rstd (p - mean(p) - n mean(p n)) with p = w s. `s` becomes z.
-template <class T>
-inline void pull_back(const Row<T>& row, T* s, const T* weight, Index N) {
-  constexpr int L = kWidth<T>;
-  Vector<T> plain{}, weighted{};
-  for (Index c = 0; c < N; c += L) {
-    const Vector<T> p = load(s + c) * load(weight + c);
-    plain += p;
-    weighted = fused_vector(p, load_at(row.normalised, c, N), weighted);
-  }
-  const Vector<T> mean = broadcast(sum<T>(plain) / T(N)), mean_n = broadcast(sum<T>(weighted) / T(N));
-  const Vector<T> scale = broadcast(*row.rstd);
-  for (Index c = 0; c < N; c += L) {
-    const Vector<T> x = load(s + c);
-    const Vector<T> p = x * load(weight + c);
-    const Vector<T> n = load_at(row.normalised, c, N);
-    const Vector<T> source = row.source ? load_at(row.source, c, N) : Vector<T>{};
-    const Vector<T> z = fused_vector(p - mean - n * mean_n, scale, source);
-    store_at(row.second, c, N, x);
-    store(s + c, z);
-    store_at(row.first, c, N, z);
-  }
-}
-
-// All of time for R consecutive rows of one group. `h` holds two [R, stride] state blocks.
+// forward: z -> n = (z - mean) rstd, s = n w + b.
 template <class T, int R>
-void scan_rows(const NormScan<T>& p, Index g, Index b, const T* W, const T* weight, const T* bias, T* h, Index stride) {
-  const bool reverse = p.sweep == Sweep::adjoint;
+inline void normalise(const Rows<T, R>& row, T* const* z, const T* weight, const T* bias, Index N, T eps) {
+  constexpr int L = kWidth<T>;
+  Vector<T> total[R] = {}, squares[R] = {}, mean[R], scale[R];
+  for (Index c = 0; c < N; c += L) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) total[r] += load(z[r] + c);
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) mean[r] = broadcast(sum<T>(total[r]) / T(N));
+  for (Index c = 0; c < N; c += L) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vector<T> d = load(z[r] + c) - mean[r];
+      if (c + L > N) {
+        T part[L] = {};
+        store_part(part, d, int(N - c));
+        d = load(part);
+      }
+      squares[r] = fused_vector(d, d, squares[r]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const T rstd = T(1) / square_root(sum<T>(squares[r]) / T(N) + eps);
+    scale[r] = broadcast(rstd);
+    if (row.rstd[r]) *row.rstd[r] = rstd;
+  }
+  for (Index c = 0; c < N; c += L) {
+    const Vector<T> w = load(weight + c), b = load(bias + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vector<T> n = (load(z[r] + c) - mean[r]) * scale[r];
+      store_at(row.first[r], c, N, fused_vector(n, w, b));
+      if (row.n[r]) store_at(row.n[r], c, N, n);
+    }
+  }
+}
+
+// tangent: z -> s = source + w rstd (z - mean(z) - n mean(z n)).
+template <class T, int R>
+inline void push_forward(const Rows<T, R>& row, T* const* z, const T* weight, Index N) {
+  constexpr int L = kWidth<T>;
+  Vector<T> plain[R] = {}, weighted[R] = {}, scale[R];
+  for (Index c = 0; c < N; c += L) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vector<T> x = load(z[r] + c);
+      plain[r] += x;
+      weighted[r] = fused_vector(x, load_at(row.n[r], c, N), weighted[r]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    plain[r] = broadcast(sum<T>(plain[r]) / T(N));
+    weighted[r] = broadcast(sum<T>(weighted[r]) / T(N));
+    scale[r] = broadcast(*row.rstd[r]);
+  }
+  for (Index c = 0; c < N; c += L) {
+    const Vector<T> w = load(weight + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vector<T> x = load(z[r] + c);
+      const Vector<T> projected = (x - plain[r] - load_at(row.n[r], c, N) * weighted[r]) * scale[r];
+      const Vector<T> source = row.source[r] ? load_at(row.source[r], c, N) : Vector<T>{};
+      store_at(row.second[r], c, N, x);
+      store_at(row.first[r], c, N, fused_vector(projected, w, source));
+    }
+  }
+}
+
+// adjoint: s -> z = source + rstd (p - mean(p) - n mean(p n)) with p = w s.
+template <class T, int R>
+inline void pull_back(const Rows<T, R>& row, T* const* s, const T* weight, Index N) {
+  constexpr int L = kWidth<T>;
+  Vector<T> plain[R] = {}, weighted[R] = {}, scale[R];
+  for (Index c = 0; c < N; c += L) {
+    const Vector<T> w = load(weight + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vector<T> x = load(s[r] + c), n = load_at(row.n[r], c, N);
+      const Vector<T> p = x * w;
+      plain[r] += p;
+      weighted[r] = fused_vector(p, n, weighted[r]);
+      if (row.weight_grad[r]) {
+        store(row.weight_grad[r] + c, fused_vector(x, n, load(row.weight_grad[r] + c)));
+        store(row.bias_grad[r] + c, load(row.bias_grad[r] + c) + x);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    plain[r] = broadcast(sum<T>(plain[r]) / T(N));
+    weighted[r] = broadcast(sum<T>(weighted[r]) / T(N));
+    scale[r] = broadcast(*row.rstd[r]);
+  }
+  for (Index c = 0; c < N; c += L) {
+    const Vector<T> w = load(weight + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vector<T> x = load(s[r] + c);
+      const Vector<T> projected = x * w - plain[r] - load_at(row.n[r], c, N) * weighted[r];
+      const Vector<T> source = row.source[r] ? load_at(row.source[r], c, N) : Vector<T>{};
+      if (row.second[r]) store_at(row.second[r], c, N, x);
+      store_at(row.first[r], c, N, fused_vector(projected, scale[r], source));
+    }
+  }
+}
+
+// What one thread works in, vectors padded with zeros to whole registers.
+template <class T>
+struct Scratch {
+  T *weight, *bias, *zeros;
+  T* product;  // [kMaxRows, stride]: of the state matrix and the state
+  T* W;
+  Index stride;
+};
+
+// All of time for R consecutive rows of one group. The state of a row is read where the step before
+// stored it.
+template <class T, int R, Sweep kSweep>
+void scan_rows(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch) {
+  const bool reverse = kSweep == Sweep::adjoint;
   const Index step = reverse ? -1 : 1;
-  T* h_next = h + R * stride;
-  std::memset(h, 0, std::size_t(2 * R * stride) * sizeof(T));
-  for (int r = 0; p.s0 && r < R; ++r) {
-    std::memcpy(h + r * stride, p.s0 + g * p.s0_g + (b + r) * p.s0_b, std::size_t(p.N) * sizeof(T));
+  const T *u[R], *h[R];
+  T* product[R];
+  Rows<T, R> row{};
+  const Index first = reverse ? p.T_len - 1 : 0;
+  for (int r = 0; r < R; ++r) {
+    const Index i = b + r;
+    u[r] = p.u + g * p.u_g + i * p.u_b + first * p.u_t;
+    h[r] = p.s0 ? p.s0 + g * p.s0_g + i * p.s0_b : scratch.zeros;
+    product[r] = scratch.product + r * scratch.stride;
+    if (p.c) row.source[r] = p.c + g * p.c_g + i * p.c_b + first * p.c_t;
+    if (p.n) row.n[r] = p.n + g * p.n_g + i * p.n_b + first * p.n_t;
+    if (p.rstd) row.rstd[r] = p.rstd + (g * p.B + i) * p.T_len + first;
+    row.first[r] = p.s + g * p.s_g + i * p.s_b + first * p.s_t;
+    if (p.x) row.second[r] = p.x + g * p.s_g + i * p.s_b + first * p.s_t;
+    if (p.sums) {
+      row.weight_grad[r] = p.sums + (g * p.B + i) * 2 * scratch.stride;
+      row.bias_grad[r] = row.weight_grad[r] + scratch.stride;
+      std::memset(row.weight_grad[r], 0, std::size_t(2 * scratch.stride) * sizeof(T));
+    }
   }
   const std::uint8_t* reset = p.reset ? p.reset + g * p.reset_g + b * p.reset_b : nullptr;
-  for (Index i = 0, t = reverse ? p.T_len - 1 : 0; i < p.T_len; ++i, t += step) {
+  for (Index i = 0, t = first; i < p.T_len; ++i, t += step) {
     const Index gate = reverse ? t + 1 : t;  // the step whose reset cuts the incoming state
     if (reset && gate < p.T_len) {
       for (int r = 0; r < R; ++r) {
-        if (reset[r * p.reset_b + gate * p.reset_t]) {
-          std::memset(h + r * stride, 0, std::size_t(p.N) * sizeof(T));
-        }
+        if (reset[r * p.reset_b + gate * p.reset_t]) h[r] = scratch.zeros;
       }
     }
-    const T* u[R];
-    for (int r = 0; r < R; ++r) u[r] = p.u + g * p.u_g + (b + r) * p.u_b + t * p.u_t;
-    multiply_step<T, R, false>(u, nullptr, h, stride, h_next, W, p.N);
+    if (i + kAhead < p.T_len) {
+      prefetch<T>(u, R, kAhead * step * p.u_t, p.N);
+      if (kSweep != Sweep::forward) prefetch<T>(row.n, R, kAhead * step * p.n_t, p.N);
+      if (kSweep == Sweep::adjoint) prefetch<T>(row.first, R, kAhead * step * p.s_t, p.N);
+    }
+    multiply_step<T, R>(u, h, product, scratch.W, p.N);
+    if constexpr (kSweep == Sweep::forward) {
+      normalise<T, R>(row, product, scratch.weight, scratch.bias, p.N, p.eps);
+    } else if constexpr (kSweep == Sweep::tangent) {
+      push_forward<T, R>(row, product, scratch.weight, p.N);
+    } else {
+      pull_back<T, R>(row, product, scratch.weight, p.N);
+    }
     for (int r = 0; r < R; ++r) {
-      const Index out = g * p.s_g + (b + r) * p.s_b + t * p.s_t;
-      const Index saved = g * p.n_g + (b + r) * p.n_b + t * p.n_t;
-      const Row<T> row{p.c ? p.c + g * p.c_g + (b + r) * p.c_b + t * p.c_t : nullptr, p.n ? p.n + saved : nullptr,
-                       p.rstd ? p.rstd + (g * p.B + b + r) * p.T_len + t : nullptr, p.s + out,
-                       p.x ? p.x + out : nullptr};
-      T* state = h_next + r * stride;
-      if (p.sweep == Sweep::forward) {
-        normalise(row, state, weight, bias, p.N, p.eps);
-      } else if (p.sweep == Sweep::tangent) {
-        push_forward(row, state, weight, p.N);
-      } else {
-        pull_back(row, state, weight, p.N);
-      }
+      h[r] = row.first[r];
+      u[r] += step * p.u_t;
+      if (row.source[r]) row.source[r] += step * p.c_t;
+      if (row.n[r]) row.n[r] += step * p.n_t;
+      if (row.rstd[r]) row.rstd[r] += step;
+      row.first[r] += step * p.s_t;
+      if (row.second[r]) row.second[r] += step * p.s_t;
     }
-    T* swap = h;
-    h = h_next;
-    h_next = swap;
+  }
+}
+
+template <class T, int R>
+void scan_block(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch) {
+  switch (p.sweep) {
+    case Sweep::forward: return scan_rows<T, R, Sweep::forward>(p, g, b, scratch);
+    case Sweep::tangent: return scan_rows<T, R, Sweep::tangent>(p, g, b, scratch);
+    default: return scan_rows<T, R, Sweep::adjoint>(p, g, b, scratch);
+  }
+}
+
+// out += in
+template <class T>
+inline void add(T* out, const T* in, Index N) {
+#pragma GCC ivdep
+  for (Index n = 0; n < N; ++n) out[n] += in[n];
+}
+
+// The gradients of weight and bias from the sums of each row, always in the order of the rows.
+template <class T>
+void add_rows(const NormScan<T>& p, Index stride) {
+  std::memset(p.weight_grad, 0, std::size_t(p.G * p.N) * sizeof(T));
+  std::memset(p.bias_grad, 0, std::size_t(p.G * p.N) * sizeof(T));
+  for (Index row = 0; row < p.G * p.B; ++row) {
+    const T* sums = p.sums + row * 2 * stride;
+    add(p.weight_grad + row / p.B * p.N, sums, p.N);
+    add(p.bias_grad + row / p.B * p.N, sums + stride, p.N);
   }
 }
 
 template <class T>
 Index scratch_elements(Index N) {
-  const Index padded = round_up(N, kWidth<T>);
-  return round_up(N * padded + 2 * padded + 2 * kMaxRows * padded, 64 / Index(sizeof(T)));
+  return round_up((N + 3 + kMaxRows) * round_up(N, kWidth<T>), 64 / Index(sizeof(T)));
 }
 
 template <class T>
@@ -183,32 +280,35 @@ void run(const NormScan<T>& p) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
   for (int thread = 0; thread < p.threads; ++thread) {
     T* weight = p.scratch + thread * scratch_elements<T>(p.N);
-    T* bias = weight + stride;
-    T* h = bias + stride;
-    T* W = h + 2 * kMaxRows * stride;
-    std::memset(weight, 0, std::size_t(2 * stride) * sizeof(T));
+    T *bias = weight + stride, *zeros = bias + stride, *product = zeros + stride;
+    const Scratch<T> scratch{weight, bias, zeros, product, product + kMaxRows * stride, stride};
+    std::memset(weight, 0, std::size_t((3 + kMaxRows) * stride) * sizeof(T));
     const auto enter = [&](Index g) {
-      pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, W);
+      pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, scratch.W);
       std::memcpy(weight, p.weight + g * p.weight_g, std::size_t(p.N) * sizeof(T));
       if (p.bias) std::memcpy(bias, p.bias + g * p.bias_g, std::size_t(p.N) * sizeof(T));
     };
-    for_row_blocks(p.G, p.B, thread, p.threads, enter, [&](Index g, Index b, int rows) {
+    for_row_blocks(p.G, p.B, thread, p.threads, kMaxRows, enter, [&](Index g, Index b, int rows) {
       switch (rows) {
-        case 1: return scan_rows<T, 1>(p, g, b, W, weight, bias, h, stride);
-        case 2: return scan_rows<T, 2>(p, g, b, W, weight, bias, h, stride);
-        case 3: return scan_rows<T, 3>(p, g, b, W, weight, bias, h, stride);
-        case 4: return scan_rows<T, 4>(p, g, b, W, weight, bias, h, stride);
-        case 5: return scan_rows<T, 5>(p, g, b, W, weight, bias, h, stride);
-        default: return scan_rows<T, kMaxRows>(p, g, b, W, weight, bias, h, stride);
+        case 1: return scan_block<T, 1>(p, g, b, scratch);
+        case 2: return scan_block<T, 2>(p, g, b, scratch);
+        case 3: return scan_block<T, 3>(p, g, b, scratch);
+        case 4: return scan_block<T, 4>(p, g, b, scratch);
+        case 5: return scan_block<T, 5>(p, g, b, scratch);
+        default: return scan_block<T, kMaxRows>(p, g, b, scratch);
       }
     });
   }
+  if (p.sums) add_rows(p, stride);
 }
 
 }  // namespace
 
 Index norm_scan_scratch(Index N, bool is_double) {
   return is_double ? scratch_elements<double>(N) : scratch_elements<float>(N);
+}
+Index norm_scan_sums(Index G, Index B, Index N, bool is_double) {
+  return G * B * 2 * (is_double ? round_up(N, kWidth<double>) : round_up(N, kWidth<float>));
 }
 void norm_scan(const NormScan<float>& p) { run(p); }
 void norm_scan(const NormScan<double>& p) { run(p); }

@@ -28,7 +28,7 @@ struct DenseScan {
   Index G, B, T_len, N;
   bool reverse;
   int threads;
-  T* scratch;  // `threads` times dense_scan_scratch elements, aligned to 64 bytes
+  T* scratch;  // dense_scan_scratch elements, aligned to 64 bytes
 };
 
 // The sweeps of norm_scan. With P(x) = x - mean(x) - n mean(x n):
@@ -56,13 +56,15 @@ struct NormScan {
   Index s0_g, s0_b;
   const std::uint8_t* reset;
   Index reset_g, reset_b, reset_t;
-  T *s, *x;  // x is null in the forward sweep
+  T *s, *x;  // x is null in the forward sweep, and may be in the adjoint one
   Index s_g, s_b, s_t;
   Index G, B, T_len, N;
   T eps;
   Sweep sweep;
   int threads;
-  T* scratch;  // `threads` times norm_scan_scratch elements, aligned to 64 bytes
+  T* scratch;                  // `threads` times norm_scan_scratch elements, aligned to 64 bytes
+  T *weight_grad, *bias_grad;  // adjoint: sums over rows and time of x n and x, contiguous [G, N]
+  T* sums;                     // their sums of each row, norm_scan_sums elements, or null: not wanted
 };
 
 // grad[g] = sum over b and t of x_t h_t^T, with h the incoming states of a DenseScan.
@@ -86,17 +88,17 @@ struct WeightGrad {
 
 // h_t = a_t h_{t-1} + b_t over [M, T, C]; in reverse, h_t = a_t h_{t+1} + b_t. With `shift` the
 // coefficient of a step is that of the step before it in sweep order, and the first has none.
-// The innermost stride of b and h is 1, that of a is 0 or 1, for C > 1; else time may be.
+// Any strides are right; fast are those where time, M or C has stride 1 in b and h, and 0 or 1 in a.
 template <class T>
 struct LinearScan {
   const T* a;
   Index a_m, a_t, a_c;
   const T* b;
-  Index b_m, b_t;
+  Index b_m, b_t, b_c;
   const T* h0;
-  Index h0_m;
+  Index h0_m, h0_c;
   T* h;
-  Index h_m, h_t;
+  Index h_m, h_t, h_c;
   Index M, T_len, C;
   bool reverse, shift;
   int threads;
@@ -200,33 +202,35 @@ struct PolicyStep {
   T* scratch;  // `threads` times policy_step_scratch elements, aligned to 64 bytes
 };
 
-#define SSM_FAST_DECLARE(isa)                                                        \
-  namespace isa {                                                                    \
-  Index dense_scan_scratch(Index N, bool is_double);                                 \
-  void dense_scan(const DenseScan<float>&);                                          \
-  void dense_scan(const DenseScan<double>&);                                         \
-  Index norm_scan_scratch(Index N, bool is_double);                                  \
-  void norm_scan(const NormScan<float>&);                                            \
-  void norm_scan(const NormScan<double>&);                                           \
-  Index weight_grad_scratch(Index G, Index B, Index T_len, Index N, bool is_double); \
-  void weight_grad(const WeightGrad<float>&);                                        \
-  void weight_grad(const WeightGrad<double>&);                                       \
-  void linear_scan(const LinearScan<float>&);                                        \
-  void linear_scan(const LinearScan<double>&);                                       \
-  void linear_scan(const LinearScan<Complex<float>>&);                               \
-  void linear_scan(const LinearScan<Complex<double>>&);                              \
-  void gae(const Gae<float>&);                                                       \
-  void gae(const Gae<double>&);                                                      \
-  void discounted_returns(const DiscountedReturns<float>&);                          \
-  void discounted_returns(const DiscountedReturns<double>&);                         \
-  Index output_norm_scratch(Index G, Index M, Index H, bool is_double);              \
-  void output_norm(const OutputNorm<float>&);                                        \
-  void output_norm(const OutputNorm<double>&);                                       \
-  void output_norm_grad(const OutputNormGrad<float>&);                               \
-  void output_norm_grad(const OutputNormGrad<double>&);                              \
-  Index policy_step_scratch(Index I, Index H, Index N, Index K, bool is_double);     \
-  void policy_step(const PolicyStep<float>&);                                        \
-  void policy_step(const PolicyStep<double>&);                                       \
+#define SSM_FAST_DECLARE(isa)                                                                    \
+  namespace isa {                                                                                \
+  Index dense_scan_rows(Index G, Index B, Index T_len, Index N);                                 \
+  Index dense_scan_scratch(Index G, Index B, Index T_len, Index N, int threads, bool is_double); \
+  void dense_scan(const DenseScan<float>&);                                                      \
+  void dense_scan(const DenseScan<double>&);                                                     \
+  Index norm_scan_scratch(Index N, bool is_double);                                              \
+  Index norm_scan_sums(Index G, Index B, Index N, bool is_double);                               \
+  void norm_scan(const NormScan<float>&);                                                        \
+  void norm_scan(const NormScan<double>&);                                                       \
+  Index weight_grad_scratch(Index G, Index B, Index T_len, Index N, bool is_double);             \
+  void weight_grad(const WeightGrad<float>&);                                                    \
+  void weight_grad(const WeightGrad<double>&);                                                   \
+  void linear_scan(const LinearScan<float>&);                                                    \
+  void linear_scan(const LinearScan<double>&);                                                   \
+  void linear_scan(const LinearScan<Complex<float>>&);                                           \
+  void linear_scan(const LinearScan<Complex<double>>&);                                          \
+  void gae(const Gae<float>&);                                                                   \
+  void gae(const Gae<double>&);                                                                  \
+  void discounted_returns(const DiscountedReturns<float>&);                                      \
+  void discounted_returns(const DiscountedReturns<double>&);                                     \
+  Index output_norm_scratch(Index G, Index M, Index H, bool is_double);                          \
+  void output_norm(const OutputNorm<float>&);                                                    \
+  void output_norm(const OutputNorm<double>&);                                                   \
+  void output_norm_grad(const OutputNormGrad<float>&);                                           \
+  void output_norm_grad(const OutputNormGrad<double>&);                                          \
+  Index policy_step_scratch(Index I, Index H, Index N, Index K, bool is_double);                 \
+  void policy_step(const PolicyStep<float>&);                                                    \
+  void policy_step(const PolicyStep<double>&);                                                   \
   }
 SSM_FAST_DECLARE(baseline)
 SSM_FAST_DECLARE(avx2)

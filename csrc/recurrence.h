@@ -8,7 +8,15 @@ namespace ssm_fast::SSM_FAST_ISA {
 
 constexpr int kMaxRows = 6;  // rows of a block; with kTileVectors, the accumulators that fit the registers
 
+constexpr Index kAhead = 8;  // steps that rows are prefetched ahead of their use
+
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The rows of the first block when `rows` are cut into even blocks of at most `most`: no narrow last one.
+inline Index even_block(Index rows, Index most) {
+  const Index blocks = (rows + most - 1) / most;
+  return (rows + blocks - 1) / blocks;
+}
 
 template <class T>
 constexpr int kTile = kTileVectors * kWidth<T>;  // columns of a full tile
@@ -26,83 +34,124 @@ inline void pack(const T* A, Index row, Index column, Index N, T* W) {
   }
 }
 
-// h_next[r] = h[r] W + u[r] for R rows and NV vectors of columns, also stored to s[r] if kStore;
-// the last vector may be partial in u and s, and is zero beyond N in h_next.
-template <class T, int R, int NV, bool kStore>
-inline void multiply_tile(const T* const* u, T* const* s, const T* h, Index stride, T* h_next, const T* W, Index N,
+// out[r] = h[r] W + u[r] for R rows and NV vectors of columns from `column` on, the last of them partial.
+//
+// A narrow tile sums every kChains-th product apart, so that the latency of one addition does not
+// pace the step. The order of the additions depends on the tile alone: a row's bits do not depend on
+// the block it is in.
+template <class T, int R, int NV>
+inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, const T* W, Index N, Index column,
                           int last) {
   constexpr int L = kWidth<T>;
-  Vector<T> acc[R][NV];
+  constexpr int kChains = kTileVectors / NV;
+  const T* x[R];
+  Vector<T> acc[kChains][R][NV];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
+    x[r] = h[r];
 #pragma GCC unroll 4
-    for (int v = 0; v + 1 < NV; ++v) acc[r][v] = load(u[r] + v * L);
-    acc[r][NV - 1] = last == L ? load(u[r] + (NV - 1) * L) : load_part(u[r] + (NV - 1) * L, last);
+    for (int v = 0; v < NV; ++v) {
+      const T* from = u[r] + column + v * L;
+      acc[0][r][v] = v + 1 < NV || last == L ? load(from) : load_part(from, last);
+#pragma GCC unroll 4
+      for (int chain = 1; chain < kChains; ++chain) acc[chain][r][v] = Vector<T>{};
+    }
   }
-  for (Index k = 0; k < N; ++k, W += NV * L) {
+  const auto add_product = [&](Index k, Vector<T>(&sums)[R][NV]) __attribute__((always_inline)) {
     Vector<T> w[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) w[v] = load(W + v * L);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vector<T> x = broadcast(h[r * stride + k]);
+      const Vector<T> factor = broadcast(x[r][k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[r][v] = fused_vector(x, w[v], acc[r][v]);
+      for (int v = 0; v < NV; ++v) sums[r][v] = fused_vector(factor, w[v], sums[r][v]);
     }
+    W += NV * L;
+  };
+  Index k = 0;
+  for (; k + kChains <= N; k += kChains) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < kChains; ++chain) add_product(k + chain, acc[chain]);
   }
+  for (; k < N; ++k) add_product(k, acc[0]);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      store(h_next + r * stride + v * L, acc[r][v]);
-      if constexpr (kStore) {
-        if (v + 1 < NV || last == L) {
-          store(s[r] + v * L, acc[r][v]);
-        } else {
-          store_part(s[r] + v * L, acc[r][v], last);
-        }
+#pragma GCC unroll 2
+      for (int half = kChains / 2; half > 0; half /= 2) {
+#pragma GCC unroll 2
+        for (int chain = 0; chain < half; ++chain) acc[chain][r][v] += acc[chain + half][r][v];
+      }
+      T* to = out[r] + column + v * L;
+      if (v + 1 < NV || last == L) {
+        store(to, acc[0][r][v]);
+      } else {
+        store_part(to, acc[0][r][v], last);
       }
     }
   }
 }
 
-// One step of R rows, all columns: h_next = h A^T + u, and to s if kStore.
-template <class T, int R, bool kStore>
-inline void multiply_step(const T* const* u, T* const* s, const T* h, Index stride, T* h_next, const T* W, Index N) {
-  const T* u_tile[R];
-  T* s_tile[R];
-  Index column = 0;
-  const auto move_to_column = [&] {
-    for (int r = 0; r < R; ++r) {
-      u_tile[r] = u[r] + column;
-      if constexpr (kStore) s_tile[r] = s[r] + column;
-    }
-  };
-  for (; column + kTile<T> <= N; column += kTile<T>, W += N * kTile<T>) {
-    move_to_column();
-    multiply_tile<T, R, kTileVectors, kStore>(u_tile, s_tile, h, stride, h_next + column, W, N, kWidth<T>);
-  }
-  if (column == N) return;
-  move_to_column();
+// The tile of columns from `column` on; W is that tile.
+template <class T, int R>
+inline void multiply_columns(const T* const* u, const T* const* h, T* const* out, const T* W, Index N, Index column) {
+  constexpr int L = kWidth<T>;
+  if (column + kTile<T> <= N) return multiply_tile<T, R, kTileVectors>(u, h, out, W, N, column, L);
   const int left = int(N - column);
-  const int vectors = (left + kWidth<T> - 1) / kWidth<T>;
-  const int last = left - (vectors - 1) * kWidth<T>;
-  h_next += column;
+  const int vectors = (left + L - 1) / L;
+  const int last = left - (vectors - 1) * L;
   switch (vectors) {
-    case 1: return multiply_tile<T, R, 1, kStore>(u_tile, s_tile, h, stride, h_next, W, N, last);
-    case 2: return multiply_tile<T, R, 2, kStore>(u_tile, s_tile, h, stride, h_next, W, N, last);
-    case 3:
-      return multiply_tile<T, R, (kTileVectors < 3 ? 1 : 3), kStore>(u_tile, s_tile, h, stride, h_next, W, N, last);
-    default: return multiply_tile<T, R, kTileVectors, kStore>(u_tile, s_tile, h, stride, h_next, W, N, last);
+    case 1: return multiply_tile<T, R, 1>(u, h, out, W, N, column, last);
+    case 2: return multiply_tile<T, R, 2>(u, h, out, W, N, column, last);
+    case 3: return multiply_tile<T, R, (kTileVectors < 3 ? 1 : 3)>(u, h, out, W, N, column, last);
+    default: return multiply_tile<T, R, kTileVectors>(u, h, out, W, N, column, last);
   }
 }
 
-// Calls scan(group, first row, rows as an integral constant) for blocks that cover the rows of one
-// thread, and enter(group) before the first block of each group.
+// One step of R rows, all columns: out = h A^T + u.
+template <class T, int R>
+inline void multiply_step(const T* const* u, const T* const* h, T* const* out, const T* W, Index N) {
+  for (Index column = 0; column < N; column += kTile<T>) {
+    multiply_columns<T, R>(u, h, out, W + N * column, N, column);
+  }
+}
+
+// The same for any number of rows; all of them visit a tile before the next one is read.
+template <class T>
+inline void multiply_step(const T* const* u, const T* const* h, T* const* out, int rows, const T* W, Index N) {
+  for (Index column = 0; column < N; column += kTile<T>, W += N * kTile<T>) {
+    for (int r = 0, R; r < rows; r += R) {
+      R = int(even_block(rows - r, kMaxRows));
+      switch (R) {
+        case 1: multiply_columns<T, 1>(u + r, h + r, out + r, W, N, column); break;
+        case 2: multiply_columns<T, 2>(u + r, h + r, out + r, W, N, column); break;
+        case 3: multiply_columns<T, 3>(u + r, h + r, out + r, W, N, column); break;
+        case 4: multiply_columns<T, 4>(u + r, h + r, out + r, W, N, column); break;
+        case 5: multiply_columns<T, 5>(u + r, h + r, out + r, W, N, column); break;
+        default: multiply_columns<T, kMaxRows>(u + r, h + r, out + r, W, N, column); break;
+      }
+    }
+  }
+}
+
+// Brings the rows of a later step, `ahead` elements away from these, into the second-level cache.
+// The rows of a block are as many streams, and in an adjoint sweep they run backwards: the processor
+// does not follow them by itself.
+template <class T>
+inline void prefetch(const T* const* rows, int count, Index ahead, Index N) {
+  for (int r = 0; r < count; ++r) {
+    for (Index c = 0; c < N; c += 64 / Index(sizeof(T))) __builtin_prefetch(rows[r] + ahead + c, 0, 2);
+  }
+}
+
+// Calls scan(group, first row, rows) for blocks of at most `most` that cover the rows of one thread,
+// and enter(group) before the first block of each group.
 //
 // A row's sums do not depend on its block, so neither does a result on the number of threads.
 template <class Enter, class Scan>
-inline void for_row_blocks(Index G, Index B, int thread, int threads, Enter enter, Scan scan) {
+inline void for_row_blocks(Index G, Index B, int thread, int threads, Index most, Enter enter, Scan scan) {
   const Index rows = G * B;
   Index row = rows * thread / threads;
   const Index end = rows * (thread + 1) / threads;
@@ -111,9 +160,8 @@ inline void for_row_blocks(Index G, Index B, int thread, int threads, Enter ente
     const Index stop = end < (g + 1) * B ? end : (g + 1) * B;
     enter(g);
     while (row < stop) {
-      const Index blocks = (stop - row + kMaxRows - 1) / kMaxRows;
-      const int R = int((stop - row + blocks - 1) / blocks);  // even blocks: no narrow last one
-      scan(g, row - g * B, R);
+      const Index R = even_block(stop - row, most);
+      scan(g, row - g * B, int(R));
       row += R;
     }
   }

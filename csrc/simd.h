@@ -170,4 +170,131 @@ inline void transpose(Vector<T> (&x)[kWidth<T>]) {
   }
 }
 
+// Elements of pairs (re, im): (im, re), (re, re), (im, im), and (-re, im).
+template <class T>
+inline Vector<T> swap_pairs(Vector<T> v) {
+  if constexpr (kWidth<T> == 2) {
+    return __builtin_shufflevector(v, v, 1, 0);
+  } else if constexpr (kWidth<T> == 4) {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+  } else if constexpr (kWidth<T> == 8) {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  } else {
+    return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  }
+}
+template <class T>
+inline Vector<T> even_pairs(Vector<T> v) {
+  if constexpr (kWidth<T> == 2) {
+    return __builtin_shufflevector(v, v, 0, 0);
+  } else if constexpr (kWidth<T> == 4) {
+    return __builtin_shufflevector(v, v, 0, 0, 2, 2);
+  } else if constexpr (kWidth<T> == 8) {
+    return __builtin_shufflevector(v, v, 0, 0, 2, 2, 4, 4, 6, 6);
+  } else {
+    return __builtin_shufflevector(v, v, 0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14);
+  }
+}
+template <class T>
+inline Vector<T> odd_pairs(Vector<T> v) {
+  return even_pairs<T>(swap_pairs<T>(v));
+}
+template <class T>
+inline Vector<T> negate_even(Vector<T> v) {
+  Vector<T> sign;
+  for (int i = 0; i < kWidth<T>; ++i) sign[i] = i % 2 == 0 ? T(-1) : T(1);
+  return v * sign;
+}
+
+// The larger of the magnitudes, NaN where y is NaN.
+template <class T>
+inline Vector<T> larger_magnitude(Vector<T> x, Vector<T> y) {
+  const Vector<T> magnitude = y < Vector<T>{} ? -y : y;
+  return x > magnitude ? x : magnitude;
+}
+
+// Whole elements set or clear, one for each element of a Vector<T>.
+template <class T>
+struct MaskOf;
+template <>
+struct MaskOf<float> {
+  typedef std::int32_t Type __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct MaskOf<double> {
+  typedef std::int64_t Type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Mask = typename MaskOf<T>::Type;
+
+// A byte for each element of a Vector<T>.
+template <class T>
+struct BytesOf {
+  typedef std::uint8_t Type __attribute__((vector_size(kWidth<T>)));
+};
+template <class T>
+using Bytes = typename BytesOf<T>::Type;
+
+#if defined(SSM_FAST_ISA_avx2) || defined(SSM_FAST_ISA_avx512)
+template <class T>
+inline __m128i in_register(Bytes<T> bytes) {
+  __m128i x = _mm_setzero_si128();
+  std::memcpy(&x, &bytes, sizeof(bytes));
+  return x;
+}
+#endif
+
+// Set where a byte is not zero. The compiler's own conversion goes element by element.
+template <class T>
+inline Mask<T> widen(Bytes<T> bytes) {
+#if defined(SSM_FAST_ISA_avx512)
+  const __m128i x = in_register<T>(bytes);
+  return (sizeof(T) == 4 ? (Mask<T>)_mm512_cvtepu8_epi32(x) : (Mask<T>)_mm512_cvtepu8_epi64(x)) != 0;
+#elif defined(SSM_FAST_ISA_avx2)
+  const __m128i x = in_register<T>(bytes);
+  return (sizeof(T) == 4 ? (Mask<T>)_mm256_cvtepu8_epi32(x) : (Mask<T>)_mm256_cvtepu8_epi64(x)) != 0;
+#else
+  return __builtin_convertvector(bytes, Mask<T>) != 0;
+#endif
+}
+
+// A bit for each byte that is not zero.
+template <class T>
+inline std::uint32_t bits_of(Bytes<T> bytes) {
+#if defined(SSM_FAST_ISA_avx512)
+  const __m128i x = in_register<T>(bytes);
+  return _mm_test_epi8_mask(x, x);
+#elif defined(SSM_FAST_ISA_avx2)
+  const int zeros = _mm_movemask_epi8(_mm_cmpeq_epi8(in_register<T>(bytes), _mm_setzero_si128()));
+  return ~std::uint32_t(zeros) & ((1u << kWidth<T>)-1);
+#else
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kWidth<T>; ++i) bits |= std::uint32_t(bytes[i] != 0) << i;
+  return bits;
+#endif
+}
+
+constexpr std::size_t kStreamBytes = 2 << 20;  // an output from this size on leaves the caches before it is read
+
+// A store past the caches, where the line need not be read first; finish with stream_end().
+template <class T>
+inline void stream(T* p, Vector<T> v) {
+#if defined(SSM_FAST_ISA_avx512) || defined(SSM_FAST_ISA_avx2)
+  if (reinterpret_cast<std::uintptr_t>(p) % kVectorBytes == 0) {
+#if defined(SSM_FAST_ISA_avx512)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#endif
+    return;
+  }
+#endif
+  store(p, v);
+}
+inline void stream_end() {
+#if defined(SSM_FAST_ISA_avx512) || defined(SSM_FAST_ISA_avx2)
+  _mm_sfence();
+#endif
+}
+
 }  // namespace ssm_fast::SSM_FAST_ISA

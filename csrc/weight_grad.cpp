@@ -59,22 +59,30 @@ inline void add_columns(const T* const* x, const T* const* h, Index rows, Index 
   for (; m + kTileVectors * L <= N; m += kTileVectors * L) {
     add_tile<T, R, kTileVectors>(x, h, rows, n, m, L, C + m, stride);
   }
-  for (; m < N; m += L) {
-    add_tile<T, R, 1>(x, h, rows, n, m, int(N - m < L ? N - m : L), C + m, stride);
+  if (m == N) return;
+  const int left = int(N - m), vectors = (left + L - 1) / L, last = left - (vectors - 1) * L;
+  switch (vectors) {
+    case 1: return add_tile<T, R, 1>(x, h, rows, n, m, last, C + m, stride);
+    case 2: return add_tile<T, R, 2>(x, h, rows, n, m, last, C + m, stride);
+    case 3: return add_tile<T, R, (kTileVectors < 3 ? 1 : 3)>(x, h, rows, n, m, last, C + m, stride);
+    default: return add_tile<T, R, kTileVectors>(x, h, rows, n, m, last, C + m, stride);
   }
 }
 
 template <class T>
 void add_block(const T* const* x, const T* const* h, Index rows, Index N, T* C, Index stride) {
-  for (Index n = 0; n < N; n += kMaxRows, C += kMaxRows * stride) {
-    switch (N - n) {
-      case 1: add_columns<T, 1>(x, h, rows, n, N, C, stride); break;
-      case 2: add_columns<T, 2>(x, h, rows, n, N, C, stride); break;
-      case 3: add_columns<T, 3>(x, h, rows, n, N, C, stride); break;
-      case 4: add_columns<T, 4>(x, h, rows, n, N, C, stride); break;
-      case 5: add_columns<T, 5>(x, h, rows, n, N, C, stride); break;
-      default: add_columns<T, kMaxRows>(x, h, rows, n, N, C, stride); break;
+  for (Index n = 0; n < N;) {
+    const Index R = even_block(N - n, kMaxRows);
+    T* out = C + n * stride;
+    switch (R) {
+      case 1: add_columns<T, 1>(x, h, rows, n, N, out, stride); break;
+      case 2: add_columns<T, 2>(x, h, rows, n, N, out, stride); break;
+      case 3: add_columns<T, 3>(x, h, rows, n, N, out, stride); break;
+      case 4: add_columns<T, 4>(x, h, rows, n, N, out, stride); break;
+      case 5: add_columns<T, 5>(x, h, rows, n, N, out, stride); break;
+      default: add_columns<T, kMaxRows>(x, h, rows, n, N, out, stride); break;
     }
+    n += R;
   }
 }
 

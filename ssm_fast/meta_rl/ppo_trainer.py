@@ -17,12 +17,13 @@ import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssm_fast import ops
 from ssm_fast.checkpoint import save_model
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
+from ssm_fast.meta_rl.flat_parameters import FlatParameters
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
 from ssm_fast.nn.running_norm import RunningNorm
@@ -38,7 +39,7 @@ _WARM_UP_STEPS = 2048  # over all environments, before the first iteration; at m
 _REWARD_CLIP = 10.0  # of the scaled reward
 _EPISODES_PER_INTERVAL = 5  # of the time limit, at least, between two resets of all environments
 _EPISODE_WINDOW = 20  # episodes in the reported mean
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,9 @@ class PPOTrainer:
         self.num_threads = num_threads
         self.seed = seed
 
+        self._weights = FlatParameters(self.model)
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=learning_rate, eps=1e-5, fused=True
+            [self._weights.vector], lr=learning_rate, eps=1e-5, fused=True
         )
         self.return_norm = RunningNorm(1)
         self.iteration = 0
@@ -531,6 +533,7 @@ class PPOTrainer:
         reset = _sequences(rollout.reset, L)  # [S, L]
         explained_variance = math.nan
         sums: list[Tensor] = []
+        self._weights.read()
         for epoch in range(self.ppo_epochs):
             if epoch == 0 or self.recompute_advantages:
                 states, values, next_values = self._evaluate(rollout, L)
@@ -648,14 +651,13 @@ class PPOTrainer:
         loss = policy_loss + self.value_coef * value_loss
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropy
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        grad_norm = self._weights.backward(loss, self.max_grad_norm)
         if not math.isfinite(float(grad_norm)):
             raise FloatingPointError(
                 f"{where}: loss {float(loss.detach())}, gradient norm {float(grad_norm)}"
             )
         self.optimizer.step()
+        self._weights.write()
         with torch.no_grad():
             approx_kl = (ratio - 1.0 - log_ratio).mean()
             clip_fraction = (ratio != clipped).to(ratio.dtype).mean()

@@ -170,6 +170,11 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _is_batched(argument: Any) -> bool:
+    """Whether this is a tensor of ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    return isinstance(argument, Tensor) and torch._C._functorch.is_legacy_batchedtensor(argument)
+
+
 def cpu_kernel(
     op: str, module: str | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -200,14 +205,15 @@ def cpu_kernel(
 
         def run(first: Tensor, *arguments: Any) -> Any:
             if (
-                first.is_cpu
-                and not _interpreting
-                and not torch._C._len_torch_dispatch_stack()  # fake tensors, tracing, counters
-                and not torch._C._autograd._profiler_enabled()
-                and not torch.compiler.is_compiling()
+                torch.compiler.is_compiling()
+                or not first.is_cpu
+                or _interpreting
+                or torch._C._len_torch_dispatch_stack()  # fake tensors, tracing, counters
+                or torch._C._autograd._profiler_enabled()
+                or any(map(_is_batched, (first, *arguments)))
             ):
-                return kernel(first, *arguments)
-            return dispatched(first, *arguments)
+                return dispatched(first, *arguments)
+            return kernel(first, *arguments)
 
         return run
 

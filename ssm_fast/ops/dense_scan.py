@@ -16,6 +16,7 @@ from ssm_fast.ops.backend import (
     check_tensors,
     choose,
     cpu_kernel,
+    direct_apply,
     empty_states,
     fold,
     last_contiguous,
@@ -43,7 +44,6 @@ def reference(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None) -> 
 LIBRARY.define(
     "dense_scan(Tensor u, Tensor A, Tensor? s0, Tensor? reset, bool reverse) -> Tensor",
 )
-_op = torch.ops.ssm_fast.dense_scan
 
 
 @torch.library.register_fake("ssm_fast::dense_scan")
@@ -52,7 +52,7 @@ def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bo
 
 
 @cpu_kernel("dense_scan")
-def _(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+def _op(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
     s = empty_states(u)
     if s.numel() == 0:
         return s
@@ -108,7 +108,8 @@ class DenseScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        return _gradients(DenseScan.apply, ctx, grad)
+        scan = _differentiable if needs_autograd(grad, *ctx.saved_tensors) else _op
+        return _gradients(scan, ctx, grad)
 
     @staticmethod
     def jvp(  # noqa: D102
@@ -122,7 +123,7 @@ class DenseScan(torch.autograd.Function):
         source = torch.zeros_like(s) if u_t is None else u_t
         if A_t is not None:
             source = source + incoming(s, s0, reset, ctx.reverse) @ A_t.mT.unsqueeze(1)
-        return DenseScan.apply(source, A, s0_t, reset, ctx.reverse)
+        return _differentiable(source, A, s0_t, reset, ctx.reverse)
 
     @staticmethod
     def vmap(  # noqa: D102
@@ -142,6 +143,8 @@ class DenseScan(torch.autograd.Function):
         reset = None if reset is None else fold(reset, in_dims[3], V, to)
         return DenseScan.apply(u, A, s0, reset, reverse).unflatten(to, (V, -1)), to
 
+
+_differentiable = direct_apply(DenseScan)
 
 # What torch.compile traces: the op with the same gradients registered on it.
 torch.library.register_autograd(
@@ -202,7 +205,7 @@ def dense_scan(
     if chosen == "reference":
         s = reference(u, A, s0, reset)
     elif not torch.compiler.is_compiling() and needs_autograd(u, A, s0):
-        s = DenseScan.apply(u, A, s0, reset, False)
+        s = _differentiable(u, A, s0, reset, False)
     else:
         s = _op(u, A, s0, reset, False)
     return s if grouped else s.squeeze(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ssm_fast.ops.backend import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 def gae_reference(
@@ -36,9 +36,11 @@ def gae_reference(
     delta = rewards + gamma * next_values.masked_fill(terminated, 0) - values
     ended = terminated | truncated
     advantages = torch.empty_like(delta)
-    later = torch.zeros_like(delta[:, 0])
+    discount = float(delta.new_tensor(gamma) * delta.new_tensor(gae_lambda))
+    later = torch.zeros_like(delta.sum(1))
     for t in reversed(range(delta.shape[1])):
-        later = delta[:, t] + gamma * gae_lambda * later.masked_fill(ended[:, t], 0)
+        cut = ended[:, t] if discount else torch.ones_like(ended[:, t])
+        later = delta[:, t] + discount * later.masked_fill(cut, 0)
         advantages[:, t] = later
     return advantages, advantages + values
 
@@ -48,8 +50,12 @@ def discounted_returns_reference(
 ) -> Tensor:
     """The recurrence as a loop of torch calls: [M, T, C]."""
     returns = torch.empty_like(rewards)
-    later = next_values[:, -1]
-    for t in reversed(range(rewards.shape[1])):
+    T, discount = rewards.shape[1], float(rewards.new_tensor(gamma))
+    for t in reversed(range(T)):
+        if t == T - 1:
+            later = next_values[:, t]
+        elif not discount:  # what is not used may be anything here, too
+            later = torch.zeros_like(later)
         later = torch.where(truncated[:, t], next_values[:, t], later)
         later = rewards[:, t] + gamma * later.masked_fill(terminated[:, t], 0)
         returns[:, t] = later
@@ -67,55 +73,51 @@ LIBRARY.define(
 
 
 @torch.library.register_fake("ssm_fast::gae")
-def _(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
-    return rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
+def _(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty(rewards), _empty(rewards)
 
 
 @torch.library.register_fake("ssm_fast::discounted_returns")
-def _(
-    rewards: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
-) -> Tensor:
-    return rewards.new_empty(rewards.shape)
+def _(rewards: Tensor, *_: Any) -> Tensor:
+    return _empty(rewards)
 
 
 @cpu_kernel("gae")
-def _(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
-    inputs = [x.contiguous() for x in (rewards, values, next_values, terminated, truncated)]
-    outputs = rewards.new_empty(rewards.shape), rewards.new_empty(rewards.shape)
-    if rewards.numel():
-        native_kernel("gae", rewards.dtype)(
-            *(x.data_ptr() for x in (*inputs, *outputs)), rewards.shape, gamma, gae_lambda
-        )
+def _gae(*arguments: Any) -> tuple[Tensor, Tensor]:
+    outputs = _empty(arguments[0]), _empty(arguments[0])
+    _run("gae", arguments[:5], outputs, *arguments[5:])
     return outputs
 
 
 @cpu_kernel("discounted_returns", "gae")
-def _(
-    rewards: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
-) -> Tensor:
-    inputs = [x.contiguous() for x in (rewards, next_values, terminated, truncated)]
-    returns = rewards.new_empty(rewards.shape)
-    if rewards.numel():
-        native_kernel("discounted_returns", rewards.dtype)(
-            *(x.data_ptr() for x in (*inputs, returns)), rewards.shape, gamma
-        )
+def _discounted_returns(*arguments: Any) -> Tensor:
+    returns = _empty(arguments[0])
+    _run("discounted_returns", arguments[:4], (returns,), *arguments[4:])
     return returns
+
+
+def _run(op: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *discounts: float) -> None:
+    """Call the kernel of ``op``; sequences that lie side by side are handed over as its columns."""
+    tensors = [*inputs, *outputs]
+    if _time_major(inputs[0]):
+        tensors = [x.transpose(0, 2) for x in tensors]
+    tensors = [x.contiguous() for x in tensors]
+    if tensors[0].numel():
+        native_kernel(op, tensors[0].dtype)(
+            *(x.data_ptr() for x in tensors), tensors[0].shape, *discounts
+        )
+
+
+def _time_major(rewards: Tensor) -> bool:
+    M, T, C = rewards.shape
+    return C == 1 and rewards.stride()[:2] == (1, M) and M > 1 and T > 1
+
+
+def _empty(rewards: Tensor) -> Tensor:
+    """Memory for an output in the layout of ``rewards``: time-major if they are, else batch-major."""
+    if _time_major(rewards):
+        return rewards.new_empty(*reversed(rewards.shape)).transpose(0, 2)
+    return rewards.new_empty(rewards.shape)
 
 
 def _validate(
@@ -195,7 +197,7 @@ def gae(
         {"gamma": gamma, "gae_lambda": gae_lambda},
     )
     chosen = choose("gae", impl, rewards.device)
-    run = gae_reference if chosen == "reference" else torch.ops.ssm_fast.gae
+    run = gae_reference if chosen == "reference" else _gae
     advantages, returns = run(
         canonical(rewards),
         canonical(values),
@@ -249,8 +251,7 @@ def discounted_returns(
         {"gamma": gamma},
     )
     chosen = choose("discounted_returns", impl, rewards.device)
-    native = torch.ops.ssm_fast.discounted_returns
-    run = discounted_returns_reference if chosen == "reference" else native
+    run = discounted_returns_reference if chosen == "reference" else _discounted_returns
     returns = run(
         canonical(rewards),
         canonical(next_values),

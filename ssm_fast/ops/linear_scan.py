@@ -15,6 +15,7 @@ from ssm_fast.ops.backend import (
     check_tensors,
     choose,
     cpu_kernel,
+    direct_apply,
     native_kernel,
     needs_autograd,
 )
@@ -38,39 +39,47 @@ def reference(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
 LIBRARY.define(
     "linear_scan(Tensor a, Tensor b, Tensor? h0, bool reverse, bool shift) -> Tensor",
 )
-_op = torch.ops.ssm_fast.linear_scan
 
 
 @torch.library.register_fake("ssm_fast::linear_scan")
 def _(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Tensor:
-    return b.new_empty(b.shape)
+    return torch.empty_like(b)
 
 
 @cpu_kernel("linear_scan")
-def _(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Tensor:
-    h = b.new_empty(b.shape)
+def _op(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> Tensor:
+    h = torch.empty_like(b)  # in the layout of b where that is dense
     if h.numel() == 0:
         return h
-    a, b = a.resolve_conj().resolve_neg(), b.resolve_conj().resolve_neg()
-    if b.shape[2] > 1:
-        b = b if b.stride(2) == 1 else b.contiguous()
-        a = a if a.stride(2) in (0, 1) else a.contiguous()
-    if h0 is not None:
-        h0 = h0.resolve_conj().resolve_neg().contiguous()
+    if b.is_complex():
+        a, b = a.resolve_conj(), b.resolve_conj()
+        h0 = None if h0 is None else h0.resolve_conj()
+    a, b = a.resolve_neg(), b.resolve_neg()
+    h0 = None if h0 is None else h0.resolve_neg()
+    side_by_side = _unit_dim(h)
+    if b.stride(side_by_side) != 1:
+        b = torch.empty_like(h).copy_(b)
+    if a.stride(side_by_side) > 1:
+        a = torch.empty_like(h).copy_(a)
     native_kernel("linear_scan", b.dtype)(
         a.data_ptr(),
         a.stride(),
         b.data_ptr(),
-        b.stride()[:2],
+        b.stride(),
         0 if h0 is None else h0.data_ptr(),
-        0 if h0 is None else h0.stride(0),
+        (0, 0) if h0 is None else h0.stride(),
         h.data_ptr(),
-        h.stride()[:2],
-        b.shape,
+        h.stride(),
+        h.shape,
         reverse,
         shift,
     )
     return h
+
+
+def _unit_dim(h: Tensor) -> int:
+    """The dimension along which the elements of a dense tensor lie side by side."""
+    return next((d for d in (2, 1, 0) if h.stride(d) == 1 and h.shape[d] > 1), 2)
 
 
 def _later(x: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
@@ -114,7 +123,8 @@ class LinearScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        return _gradients(LinearScan.apply, ctx, grad)
+        scan = _differentiable if needs_autograd(grad, *ctx.saved_tensors) else _op
+        return _gradients(scan, ctx, grad)
 
     @staticmethod
     def jvp(  # noqa: D102
@@ -129,7 +139,7 @@ class LinearScan(torch.autograd.Function):
         if a_t is not None:
             coefficient_t = _later(a_t, None, ctx.reverse) if ctx.shift else a_t
             source = source + coefficient_t * _later(h, None if ctx.shift else h0, ctx.reverse)
-        return LinearScan.apply(a, source, h0_t, ctx.reverse, ctx.shift)
+        return _differentiable(a, source, h0_t, ctx.reverse, ctx.shift)
 
     @staticmethod
     def vmap(  # noqa: D102
@@ -152,6 +162,8 @@ class LinearScan(torch.autograd.Function):
         folded = (fold(x, d) for x, d in zip((a, b, h0), in_dims, strict=False))
         return LinearScan.apply(*folded, reverse, shift).unflatten(0, (V, -1)), 0
 
+
+_differentiable = direct_apply(LinearScan)
 
 # What torch.compile traces: the op with the same gradients registered on it.
 torch.library.register_autograd(
@@ -215,7 +227,7 @@ def linear_scan(
     if chosen == "reference":
         h = reference(a, b, h0, reverse)
     elif not torch.compiler.is_compiling() and needs_autograd(a, b, h0):
-        h = LinearScan.apply(a, b, h0, reverse, False)
+        h = _differentiable(a, b, h0, reverse, False)
     else:
         h = _op(a, b, h0, reverse, False)
     return h.reshape(shape)

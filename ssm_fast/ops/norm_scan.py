@@ -17,6 +17,7 @@ from ssm_fast.ops.backend import (
     check_tensors,
     choose,
     cpu_kernel,
+    direct_apply,
     empty_states,
     fold,
     last_contiguous,
@@ -71,7 +72,11 @@ LIBRARY.define(
     "norm_scan_adjoint(Tensor g, Tensor? q, Tensor A, Tensor weight, Tensor n, Tensor rstd, "
     "Tensor? reset) -> (Tensor, Tensor)",
 )
-_ops = torch.ops.ssm_fast
+# The adjoint sweep of a first-order gradient: z, and instead of s the gradients of w and b.
+LIBRARY.define(
+    "norm_scan_gradients(Tensor g, Tensor? q, Tensor A, Tensor weight, Tensor n, Tensor rstd, "
+    "Tensor? reset) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @torch.library.register_fake("ssm_fast::norm_scan")
@@ -117,6 +122,19 @@ def _(
     return empty_states(n), empty_states(n)
 
 
+@torch.library.register_fake("ssm_fast::norm_scan_gradients")
+def _(
+    g: Tensor,
+    q: Tensor | None,
+    A: Tensor,
+    weight: Tensor,
+    n: Tensor,
+    rstd: Tensor,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_states(n), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
 def _sweep(
     sweep: Sweep,
     u: Tensor,
@@ -131,8 +149,10 @@ def _sweep(
     s: Tensor,
     x: Tensor | None,
     eps: float = 0.0,
+    grad_weight: Tensor | None = None,
+    grad_bias: Tensor | None = None,
 ) -> None:
-    """Run one of the sweeps in C++; it writes ``s``, and ``n`` and ``rstd`` or ``x``."""
+    """Run one of the sweeps in C++; it writes ``s``, and ``n`` and ``rstd``, ``x`` or the sums."""
     if s.numel() == 0:
         return
     u = last_contiguous(u)
@@ -164,11 +184,13 @@ def _sweep(
         s.stride()[:3],
         u.shape,
         eps,
+        0 if grad_weight is None else grad_weight.data_ptr(),
+        0 if grad_bias is None else grad_bias.data_ptr(),
     )
 
 
 @cpu_kernel("norm_scan")
-def _(
+def _scan(
     u: Tensor,
     A: Tensor,
     weight: Tensor,
@@ -188,7 +210,7 @@ def _(
 
 
 @cpu_kernel("norm_scan_tangent", "norm_scan")
-def _(
+def _scan_tangent(
     a: Tensor,
     c: Tensor | None,
     A: Tensor,
@@ -205,7 +227,7 @@ def _(
 
 
 @cpu_kernel("norm_scan_adjoint", "norm_scan")
-def _(
+def _scan_adjoint(
     g: Tensor,
     q: Tensor | None,
     A: Tensor,
@@ -220,16 +242,41 @@ def _(
     return z, s
 
 
+@cpu_kernel("norm_scan_gradients", "norm_scan")
+def _scan_gradients(
+    g: Tensor,
+    q: Tensor | None,
+    A: Tensor,
+    weight: Tensor,
+    n: Tensor,
+    rstd: Tensor,
+    reset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = empty_states(n)
+    empty = weight.new_zeros if z.numel() == 0 else weight.new_empty
+    sums = empty(weight.shape), empty(weight.shape)
+    n, rstd = last_contiguous(n), rstd.contiguous()
+    _sweep(Sweep.adjoint, g, q, A.mT, weight, None, n, rstd, None, reset, z, None, 0.0, *sums)
+    return z, *sums
+
+
 def _project(x: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
     """The (symmetric) Jacobian of the norm, rstd P(x): [G, B, T, N]."""
     mean_n = (x * n).mean(-1, keepdim=True)
     return (x - x.mean(-1, keepdim=True) - n * mean_n) * rstd.unsqueeze(-1)
 
 
-def _project_change(x: Tensor, n: Tensor, rstd: Tensor, n_t: Tensor, rstd_t: Tensor) -> Tensor:
+def _project_change(
+    x: Tensor, n: Tensor, rstd: Tensor, n_t: Tensor | None, rstd_t: Tensor | None
+) -> Tensor:
     """The tangent of rstd P(x) in the directions ``n_t`` and ``rstd_t``."""
-    mean_n, mean_t = (x * n).mean(-1, keepdim=True), (x * n_t).mean(-1, keepdim=True)
-    return _project(x, n, rstd_t) - (n_t * mean_n + n * mean_t) * rstd.unsqueeze(-1)
+    change = torch.zeros_like(n)
+    if rstd_t is not None:
+        change = change + _project(x, n, rstd_t)
+    if n_t is not None:
+        mean_n, mean_t = (x * n).mean(-1, keepdim=True), (x * n_t).mean(-1, keepdim=True)
+        change = change - (n_t * mean_n + n * mean_t) * rstd.unsqueeze(-1)
+    return change
 
 
 def _initial(z: Tensor, A: Tensor, reset: Tensor | None) -> Tensor:
@@ -239,12 +286,12 @@ def _initial(z: Tensor, A: Tensor, reset: Tensor | None) -> Tensor:
 
 
 def _adjoint(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    run = NormScanAdjoint.apply if needs_autograd(*tensors) else _ops.norm_scan_adjoint
+    run = _adjoint_differentiable if needs_autograd(*tensors) else _scan_adjoint
     return run(*tensors)
 
 
 def _tangent(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    run = NormScanTangent.apply if needs_autograd(*tensors) else _ops.norm_scan_tangent
+    run = _tangent_differentiable if needs_autograd(*tensors) else _scan_tangent
     return run(*tensors)
 
 
@@ -275,18 +322,25 @@ def _coefficient_gradients(
     return grad_A, grad_w, grad_n, grad_rstd
 
 
-def _fold_all(
-    V: int, in_dims: tuple[int | None, ...], tensors: tuple[Tensor | None, ...], weights: set[int]
-) -> tuple[list[Tensor | None], int]:
-    """Merge a vmapped dimension: into groups if a weight has it, else into rows (dimension 1)."""
+def _vmapped(
+    function: Any,
+    V: int,
+    in_dims: tuple[int | None, ...],
+    tensors: tuple[Tensor | None, ...],
+    weights: set[int],
+    *constants: float,
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Apply a Function over a vmapped dimension: groups if a weight has it, else rows.
+
+    ``weights`` are the places of the tensors that belong to a group.
+    """
     to = 0 if any(in_dims[i] is not None for i in weights) else 1
-    folded: list[Tensor | None] = []
-    for i, x in enumerate(tensors):
-        if x is None or (to == 1 and i in weights):
-            folded.append(x)
-        else:
-            folded.append(fold(x, in_dims[i], V, to))
-    return folded, to
+    folded = [
+        x if x is None or (to == 1 and i in weights) else fold(x, in_dims[i], V, to)
+        for i, x in enumerate(tensors)
+    ]
+    outputs = tuple(x.unflatten(to, (V, -1)) for x in function.apply(*folded, *constants))
+    return outputs, (to,) * len(outputs)
 
 
 class NormScan(torch.autograd.Function):
@@ -302,7 +356,7 @@ class NormScan(torch.autograd.Function):
         reset: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _ops.norm_scan(u, A, weight, bias, s0, reset, eps, True)
+        return _scan(u, A, weight, bias, s0, reset, eps, True)
 
     @staticmethod
     def setup_context(  # noqa: D102
@@ -326,13 +380,19 @@ class NormScan(torch.autograd.Function):
             source = through if source is None else source + through
         if grad_s is None:
             grad_s = torch.zeros_like(s)
-        z_grad, s_grad = _adjoint(grad_s, source, A, weight, n, rstd, reset)
         wanted = ctx.needs_input_grad
+        sweep = grad_s, source, A, weight, n, rstd, reset
+        if needs_autograd(*sweep):
+            z_grad, s_grad = _adjoint(*sweep)
+            grad_w = (s_grad * n).sum((1, 2)) if wanted[2] else None
+            grad_b = s_grad.sum((1, 2)) if wanted[3] else None
+        else:
+            z_grad, grad_w, grad_b = _scan_gradients(*sweep)
         return (
             z_grad,
             weight_grad(z_grad, s, s0, reset, False) if wanted[1] else None,
-            (s_grad * n).sum((1, 2)) if wanted[2] else None,
-            s_grad.sum((1, 2)) if wanted[3] else None,
+            grad_w,
+            grad_b,
             _initial(z_grad, A, reset) if wanted[4] else None,
             *(None,) * (len(wanted) - 5),
         )
@@ -363,9 +423,7 @@ class NormScan(torch.autograd.Function):
         info: Any, in_dims: tuple[int | None, ...], *arguments: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         *tensors, eps = arguments
-        folded, to = _fold_all(info.batch_size, in_dims, tuple(tensors), {1, 2, 3})
-        outputs = NormScan.apply(*folded, eps)
-        return tuple(x.unflatten(to, (info.batch_size, -1)) for x in outputs), (to,) * 3
+        return _vmapped(NormScan, info.batch_size, in_dims, tuple(tensors), {1, 2, 3}, eps)
 
 
 class NormScanTangent(torch.autograd.Function):
@@ -373,7 +431,7 @@ class NormScanTangent(torch.autograd.Function):
 
     @staticmethod
     def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return _ops.norm_scan_tangent(*tensors)
+        return _scan_tangent(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
@@ -416,19 +474,15 @@ class NormScanTangent(torch.autograd.Function):
         behind = torch.zeros_like(s) if c_t is None else c_t
         if weight_t is not None:
             behind = behind + weight_t[:, None, None] * _project(z, n, rstd)
-        if n_t is not None or rstd_t is not None:
-            n_t = torch.zeros_like(n) if n_t is None else n_t
-            rstd_t = torch.zeros_like(rstd) if rstd_t is None else rstd_t
-            behind = behind + weight[:, None, None] * _project_change(z, n, rstd, n_t, rstd_t)
+        change = _project_change(z, n, rstd, n_t, rstd_t)
+        behind = behind + weight[:, None, None] * change
         return _tangent(before, behind, A, weight, n, rstd, s0_t, reset)
 
     @staticmethod
     def vmap(  # noqa: D102
         info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        folded, to = _fold_all(info.batch_size, in_dims, tensors, {2, 3})
-        outputs = NormScanTangent.apply(*folded)
-        return tuple(x.unflatten(to, (info.batch_size, -1)) for x in outputs), (to,) * 2
+        return _vmapped(NormScanTangent, info.batch_size, in_dims, tensors, {2, 3})
 
 
 class NormScanAdjoint(torch.autograd.Function):
@@ -436,7 +490,7 @@ class NormScanAdjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return _ops.norm_scan_adjoint(*tensors)
+        return _scan_adjoint(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: D102
@@ -477,21 +531,20 @@ class NormScanAdjoint(torch.autograd.Function):
         behind = torch.zeros_like(zeta) if q_t is None else q_t
         if weight_t is not None:
             behind = behind + _project(weight_t[:, None, None] * sigma, n, rstd)
-        if n_t is not None or rstd_t is not None:
-            n_t = torch.zeros_like(n) if n_t is None else n_t
-            rstd_t = torch.zeros_like(rstd) if rstd_t is None else rstd_t
-            p = weight[:, None, None] * sigma
-            behind = behind + _project_change(p, n, rstd, n_t, rstd_t)
+        p = weight[:, None, None] * sigma
+        behind = behind + _project_change(p, n, rstd, n_t, rstd_t)
         return _adjoint(before, behind, A, weight, n, rstd, reset)
 
     @staticmethod
     def vmap(  # noqa: D102
         info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor | None
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        folded, to = _fold_all(info.batch_size, in_dims, tensors, {2, 3})
-        outputs = NormScanAdjoint.apply(*folded)
-        return tuple(x.unflatten(to, (info.batch_size, -1)) for x in outputs), (to,) * 2
+        return _vmapped(NormScanAdjoint, info.batch_size, in_dims, tensors, {2, 3})
 
+
+_differentiable = direct_apply(NormScan)
+_tangent_differentiable = direct_apply(NormScanTangent)
+_adjoint_differentiable = direct_apply(NormScanAdjoint)
 
 # What torch.compile traces: the ops with the same gradients registered on them.
 torch.library.register_autograd(
@@ -572,9 +625,9 @@ def norm_scan(
     if chosen == "reference":
         s = reference(u, A, weight, bias, s0, reset, eps)
     elif torch.compiler.is_compiling():
-        s, _, _ = _ops.norm_scan(u, A, weight, bias, s0, reset, eps, True)
+        s, _, _ = _scan(u, A, weight, bias, s0, reset, eps, True)
     elif needs_autograd(u, A, weight, bias, s0):
-        s, _, _ = NormScan.apply(u, A, weight, bias, s0, reset, eps)
+        s, _, _ = _differentiable(u, A, weight, bias, s0, reset, eps)
     else:
-        s, _, _ = _ops.norm_scan(u, A, weight, bias, s0, reset, eps, False)
+        s, _, _ = _scan(u, A, weight, bias, s0, reset, eps, False)
     return s if grouped else s.squeeze(0)

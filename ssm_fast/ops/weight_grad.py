@@ -10,6 +10,7 @@ from torch import Tensor
 from ssm_fast.ops.backend import (
     LIBRARY,
     cpu_kernel,
+    direct_apply,
     fold,
     last_contiguous,
     native_kernel,
@@ -42,7 +43,6 @@ def reference(
 LIBRARY.define(
     "weight_grad(Tensor x, Tensor s, Tensor? s0, Tensor? reset, bool reverse) -> Tensor",
 )
-_op = torch.ops.ssm_fast.weight_grad
 
 
 @torch.library.register_fake("ssm_fast::weight_grad")
@@ -52,7 +52,7 @@ def _(x: Tensor, s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bo
 
 
 @cpu_kernel("weight_grad")
-def _(x: Tensor, s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
+def _op(x: Tensor, s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
     G, _, _, N = x.shape
     if x.numel() == 0:
         return x.new_zeros(G, N, N)
@@ -81,11 +81,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_forward(*tensors)
 
 
+def _product(x: Tensor, matrix: Tensor) -> Tensor:
+    """Rows times the matrix of their group, one GEMM a group: [G, B, T, N]."""
+    return (x.flatten(1, 2) @ matrix).reshape(x.shape)
+
+
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x, s and s0; bilinear, so torch's own formulas serve the higher orders."""
     x, s, s0, reset = ctx.saved_tensors
-    grad_x = incoming(s, s0, reset, ctx.reverse) @ grad.mT.unsqueeze(1)
-    grad_h = x @ grad.unsqueeze(1)
+    grad_x = _product(incoming(s, s0, reset, ctx.reverse), grad.mT)
+    grad_h = _product(x, grad)
     grad_s0 = None
     if s0 is not None:
         grad_s0 = grad_h[:, :, 0]
@@ -136,6 +141,8 @@ class WeightGrad(torch.autograd.Function):
         return WeightGrad.apply(x, s, s0, reset, reverse).unflatten(0, (V, -1)), 0
 
 
+_differentiable = direct_apply(WeightGrad)
+
 torch.library.register_autograd(
     "ssm_fast::weight_grad",
     _gradients,
@@ -162,5 +169,5 @@ def weight_grad(
         ``[G, N, N]``, bitwise the same for any number of threads.
     """
     if not torch.compiler.is_compiling() and needs_autograd(x, s, s0):
-        return WeightGrad.apply(x, s, s0, reset, reverse)
+        return _differentiable(x, s, s0, reset, reverse)
     return _op(x, s, s0, reset, reverse)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import gymnasium
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from ssm_fast.env_runner.environment import Environment
+from ssm_fast.env_runner.vector_physics import MujocoVectorEnv
 
 pytestmark = pytest.mark.isa_independent
 
@@ -41,12 +44,14 @@ def by_hand(name, seed, actions, **kwargs):
         ("CartPole-v1", {"max_episode_steps": 7}, 40),
         ("Pendulum-v1", {"max_episode_steps": 11}, 40),
         ("HalfCheetah-v5", {"max_episode_steps": 13}, 30),
+        ("Walker2d-v5", {"healthy_angle_range": (-0.3, 0.3)}, 60),
     ],
 )
-def test_rows_equal_gymnasium_stepped_by_hand(name, kwargs, steps):
+@pytest.mark.parametrize("physics", ["auto", "gymnasium"])
+def test_rows_equal_gymnasium_stepped_by_hand(name, kwargs, steps, physics):
     B, seed = 3, 41
     rng = np.random.default_rng(0)
-    with Environment(name, B, seed=seed, **kwargs) as env:
+    with Environment(name, B, seed=seed, physics=physics, **kwargs) as env:
         if env.discrete:
             actions = rng.integers(env.action_dim, size=(steps, B))
         else:  # beyond the bounds on purpose: they are clipped
@@ -328,6 +333,8 @@ def test_render():
         ({"seed": -1}, ValueError),
         ({"seed": 1.5}, TypeError),
         ({"seed": True}, TypeError),
+        ({"physics": "native"}, ValueError),
+        ({"num_threads": 0}, ValueError),
     ],
 )
 def test_wrong_arguments(kwargs, error):
@@ -366,6 +373,68 @@ def test_wrap_equals_the_environment_made_by_id():
         assert env.env_name == "CartPole-v1"
         for got, expected in zip(_run(env), want, strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+def test_auto_takes_the_vector_physics_where_it_can():
+    pytest.importorskip("mujoco.batch", reason="vector physics needs mujoco 3.17 or later")
+
+    def taken(*args, **kwargs):
+        with Environment(*args, **kwargs) as env:
+            assert repr(env) == f"Environment({args[0]!r}, batch_size=1, physics={env.physics!r})"
+            return env.physics
+
+    assert taken("HalfCheetah-v5") == "vector"
+    assert taken("HalfCheetah-v5", physics="vector", num_threads=2) == "vector"
+    assert taken("HalfCheetah-v5", forward_reward_weight=2.0, max_episode_steps=5) == "vector"
+    assert taken("HalfCheetah-v5", physics="gymnasium") == "gymnasium"
+    assert taken("HalfCheetah-v5", render_mode="rgb_array") == "gymnasium"
+    assert taken("CartPole-v1") == "gymnasium"
+    for name, kwargs in (("CartPole-v1", {}), ("Ant-v5", {"width": 32})):
+        with pytest.raises(ValueError, match=f"physics='vector' cannot run env_name '{name}': "):
+            Environment(name, physics="vector", **kwargs)
+
+
+@pytest.mark.parametrize("name", ["HalfCheetah-v5", "Humanoid-v5"])
+def test_vector_physics_reports_the_same_rows_as_gymnasium(name):
+    pytest.importorskip("mujoco.batch", reason="vector physics needs mujoco 3.17 or later")
+    envs = [Environment(name, 3, 25, seed=2, physics=p) for p in ("vector", "gymnasium")]
+    resets = [env.reset()[1]["env_info"] for env in envs]
+    rng = np.random.default_rng(0)
+    ends = 0
+    for _ in range(60):
+        actions = 0.4 * rng.uniform(-1, 1, (3, envs[0].action_dim)).astype(np.float32)
+        (*ours, info), (*gymnasiums, want) = (env.step(actions) for env in envs)
+        for a, b in zip(ours, gymnasiums, strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(info["final_obs"], want["final_obs"])
+        ends += np.isfinite(info["episode_return"]).sum()
+        resets += [info["env_info"], want["env_info"]]
+    assert ends >= 6
+    for got, expected in zip(resets[::2], resets[1::2], strict=True):
+        assert len(got) == len(got[:]) == 3
+        for a, b in zip(got, expected, strict=True):
+            assert a.keys() == b.keys()
+            for key in b:
+                np.testing.assert_allclose(a[key], b[key], rtol=0, atol=1e-12)
+    for env in envs:
+        env.close()
+
+
+def test_wrap_takes_rows_with_models_of_their_own():
+    pytest.importorskip("mujoco.batch", reason="vector physics needs mujoco 3.17 or later")
+    vector = MujocoVectorEnv("Hopper-v5", 2)
+    models = [copy.copy(vector.model) for _ in range(2)]
+    models[1].body_mass[:] *= 2
+    vector.set_models(models)
+    with Environment.wrap(vector, seed=0) as env, Environment("Hopper-v5", 2, seed=0) as usual:
+        assert env.physics == "vector"
+        env.reset()
+        usual.reset()
+        actions = np.full((2, 3), 0.3)
+        heavy, light = env.step(actions)[0], usual.step(actions)[0]
+        np.testing.assert_array_equal(heavy[0], light[0])
+        assert not np.array_equal(heavy[1], light[1])
+    assert vector.closed
 
 
 def test_wrap_refuses_what_it_cannot_step_correctly():

@@ -269,7 +269,7 @@ void exercise_dense_scan(Random& random) {
   const auto kernel = [&](int threads) {
     std::unique_ptr<Memory> memory;
     p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::dense_scan_scratch(N, sizeof(T) == 8) * threads, memory);
+    p.scratch = fresh_scratch<T>(random, K::dense_scan_scratch(G, B, T_len, N, threads, sizeof(T) == 8), memory);
     K::dense_scan(p);
   };
   check(random, G * B, kernel, std::tie(u, A, s0, reset), std::tie(s));
@@ -294,7 +294,11 @@ void exercise_norm_scan(Random& random) {
   const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), sizes.rows(), 1);
   const Tensor<T> s(random, kOutput<T>, sizes.rows(), N);
   const std::vector<Index> s_strides{s.stride(0), s.stride(1), s.stride(2)};  // x shares them
-  const Tensor<T> x(random, forward ? none : kOutput<T>, sizes.rows(), N, s_strides);
+  const bool sums = sweep == Sweep::adjoint && random.chance(0.5);            // gradients of weight and bias, then no x
+  const Tensor<T> x(random, forward || sums ? none : kOutput<T>, sizes.rows(), N, s_strides);
+  const std::vector<Index> dense{N};
+  const Tensor<T> weight_grad(random, sums ? kOutput<T> : none, {G}, N, dense);
+  const Tensor<T> bias_grad(random, sums ? kOutput<T> : none, {G}, N, dense);
   A.scale(0.9 / double(N));
   if (!forward) rstd.scale(0.3);
   NormScan<T> p{};
@@ -311,16 +315,18 @@ void exercise_norm_scan(Random& random) {
   p.G = G, p.B = B, p.T_len = T_len, p.N = N;
   p.eps = T(1e-5);
   p.sweep = sweep;
+  p.weight_grad = weight_grad.data(), p.bias_grad = bias_grad.data();
   const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory;
+    std::unique_ptr<Memory> memory, rows;
     p.threads = threads;
+    if (sums) p.sums = fresh_scratch<T>(random, K::norm_scan_sums(G, B, N, sizeof(T) == 8), rows);
     p.scratch = fresh_scratch<T>(random, K::norm_scan_scratch(N, sizeof(T) == 8) * threads, memory);
     K::norm_scan(p);
   };
   if (forward) {
     check(random, G * B, kernel, std::tie(u, A, weight, bias, s0, reset), std::tie(s, n, rstd));
   } else {
-    check(random, G * B, kernel, std::tie(u, c, A, weight, n, rstd, s0, reset), std::tie(s, x));
+    check(random, G * B, kernel, std::tie(u, c, A, weight, n, rstd, s0, reset), std::tie(s, x, weight_grad, bias_grad));
   }
 }
 
@@ -364,28 +370,35 @@ Axes random_axes(Random& random) {
   return axes;
 }
 
+// A tensor [M, T, C] of which one axis has stride 1, and its three strides.
+template <class T>
+struct Scanned {
+  Tensor<T> tensor;
+  std::array<Index, 3> strides{};
+
+  // `broadcast`: the axis may have one element that stands for all.
+  Scanned(Random& random, typename Tensor<T>::Use use, std::array<Index, 3> sizes, std::size_t axis, bool broadcast)
+      : tensor(random, use, {sizes[(axis + 1) % 3], sizes[(axis + 2) % 3]}, broadcast ? 1 : sizes[axis]) {
+    strides[axis] = broadcast ? 0 : 1;
+    for (const std::size_t i : {std::size_t(0), std::size_t(1)}) strides[(axis + 1 + i) % 3] = tensor.stride(i);
+  }
+};
+
 template <class K, class T>
 void exercise_linear_scan(Random& random) {
-  const auto [M, T_len, C] = random_axes(random);
-  const Tensor<T> b(random, kInput<T>, {M, T_len}, C);
-  const bool rows = C == 1 && random.chance(0.7);  // time is contiguous
-  const Tensor<T> b_rows(random, kInput<T>, {M}, T_len);
-  const bool a_per_column = random.chance(0.7);
-  const Tensor<T> a(random, kInput<T>, {M, T_len}, a_per_column ? C : 1);
-  const Tensor<T> a_rows(random, kInput<T>, {M}, T_len);
-  const Tensor<T> h0(random, sometimes<T>(random), {M}, C);
-  const Tensor<T> h(random, kOutput<T>, {M, T_len}, C);
-  const Tensor<T> h_rows(random, kOutput<T>, {M}, T_len);
+  Axes axes = random_axes(random);
+  if (random.chance(0.1)) axes = {random.size(3), 2000 + random.below(9000), 1};  // enough for chunks of time
+  const auto [M, T_len, C] = axes;
+  const std::array<Index, 3> sizes{M, T_len, C};
+  const std::size_t axis = std::size_t(random.below(3));
+  const Scanned<T> a(random, kInput<T>, sizes, axis, random.chance(0.3)), b(random, kInput<T>, sizes, axis, false);
+  const Scanned<T> h(random, kOutput<T>, sizes, axis, false);
+  const Tensor<T> h0(random, sometimes<T>(random), {M, C}, 1);
   LinearScan<T> p{};
-  p.a = a.data(), p.a_m = a.stride(0), p.a_t = a.stride(1), p.a_c = a_per_column;
-  p.b = b.data(), p.b_m = b.stride(0), p.b_t = b.stride(1);
-  p.h = h.data(), p.h_m = h.stride(0), p.h_t = h.stride(1);
-  if (rows) {
-    p.b = b_rows.data(), p.b_m = b_rows.stride(0), p.b_t = 1;
-    p.h = h_rows.data(), p.h_m = h_rows.stride(0), p.h_t = 1;
-    if (random.chance(0.7)) p.a = a_rows.data(), p.a_m = a_rows.stride(0), p.a_t = 1, p.a_c = 1;
-  }
-  p.h0 = h0.data(), p.h0_m = h0.stride(0);
+  p.a = a.tensor.data(), std::tie(p.a_m, p.a_t, p.a_c) = std::tuple_cat(a.strides);
+  p.b = b.tensor.data(), std::tie(p.b_m, p.b_t, p.b_c) = std::tuple_cat(b.strides);
+  p.h = h.tensor.data(), std::tie(p.h_m, p.h_t, p.h_c) = std::tuple_cat(h.strides);
+  p.h0 = h0.data(), p.h0_m = h0.stride(0), p.h0_c = h0.stride(1);
   p.M = M, p.T_len = T_len, p.C = C;
   p.reverse = random.chance(0.5);
   p.shift = random.chance(0.5);
@@ -393,12 +406,7 @@ void exercise_linear_scan(Random& random) {
     p.threads = threads;
     K::linear_scan(p);
   };
-  const auto inputs = std::tie(a, b, a_rows, b_rows, h0);
-  if (rows) {
-    check(random, M * C, kernel, inputs, std::tie(h_rows));
-  } else {
-    check(random, M * C, kernel, inputs, std::tie(h));
-  }
+  check(random, M * C, kernel, std::tie(a.tensor, b.tensor, h0), std::tie(h.tensor));
 }
 
 template <class K, class T>
@@ -449,6 +457,119 @@ void exercise_discounted_returns(Random& random) {
   check(random, M * C, kernel, std::tie(rewards, next_values, terminated, truncated), std::tie(returns));
 }
 
+template <class K, class T>
+void exercise_output_norm(Random& random) {
+  const Index G = random.size(3), M = random.chance(0.1) ? 60 + random.below(100) : random.size(9);
+  const Index H = random.features();
+  const auto none = Tensor<T>::Use::left_out;
+  const bool norm = random.chance(0.7), saves = norm && random.chance(0.5);
+  const std::vector<Index> rows{G, M}, contiguous{M * H, H}, single{M, 1};
+  const Tensor<T> z(random, kInput<T>, rows, H);
+  const Tensor<T> weight(random, norm ? kInput<T> : none, {G}, H), bias(random, norm ? kInput<T> : none, {G}, H);
+  const Tensor<T> residual(random, sometimes<T>(random), rows, H);
+  const Tensor<T> y(random, kOutput<T>, rows, H, contiguous);
+  const auto saved = saves ? kOutput<T> : none;
+  const Tensor<T> mean(random, saved, rows, 1, single), rstd(random, saved, rows, 1, single);
+  OutputNorm<T> p{};
+  p.z = z.data(), p.z_g = z.stride(0), p.z_m = z.stride(1);
+  p.weight = weight.data(), p.weight_g = weight.stride(0);
+  p.bias = bias.data(), p.bias_g = bias.stride(0);
+  p.residual = residual.data(), p.residual_g = residual.stride(0), p.residual_m = residual.stride(1);
+  p.y = y.data(), p.mean = mean.data(), p.rstd = rstd.data();
+  p.G = G, p.M = M, p.H = H;
+  p.eps = T(1e-5);
+  p.tanh = random.chance(0.5);
+  const auto kernel = [&](int threads) {
+    p.threads = threads;
+    K::output_norm(p);
+  };
+  check(random, G * M, kernel, std::tie(z, weight, bias, residual), std::tie(y, mean, rstd));
+}
+
+template <class K, class T>
+void exercise_output_norm_grad(Random& random) {
+  const Index G = random.size(3), M = random.chance(0.1) ? 60 + random.below(100) : random.size(9);
+  const Index H = random.features();
+  const auto none = Tensor<T>::Use::left_out;
+  const auto input = random.chance(0.7) ? kInput<T> : none, output = input == none ? none : kOutput<T>;
+  const std::vector<Index> rows{G, M}, single{M, 1};
+  const Tensor<T> grad_y(random, kInput<T>, rows, H), z(random, kInput<T>, rows, H);
+  const Tensor<T> weight(random, input, {G}, H), bias(random, input, {G}, H);
+  const Tensor<T> mean(random, input, rows, 1, single), rstd(random, input, rows, 1, single);
+  const Tensor<T> grad_z(random, kOutput<T>, rows, H, {M * H, H});
+  const std::vector<Index> sums{H};
+  const Tensor<T> grad_weight(random, output, {G}, H, sums), grad_bias(random, output, {G}, H, sums);
+  OutputNormGrad<T> p{};
+  p.grad_y = grad_y.data(), p.grad_g = grad_y.stride(0), p.grad_m = grad_y.stride(1);
+  p.z = z.data(), p.z_g = z.stride(0), p.z_m = z.stride(1);
+  p.weight = weight.data(), p.weight_g = weight.stride(0);
+  p.bias = bias.data(), p.bias_g = bias.stride(0);
+  p.mean = mean.data(), p.rstd = rstd.data();
+  p.grad_z = grad_z.data(), p.grad_weight = grad_weight.data(), p.grad_bias = grad_bias.data();
+  p.G = G, p.M = M, p.H = H;
+  p.tanh = random.chance(0.5);
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::output_norm_scratch(G, M, H, sizeof(T) == 8), memory);
+    K::output_norm_grad(p);
+  };
+  check(random, G * M, kernel, std::tie(grad_y, z, weight, bias, mean, rstd), std::tie(grad_z, grad_weight, grad_bias));
+}
+
+template <class K, class T>
+void exercise_policy_step(Random& random) {
+  const Index B = random.size(20), I = random.size(20), H = random.features(), N = random.features();
+  const Index L = random.size(3), K_ = random.size(8);
+  const auto none = Tensor<T>::Use::left_out;
+  // One row of `count` elements, as all of them lie: contiguous.
+  const auto flat = [&](Index count, auto use) {
+    return Tensor<T>(random, use, {Index(1)}, count, std::vector<Index>{count});
+  };
+  const bool discrete = random.chance(0.3), norm_state = random.chance(0.3);
+  const auto norm = random.chance(0.7) ? kInput<T> : none;
+  const Tensor<T> x = flat(B * I, kInput<T>), state = flat(L * B * N, sometimes<T>(random));
+  const Tensor<T> noise = flat(B * K_, discrete ? none : sometimes<T>(random));
+  const auto statistics = sometimes<double>(random);
+  const std::vector<Index> features{I}, rows{B};
+  const Tensor<double> obs_mean(random, statistics, {1}, I, features), obs_var(random, statistics, {1}, I, features);
+  const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), {1}, B, rows);
+  const Tensor<T> encoder_weight = flat(H * I, kInput<T>), encoder_bias = flat(H, sometimes<T>(random));
+  const Tensor<T> actor_weight = flat(K_ * H, kInput<T>), actor_bias = flat(K_, sometimes<T>(random));
+  const Tensor<T> critic_weight = flat(H, kInput<T>), critic_bias = flat(1, sometimes<T>(random));
+  const Tensor<T> log_std = flat(K_, discrete ? none : kInput<T>);
+  // One tensor of each kind serves all layers.
+  const Tensor<T> A = flat(N * N, kInput<T>), W = flat(N * H, kInput<T>), bias = flat(N, sometimes<T>(random));
+  const Tensor<T> C = flat(H * N, kInput<T>), D = flat(H * H, kInput<T>);
+  const Tensor<T> weight = flat(norm_state ? N : H, norm), norm_bias = flat(norm_state ? N : H, norm);
+  const Tensor<T> action = flat(B * K_, kOutput<T>), value = flat(B, kOutput<T>);
+  const Tensor<T> log_prob = flat(B, discrete ? none : kOutput<T>), next_state = flat(L * B * N, kOutput<T>);
+  const std::vector<PolicyLayer<T>> layers(
+      std::size_t(L), {A.data(), W.data(), bias.data(), C.data(), D.data(), weight.data(), norm_bias.data()});
+  PolicyStep<T> p{};
+  p.x = x.data(), p.state = state.data(), p.reset = reset.data(), p.noise = noise.data();
+  p.obs_mean = obs_mean.data(), p.obs_var = obs_var.data(), p.obs_eps = 1e-8, p.obs_clip = 10.0;
+  p.encoder_weight = encoder_weight.data(), p.encoder_bias = encoder_bias.data();
+  p.layers = layers.data();
+  p.actor_weight = actor_weight.data(), p.actor_bias = actor_bias.data();
+  p.critic_weight = critic_weight.data(), p.critic_bias = critic_bias.data();
+  p.log_std = log_std.data();
+  p.action = action.data(), p.log_prob = log_prob.data(), p.value = value.data(), p.next_state = next_state.data();
+  p.B = B, p.I = I, p.H = H, p.N = N, p.L = L, p.K = K_;
+  p.norm_state = norm_state, p.residual = random.chance(0.5);
+  p.eps = T(1e-5);
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::policy_step_scratch(I, H, N, K_, sizeof(T) == 8) * threads, memory);
+    K::policy_step(p);
+  };
+  check(random, B, kernel,
+        std::tie(x, state, noise, obs_mean, obs_var, reset, encoder_weight, encoder_bias, actor_weight, actor_bias,
+                 critic_weight, critic_bias, log_std, A, W, bias, C, D, weight, norm_bias),
+        std::tie(action, log_prob, value, next_state));
+}
+
 // The kernels of one instruction set as a type.
 #define SSM_FAST_KERNELS(isa)                    \
   struct Kernels_##isa {                         \
@@ -461,8 +582,32 @@ void exercise_discounted_returns(Random& random) {
       return isa::norm_scan_scratch(p...);       \
     }                                            \
     template <class... P>                        \
+    static Index norm_scan_sums(P... p) {        \
+      return isa::norm_scan_sums(p...);          \
+    }                                            \
+    template <class... P>                        \
     static Index weight_grad_scratch(P... p) {   \
       return isa::weight_grad_scratch(p...);     \
+    }                                            \
+    template <class... P>                        \
+    static Index output_norm_scratch(P... p) {   \
+      return isa::output_norm_scratch(p...);     \
+    }                                            \
+    template <class... P>                        \
+    static Index policy_step_scratch(P... p) {   \
+      return isa::policy_step_scratch(p...);     \
+    }                                            \
+    template <class P>                           \
+    static void output_norm(const P& p) {        \
+      isa::output_norm(p);                       \
+    }                                            \
+    template <class P>                           \
+    static void output_norm_grad(const P& p) {   \
+      isa::output_norm_grad(p);                  \
+    }                                            \
+    template <class P>                           \
+    static void policy_step(const P& p) {        \
+      isa::policy_step(p);                       \
     }                                            \
     template <class P>                           \
     static void dense_scan(const P& p) {         \
@@ -521,6 +666,12 @@ void exercise(const std::string& isa, int cases, std::uint64_t seed) {
   repeat("gae float64", exercise_gae<K, double>);
   repeat("discounted_returns float32", exercise_discounted_returns<K, float>);
   repeat("discounted_returns float64", exercise_discounted_returns<K, double>);
+  repeat("output_norm float32", exercise_output_norm<K, float>);
+  repeat("output_norm float64", exercise_output_norm<K, double>);
+  repeat("output_norm_grad float32", exercise_output_norm_grad<K, float>);
+  repeat("output_norm_grad float64", exercise_output_norm_grad<K, double>);
+  repeat("policy_step float32", exercise_policy_step<K, float>);
+  repeat("policy_step float64", exercise_policy_step<K, double>);
   std::printf("%s: every kernel, %d cases each\n", isa.c_str(), cases);
 }
 

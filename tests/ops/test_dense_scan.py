@@ -46,6 +46,7 @@ def problem(B, T, N, *, dtype=torch.float64, seed=0, radius=0.9, resets="none", 
         (3, 6, 65),
         (2, 5, 130),
         (1, 4, 500),
+        (60, 3, 300),
     ],
 )
 def test_float64_equals_loop(B, T, N, resets):
@@ -72,6 +73,49 @@ def test_float32_error_of_outputs_and_gradients(N):
         assert relative_rms(actual, expected) <= 1e-5
     for actual, expected in zip(second, second_ref, strict=True):
         assert relative_rms(actual, expected) <= 1e-4
+
+
+CHUNKED = [(2048, 5), (2111, 32), (2113, 96)]  # sizes of one row that is cut into chunks of time
+
+
+@pytest.mark.parametrize("resets", ["none", "sparse"])
+@pytest.mark.parametrize(("T", "N"), CHUNKED)
+def test_long_time_of_one_row_equals_loop(T, N, resets):
+    u, A, s0, reset = problem(1, T, N)
+    if resets == "sparse":
+        reset[:, [63, 64, 700, 1151, 2047]] = True
+    weights = torch.randn(1, T, N, dtype=torch.float64)
+    results = []
+    for dtype, scan in (
+        (torch.float64, dense_scan_loop),
+        (torch.float64, dense_scan),
+        (torch.float32, dense_scan),
+    ):
+        leaves = [x.to(dtype).requires_grad_() for x in (u, A, s0)]
+        s = scan(*leaves, reset)
+        results.append((s, *torch.autograd.grad((s * weights.to(dtype)).sum(), leaves)))
+    for expected, double, single in zip(*results, strict=True):
+        torch.testing.assert_close(double, expected, rtol=1e-10, atol=1e-10)
+        assert relative_rms(single, expected) <= 1e-5
+
+
+def test_long_time_with_powers_out_of_range_equals_loop():
+    u, A, s0, reset = problem(1, 2048, 8, radius=1.5, dtype=torch.float32)
+    reset[:, ::50] = True  # A^64 would amplify rounding errors: one sweep
+    expected = dense_scan_loop(*(x.double() for x in (u, A, s0)), reset)
+    assert relative_rms(dense_scan(u, A, s0, reset), expected) <= 1e-5
+    overflow = dense_scan(u, A * 1e3, s0, reset)  # inf - inf in powers and states alike
+    torch.testing.assert_close(overflow[:, ::50], u[:, ::50])
+
+
+def test_long_time_after_a_reset_forgets_a_state_that_is_not_finite():
+    u, A, s0, reset = problem(1, 2048, 8)
+    u[:, 100] = float("inf")
+    reset[:, 300] = True
+    s = dense_scan(u, A, s0, reset)
+    assert not s[:, 100:300].isfinite().any()
+    assert s[:, 300:].isfinite().all()
+    torch.testing.assert_close(s[:, 300:], dense_scan_loop(u[:, 300:], A))
 
 
 @pytest.mark.parametrize("resets", [*RESETS, "random"])
@@ -295,8 +339,9 @@ def test_every_element_is_written(monkeypatch):
     assert torch.equal(dense_scan(u, A, s0, reset), expected)
 
 
-def test_results_are_bitwise_the_same_for_any_thread_count():
-    u, A, s0, reset = problem(37, 40, 63, dtype=torch.float32, resets="random")
+@pytest.mark.parametrize(("B", "T", "N"), [(37, 40, 63), (3, 9, 300), (1, 2111, 16), (1, 2048, 96)])
+def test_results_are_bitwise_the_same_for_any_thread_count(B, T, N):
+    u, A, s0, reset = problem(B, T, N, dtype=torch.float32)
     threads = torch.get_num_threads()
     try:
         results = []

@@ -191,6 +191,56 @@ def test_every_element_is_written(monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(gae(*tensors, 0.9, 0.8), expected, strict=True))
 
 
+@pytest.mark.parametrize("ends", [0.0, 0.001, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 40_001), (5, 8200), (1030, 1031)])
+def test_long_and_large_equal_the_reference(shape, dtype, ends):
+    rewards, values, next_values, terminated, truncated = tensors = rollout(*shape, ends=ends)
+    tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {}
+    expected = gae(*tensors, 0.99, 0.95, impl="reference")
+    sums = discounted_returns(rewards, terminated, truncated, 0.99, next_values, impl="reference")
+    r, v, n = (x.to(dtype) for x in (rewards, values, next_values))
+    for flip in (False, True):
+
+        def laid(x, flip=flip):
+            return x.T.contiguous().T if flip else x  # time-major in memory
+
+        inputs = [laid(x) for x in (r, v, n, terminated, truncated)]
+        actual = gae(*inputs, 0.99, 0.95)
+        assert actual[0].stride() == inputs[0].stride()
+        for x, y in zip(actual, expected, strict=True):
+            torch.testing.assert_close(x.double(), y, **tolerance)
+        actual = discounted_returns(inputs[0], *inputs[3:], 0.99, inputs[2])
+        torch.testing.assert_close(actual.double(), sums, **tolerance)
+
+
+def test_an_infinity_reaches_back_to_the_cut_over_chunks_of_time():
+    T = 20_000
+    rewards, zeros = torch.ones(1, T), torch.zeros(1, T)
+    rewards[0, 15_000] = torch.inf
+    ends = torch.zeros(1, T, dtype=torch.bool)
+    never, ends[0, 999] = ends.clone(), True
+    advantages, _ = gae(rewards, zeros, zeros, never, ends, 0.9, 0.5)
+    assert torch.isfinite(advantages[0, :1000]).all()
+    assert torch.isinf(advantages[0, 1000:15_001]).all()
+    assert torch.isfinite(advantages[0, 15_001:]).all()
+
+
+def test_results_are_bitwise_the_same_for_any_thread_count():
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(
+                [y for B, T in [(67, 1000), (2, 50_000)] for y in gae(*rollout(B, T), 0.9, 0.8)]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
 def test_empty_sizes(shape):
     zeros, never = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)

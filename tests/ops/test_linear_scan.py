@@ -213,22 +213,122 @@ def test_conjugate_views_are_resolved():
 def test_every_element_is_written(monkeypatch):
     a, b = coefficients(37, 33), draw(37, 33)
     expected = linear_scan(a, b)
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *x, **k: new_empty(*x, **k).fill_(float("nan"))
-    )
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *x: empty_like(*x).fill_(float("nan")))
     assert torch.equal(linear_scan(a, b), expected)
+
+
+LONG = [((1, 40_001), 1), ((40_001, 1), 0), ((3, 20_000), 1), ((1, 9001, 3), 1), ((7, 4100), 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("shape", "dim"), LONG)
+def test_chunks_of_time_equal_the_loop(shape, dim, reverse, dtype):
+    a, b = coefficients(*shape, dtype=dtype), draw(*shape, dtype=dtype)
+    a.select(dim, 5000 % shape[dim]).zero_()  # as at the start of an episode
+    h0 = b.select(dim, 0).clone() * 2
+    for initial in (None, h0):
+        expected = linear_scan_loop(
+            a.numpy(), b.numpy(), None if initial is None else h0.numpy(), reverse, dim
+        )
+        actual = linear_scan(a, b, initial, reverse=reverse, dim=dim)
+        np.testing.assert_allclose(
+            actual.numpy(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+        )
+
+
+@pytest.mark.parametrize(("shape", "dim"), LONG)
+def test_gradients_over_chunks_of_time(shape, dim):
+    gradients = []
+    for impl in ("native", "reference"):
+        leaves = [coefficients(*shape).requires_grad_(), draw(*shape).requires_grad_()]
+        h = linear_scan(*leaves, dim=dim, impl=impl)
+        gradients.append(torch.autograd.grad(h.square().sum(), leaves))
+    for native, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(native, reference, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_coefficient_over_chunks_of_time(dtype):
+    b = draw(1, 20_000, 2, dtype=dtype)
+    a = coefficients(2, dtype=dtype)
+    expected = linear_scan_loop(a.numpy(), b.numpy(), None, False, 1)
+    np.testing.assert_allclose(
+        linear_scan(a, b).numpy(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
+def test_growing_products_do_not_cancel():
+    T = 20_000
+    a, b = torch.full((1, T), 2.0), torch.full((1, T), -1.0)
+    assert torch.equal(linear_scan(a, b, torch.ones(1)), torch.ones(1, T))
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("where", [0, 4000, 19_999])
+@pytest.mark.parametrize("what", ["a", "b"])
+def test_what_is_not_finite_spreads_over_chunks_as_in_the_loop(what, where, value):
+    inputs = {"a": coefficients(1, 20_000).abs() + 0.01, "b": draw(1, 20_000)}
+    inputs[what][0, where] = value
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = linear_scan_loop(inputs["a"].numpy(), inputs["b"].numpy(), None, False, 1)
+    if (what, where) == ("a", 0):
+        expected = expected[:, :0]  # with nothing incoming the first coefficient is not used
+    actual = linear_scan(inputs["a"], inputs["b"]).numpy()[:, : expected.shape[1]]
+    np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_underflow_loses_nothing_that_counts():
+    T = 20_000
+    b = torch.zeros(1, T)
+    b[0, 0] = 1e30
+    h = linear_scan(torch.full((1, T), 0.99), b)
+    expected = 1e30 * 0.99 ** torch.arange(T, dtype=torch.float64)
+    torch.testing.assert_close(h[0].double(), expected, rtol=1e-2, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 1000, 512), (1030, 1031, 1), (1, 1031, 1030)])
+@pytest.mark.parametrize("a_shape", [None, (1,)])
+def test_large_outputs(shape, a_shape, dtype):
+    b = draw(*shape, dtype=dtype)
+    a = coefficients(*(a_shape or shape), dtype=dtype)
+    for reverse in (False, True):
+        expected = linear_scan_loop(a.numpy(), b.numpy(), None, reverse, 1)
+        np.testing.assert_allclose(
+            linear_scan(a, b, reverse=reverse).numpy(),
+            expected,
+            rtol=TOLERANCE[dtype],
+            atol=TOLERANCE[dtype],
+        )
+
+
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0), (2, 0, 1)]
+)
+@pytest.mark.parametrize("shape", [(6, 40, 10), (20, 33, 1), (1, 33, 20), (20, 33, 4)])
+def test_states_lie_in_memory_as_the_inputs_do(shape, order):
+    back = [order.index(i) for i in range(3)]
+    a, b = (
+        x.permute(order).contiguous().permute(back) for x in (coefficients(*shape), draw(*shape))
+    )
+    h = linear_scan(a, b)
+    assert h.squeeze().stride() == b.squeeze().stride()
+    expected = linear_scan_loop(a.numpy(), b.numpy(), None, False, 1)
+    np.testing.assert_allclose(h.numpy(), expected, rtol=1e-13, atol=1e-13)
 
 
 def test_results_are_bitwise_the_same_for_any_thread_count():
     a, b = coefficients(3, 100, 999), draw(3, 100, 999)
     rows = coefficients(67, 1000), draw(67, 1000)
+    long = coefficients(2, 50_000), draw(2, 50_000)
     threads = torch.get_num_threads()
     try:
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append((linear_scan(a, b), linear_scan(*rows)))
+            results.append((linear_scan(a, b), linear_scan(*rows), linear_scan(*long)))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:

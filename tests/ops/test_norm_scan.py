@@ -136,7 +136,10 @@ def test_compile_sees_one_graph():
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("op", ["norm_scan", "norm_scan_tangent", "norm_scan_adjoint"])
+OPS = ["norm_scan", "norm_scan_tangent", "norm_scan_adjoint", "norm_scan_gradients"]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
     u, A, weight, bias, s0, reset = (x.unsqueeze(0) for x in problem(3, 4, 5))
     s, n, rstd = torch.ops.ssm_fast.norm_scan(u, A, weight, bias, s0, reset, 1e-5, True)
@@ -145,9 +148,23 @@ def test_opcheck(op):
         args = (leaves[0], leaves[2], leaves[3], bias, s0.requires_grad_(), reset, 1e-5, True)
     elif op == "norm_scan_tangent":
         args = (*leaves, s0.requires_grad_(), reset)
-    else:
+    elif op == "norm_scan_adjoint":
         args = (*leaves, reset)
+    else:  # runs below autograd only
+        args = (*(x.detach() for x in leaves), reset)
     torch.library.opcheck(getattr(torch.ops.ssm_fast, op).default, args)
+
+
+@pytest.mark.parametrize(("B", "T", "N"), [(1, 1, 1), (7, 9, 21), (13, 40, 64)])
+def test_first_order_sums_equal_those_of_the_stored_adjoints(B, T, N):
+    u, A, weight, bias, s0, reset = (x.unsqueeze(0) for x in problem(B, T, N))
+    _, n, rstd = torch.ops.ssm_fast.norm_scan(u, A, weight, bias, s0, reset, 1e-5, True)
+    sweep = (torch.randn_like(n), torch.randn_like(n), A, weight, n, rstd, reset)
+    z, s = torch.ops.ssm_fast.norm_scan_adjoint(*sweep)
+    zeta, weight_grad, bias_grad = torch.ops.ssm_fast.norm_scan_gradients(*sweep)
+    assert torch.equal(zeta, z)
+    torch.testing.assert_close(weight_grad, (s * n).sum((1, 2)), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(bias_grad, s.sum((1, 2)), rtol=1e-11, atol=1e-11)
 
 
 def test_split_in_two_equals_whole():
@@ -197,13 +214,11 @@ def test_results_are_bitwise_the_same_for_any_thread_count():
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             s = norm_scan(*leaves, reset)
-            results.append((s, torch.autograd.grad(s.sum(), leaves[:2])))
+            results.append((s, *torch.autograd.grad(s.sum(), leaves)))
     finally:
         torch.set_num_threads(threads)
-    for s, (u_grad, A_grad) in results[1:]:
-        assert torch.equal(s, results[0][0])
-        assert torch.equal(u_grad, results[0][1][0])
-        assert torch.equal(A_grad, results[0][1][1])
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3)])

@@ -1,0 +1,63 @@
+"""The gradient of a gradient norm: its time and, in a process of its own, the memory it takes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from references import dense_scan_loop, norm_scan_loop
+
+from ssm_fast.ops import dense_scan, norm_scan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+SCANS = {
+    "dense_scan": (dense_scan, dense_scan_loop),
+    "norm_scan": (norm_scan, norm_scan_loop),
+}
+
+
+def gradients(op: str, *, loop: bool, B: int, T: int, N: int) -> Callable[[], tuple[Tensor, ...]]:
+    """A call that differentiates the squared norm of an op's gradients."""
+    generator = torch.Generator().manual_seed(0)
+    u, weights = torch.randn(2, B, T, N, generator=generator)
+    A = torch.linalg.qr(torch.randn(N, N, generator=generator))[0] * 0.9
+    leaves = [u, A] if op == "dense_scan" else [u, A, torch.ones(N), torch.zeros(N)]
+    leaves = [x.requires_grad_() for x in leaves]
+    scan = SCANS[op][loop]
+
+    def run() -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(scan(*leaves), leaves, weights, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    return run
+
+
+def peak_memory(op: str, *, loop: bool, B: int, T: int, N: int) -> float:
+    """MiB that the call adds to the resident set of a fresh process at its peak (Linux)."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure, args=(sender, op, loop, B, T, N))
+    child.start()
+    peak = receiver.recv()
+    child.join()
+    return peak
+
+
+def _measure(sender, op: str, loop: bool, B: int, T: int, N: int) -> None:
+    gradients(op, loop=loop, B=2, T=4, N=8)()  # what every process pays once
+    run = gradients(op, loop=loop, B=B, T=T, N=N)
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    run()
+    sender.send((_status("VmHWM") - before) / 1024)
+
+
+def _status(field: str) -> int:
+    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
