@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch  # before _native: the compiled module uses the OpenMP runtime that torch has loaded
@@ -20,7 +24,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 Impl = Literal["auto", "native", "triton", "reference"]
 IMPLS = ("auto", "native", "triton", "reference")
@@ -28,6 +32,7 @@ IMPLS = ("auto", "native", "triton", "reference")
 LIBRARY = torch.library.Library("ssm_fast", "DEF")
 
 _REAL = {torch.float32: "float32", torch.float64: "float64"}
+_HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # the Triton kernels alone
 _COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
 _NAMES = _REAL | _COMPLEX
 
@@ -44,7 +49,47 @@ def native_kernel(op: str, dtype: torch.dtype) -> Any:
     return kernel
 
 
-def choose(op: str, impl: str, device: torch.device, *, triton: bool = False) -> str:
+_interpreting = False
+
+
+@contextmanager
+def interpreter() -> Iterator[None]:
+    """Run the ops of CPU tensors through the Triton kernels while the context is open.
+
+    Triton's interpreter executes the kernels on the CPU, for tests without a GPU; gradients and
+    transforms go through the kernels as well.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET=1 was not set before the kernels were imported.
+    """
+    global _interpreting
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("the Triton kernels run on the CPU only with TRITON_INTERPRET=1 set")
+    before, _interpreting = _interpreting, True
+    try:
+        yield
+    finally:
+        _interpreting = before
+
+
+@cache
+def triton_kernel(op: str, module: str) -> Callable[..., Any]:
+    """The launcher of ``op``, from ``ssm_fast.kernels``; Triton is imported here and no earlier.
+
+    Raises:
+        RuntimeError: Triton is not installed.
+    """
+    try:
+        return getattr(importlib.import_module(f"ssm_fast.kernels.{module}"), op)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "triton":
+            raise
+        raise RuntimeError(
+            f"{op} on a GPU needs Triton, which is not installed: pip install 'ssm_fast[gpu]'"
+        ) from error
+
+
+def choose(op: str, impl: str, device: torch.device, *, triton: bool = True) -> str:
     """Resolve ``impl`` for a device to "native", "triton" or "reference".
 
     Raises:
@@ -55,7 +100,8 @@ def choose(op: str, impl: str, device: torch.device, *, triton: bool = False) ->
         raise ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
     if impl == "reference":
         return impl
-    wanted = {"cpu": "native", "cuda": "triton"}.get(device.type)
+    on_cpu = "triton" if _interpreting else "native"
+    wanted = {"cpu": on_cpu, "cuda": "triton"}.get(device.type)
     if wanted is None:
         raise RuntimeError(f"{op} has no kernel for device {device}; pass impl='reference'")
     if impl not in ("auto", wanted):
@@ -84,6 +130,8 @@ def check_dtype(
     first = tensors[first_name]
     assert first is not None
     allowed = _REAL | _COMPLEX if complex_too else _REAL
+    if first.is_cuda or _interpreting:
+        allowed = allowed | _HALF
     if first.dtype not in allowed:
         raise TypeError(
             f"{first_name} of {op} must be {' or '.join(allowed.values())}, got {first.dtype}"
@@ -158,19 +206,36 @@ def is_watched() -> bool:
     )
 
 
-def cpu_kernel(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def cpu_kernel(
+    op: str, module: str | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the decorated function as the CPU kernel of ``op``, and return how to call the op.
+
+    The CUDA kernel is registered beside it: the function of that name in
+    ``ssm_fast.kernels.<module>``, where a module that is not given has the name of the op.
 
     torch's dispatcher takes longer for an op written in Python than many of our kernels run, so a
     call goes straight to the kernel where the dispatcher would do nothing else.
     """
+    launcher = partial(triton_kernel, op, module or op)
+
+    def on_cpu_of(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def on_cpu(*arguments: Any) -> Any:
+            return launcher()(*arguments) if _interpreting else kernel(*arguments)
+
+        return on_cpu
+
+    def on_cuda(first: Tensor, *arguments: Any) -> Any:
+        with torch.cuda.device(first.device):
+            return launcher()(first, *arguments)
 
     def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        torch.library.impl(f"ssm_fast::{op}", "CPU")(kernel)
+        torch.library.impl(f"ssm_fast::{op}", "CPU")(on_cpu_of(kernel))
+        torch.library.impl(f"ssm_fast::{op}", "CUDA")(on_cuda)
         dispatched = getattr(torch.ops.ssm_fast, op)
 
         def run(*arguments: Any) -> Any:
-            if is_watched():
+            if _interpreting or is_watched():
                 return dispatched(*arguments)
             differentiable = torch.is_grad_enabled()
             for x in arguments:

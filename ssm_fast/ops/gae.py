@@ -89,7 +89,7 @@ def _gae(*arguments: Any) -> tuple[Tensor, Tensor]:
     return outputs
 
 
-@cpu_kernel("discounted_returns")
+@cpu_kernel("discounted_returns", "gae")
 def _discounted_returns(*arguments: Any) -> Tensor:
     returns = _empty(arguments[0])
     _run("discounted_returns", arguments[:4], (returns,), *arguments[4:])

@@ -180,7 +180,7 @@ def _scan(
     return s, n, rstd
 
 
-@cpu_kernel("norm_scan_tangent")
+@cpu_kernel("norm_scan_tangent", "norm_scan")
 def _scan_tangent(
     a: Tensor,
     c: Tensor | None,
@@ -197,7 +197,7 @@ def _scan_tangent(
     return s, z
 
 
-@cpu_kernel("norm_scan_adjoint")
+@cpu_kernel("norm_scan_adjoint", "norm_scan")
 def _scan_adjoint(
     g: Tensor,
     q: Tensor | None,
@@ -213,7 +213,7 @@ def _scan_adjoint(
     return z, s
 
 
-@cpu_kernel("norm_scan_gradients")
+@cpu_kernel("norm_scan_gradients", "norm_scan")
 def _scan_gradients(
     g: Tensor,
     q: Tensor | None,

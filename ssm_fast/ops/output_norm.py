@@ -162,7 +162,7 @@ def _run(
     return y, mean, rstd
 
 
-@cpu_kernel("output_norm_grad")
+@cpu_kernel("output_norm_grad", "output_norm")
 def _run_grad(
     grad: Tensor,
     z: Tensor,

@@ -1,0 +1,134 @@
+"""Compile what the launchers would launch, for GPUs that need not be there, and read its resources.
+
+Run as a program of its own, without TRITON_INTERPRET; prints one JSON object a launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+class Recorder:
+    """Stands in for a kernel and keeps the arguments of its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((args, options))
+
+
+def compile_launch(kernel, args, options, capability):
+    """The resources that one launch needs on a GPU of ``capability``."""
+    names = kernel.arg_names
+    compile_options = {
+        k: options[k] for k in ("num_warps", "enable_fp_fusion", "num_stages") if k in options
+    }
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
+    signature, constants, attributes = {}, {}, {}
+    annotations = inspect.get_annotations(kernel.fn)
+    for i, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif value is None or "constexpr" in str(annotations.get(name, "")):
+            signature[name], constants[name] = "constexpr", value
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=compile_options)
+    return {"shared": compiled.metadata.shared} | resources(compiled.asm["cubin"])
+
+
+def resources(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(
+        r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text
+    ).groups()
+    return {"registers": int(registers), "spilled": int(stack) + int(local)}
+
+
+def problem(op, dtype, N, B, T, G=2):
+    """Arguments of ``op``; the sizes other than N do not reach the compiler."""
+
+    def real(*shape):
+        return torch.zeros(shape, dtype=dtype)
+
+    x, rstd = real(G, B, T, N), real(G, B, T)
+    A, weight, s0 = real(G, N, N), real(G, N), real(G, B, N)
+    reset = torch.zeros(G, B, T, dtype=torch.bool)
+    flag = torch.zeros(B, T, N, dtype=torch.bool)
+    return {
+        "dense_scan": (x, A, s0, reset, False),
+        "norm_scan": (x, A, weight, weight, s0, reset, 1e-5, True),
+        "norm_scan_tangent": (x, x, A, weight, x, rstd, s0, reset),
+        "norm_scan_adjoint": (x, x, A, weight, x, rstd, reset),
+        "linear_scan": (real(B, T, N), real(B, T, N), real(B, N), False, False),
+        "gae": (*[real(B, T, N)] * 3, flag, flag, 0.99, 0.95),
+        "discounted_returns": (*[real(B, T, N)] * 2, flag, flag, 0.99),
+        "output_norm": (x, weight, weight, x, 1e-5, True, True),
+        "output_norm_grad": (x, x, weight, weight, rstd, rstd, True),
+    }[op]
+
+
+MODULES = {
+    "norm_scan_tangent": "norm_scan",
+    "norm_scan_adjoint": "norm_scan",
+    "discounted_returns": "gae",
+    "output_norm_grad": "output_norm",
+}
+
+
+def launches(op, dtype, N, B, T):
+    """The launches of one call of ``op``: kernel, arguments, options."""
+    module = importlib.import_module(f"ssm_fast.kernels.{MODULES.get(op, op)}")
+    recorders = {
+        name: Recorder(value)
+        for name, value in vars(module).items()
+        if isinstance(value, triton.runtime.JITFunction) and name.endswith("kernel")
+    }
+    for name, recorder in recorders.items():
+        setattr(module, name, recorder)
+    getattr(module, op)(*problem(op, dtype, N, B, T))
+    for name, recorder in recorders.items():
+        setattr(module, name, recorder.kernel)
+    return [(r.kernel, *launch) for r in recorders.values() for launch in r.launches]
+
+
+def main(cases):
+    for case in cases:
+        op, dtype, N, B, T, capability = case
+        for kernel, args, options in launches(op, getattr(torch, dtype), N, B, T):
+            print(json.dumps({"case": case} | compile_launch(kernel, args, options, capability)))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
