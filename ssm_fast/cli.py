@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -501,7 +502,9 @@ def _progress(total: int, unit: str) -> Iterator[Callable[[float, dict[str, floa
 
 
 def _figures(metrics: dict[str, float]) -> str:
-    return f"return {metrics['episode_return']:.1f}, {metrics['steps_per_second']:,.0f} steps/s"
+    mean = metrics["episode_return"]
+    figure = "no episode yet" if math.isnan(mean) else f"return {mean:.1f}"
+    return f"{figure}, {metrics['steps_per_second']:,.0f} steps/s"
 
 
 def _how_to_resume(run: RunDirectory) -> str:

@@ -179,6 +179,13 @@ class TestTrain:
         assert [line.split(",")[0] for line in lines] == [f"{n} of 12 episodes" for n in (4, 8, 12)]
         assert re.fullmatch(r".* return \d+\.\d, [\d,]+ steps/s", lines[0])
 
+    def test_progress_before_the_first_episode_ends(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+        assert cli.main([*PPO, "--episodes", "1"]) == 0
+        assert "0 of 1 episodes, no episode yet, " in capsys.readouterr().err
+
     def test_progress_bar(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -332,17 +332,19 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     folder = Path(path)
     try:
         manifest = json.loads(read_limited(folder / _MANIFEST_FILE, _MANIFEST_LIMIT))
-        digests, iteration = manifest["sha256"], manifest["iteration"]
-        expected = str(digests[_STATE_FILE])
+        digests, iteration = dict(manifest["sha256"]), manifest["iteration"]
+        if not {_STATE_FILE} <= digests.keys() <= {_STATE_FILE, _MODEL_FILE}:
+            raise ValueError(f"unexpected files {sorted(digests)}")
         if not isinstance(iteration, int) or iteration < 0:
             raise ValueError(f"iteration must be a count, got {iteration!r}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / _MANIFEST_FILE} is missing or damaged: {error!r}") from error
-    state_path = folder / _STATE_FILE
-    contents = _read_state_file(state_path)
-    if hashlib.sha256(contents).hexdigest() != expected:
-        raise ValueError(f"{state_path} is damaged: its SHA-256 is not the manifest's")
-    return Checkpoint(folder, iteration, _parse_state(state_path, contents))
+    contents = {name: _read_state_file(folder / name) for name in digests}
+    for name, expected in digests.items():
+        if hashlib.sha256(contents[name]).hexdigest() != expected:
+            raise ValueError(f"{folder / name} is damaged: its SHA-256 is not the manifest's")
+    state = _parse_state(folder / _STATE_FILE, contents[_STATE_FILE])
+    return Checkpoint(folder, iteration, state)
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
