@@ -24,10 +24,10 @@ inline bool resets(const DenseScan<T>& p, Index g, Index b, Index i) {
 }
 
 // `length` steps of up to kWideRows segments of one group. The state of a row is read where the step
-// before stored it; `zeros` is a state of N zeros.
+// before stored it; `zeros` is a state of N zeros. `lone` segments never share a block.
 template <class T>
 void scan_segments(const DenseScan<T>& p, const Segment<T>* segments, int rows, Index length, const T* W,
-                   const T* zeros) {
+                   const T* zeros, bool lone) {
   const Index step = p.reverse ? -1 : 1;
   const T *u[kWideRows], *h[kWideRows];
   T* s[kWideRows];
@@ -48,7 +48,11 @@ void scan_segments(const DenseScan<T>& p, const Segment<T>* segments, int rows, 
       prefetch<T>(u, rows, kAhead * step * p.u_t, p.N);
       if (p.reverse) prefetch<T>(s, rows, kAhead * step * p.s_t, p.N);
     }
-    multiply_step<T>(u, h, s, rows, W, p.N);
+    if (lone) {
+      multiply_step<T, 1, kLoneSums>(u, h, s, W, p.N);
+    } else {
+      multiply_step<T>(u, h, s, rows, W, p.N);
+    }
     for (int r = 0; r < rows; ++r) {
       h[r] = s[r];
       u[r] += step * p.u_t;
@@ -79,7 +83,7 @@ void scan_all(const DenseScan<T>& p, Index count, Index length, At at) {
             segments[r] = at(g * (count / p.G) + first + r);
             if (!segments[r].h0) segments[r].h0 = zeros;
           }
-          scan_segments(p, segments, rows, length, W, zeros);
+          scan_segments(p, segments, rows, length, W, zeros, count == p.G);
         });
   }
 }

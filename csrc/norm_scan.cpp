@@ -134,7 +134,7 @@ struct Scratch {
 
 // All of time for R consecutive rows of one group. The state of a row is read where the step before
 // stored it.
-template <class T, int R, Sweep kSweep>
+template <class T, int R, int kSums, Sweep kSweep>
 void scan_rows(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch) {
   const bool reverse = kSweep == Sweep::adjoint;
   const Index step = reverse ? -1 : 1;
@@ -171,7 +171,7 @@ void scan_rows(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch
       if (kSweep != Sweep::forward) prefetch<T>(row.n, R, kAhead * step * p.n_t, p.N);
       if (kSweep == Sweep::adjoint) prefetch<T>(row.first, R, kAhead * step * p.s_t, p.N);
     }
-    multiply_step<T, R>(u, h, product, scratch.W, p.N);
+    multiply_step<T, R, kSums>(u, h, product, scratch.W, p.N);
     if constexpr (kSweep == Sweep::forward) {
       normalise<T, R>(row, product, scratch.weight, scratch.bias, p.N, p.eps);
     } else if constexpr (kSweep == Sweep::tangent) {
@@ -191,12 +191,12 @@ void scan_rows(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch
   }
 }
 
-template <class T, int R>
+template <class T, int R, int kSums = kTileVectors>
 void scan_block(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch) {
   switch (p.sweep) {
-    case Sweep::forward: return scan_rows<T, R, Sweep::forward>(p, g, b, scratch);
-    case Sweep::tangent: return scan_rows<T, R, Sweep::tangent>(p, g, b, scratch);
-    default: return scan_rows<T, R, Sweep::adjoint>(p, g, b, scratch);
+    case Sweep::forward: return scan_rows<T, R, kSums, Sweep::forward>(p, g, b, scratch);
+    case Sweep::tangent: return scan_rows<T, R, kSums, Sweep::tangent>(p, g, b, scratch);
+    default: return scan_rows<T, R, kSums, Sweep::adjoint>(p, g, b, scratch);
   }
 }
 
@@ -239,6 +239,7 @@ void run(const NormScan<T>& p) {
       if (p.bias) std::memcpy(bias, p.bias + g * p.bias_g, std::size_t(p.N) * sizeof(T));
     };
     for_row_blocks(p.G, p.B, thread, p.threads, kMaxRows, enter, [&](Index g, Index b, int rows) {
+      if (p.B == 1) return scan_block<T, 1, kLoneSums>(p, g, b, scratch);
       switch (rows) {
         case 1: return scan_block<T, 1>(p, g, b, scratch);
         case 2: return scan_block<T, 2>(p, g, b, scratch);

@@ -8,6 +8,8 @@ namespace ssm_fast::SSM_FAST_ISA {
 
 constexpr int kMaxRows = 6;  // rows of a block; with kTileVectors, the accumulators that fit the registers
 
+constexpr int kLoneSums = 8;  // vectors of sums of a row that is alone: as many additions are under way
+
 constexpr Index kAhead = 8;  // steps that rows are prefetched ahead of their use
 
 constexpr Index round_up(Index n, Index multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -36,14 +38,14 @@ inline void pack(const T* A, Index row, Index column, Index N, T* W) {
 
 // out[r] = h[r] W + u[r] for R rows and NV vectors of columns from `column` on, the last of them partial.
 //
-// A narrow tile sums every kChains-th product apart, so that the latency of one addition does not
-// pace the step. The order of the additions depends on the tile alone: a row's bits do not depend on
-// the block it is in.
-template <class T, int R, int NV>
+// With kSums / NV chains every such product is summed apart, so that the latency of one addition does
+// not pace a narrow tile, or the row of a batch of one (kLoneSums). The order of the additions depends
+// on the tile and the batch alone: a row's bits do not depend on the block it is in.
+template <class T, int R, int NV, int kSums>
 inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, const T* W, Index N, Index column,
                           int last) {
   constexpr int L = kWidth<T>;
-  constexpr int kChains = kTileVectors / NV;
+  constexpr int kChains = kSums / NV;
   const T* x[R];
   Vector<T> acc[kChains][R][NV];
 #pragma GCC unroll 8
@@ -53,7 +55,7 @@ inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, c
     for (int v = 0; v < NV; ++v) {
       const T* from = u[r] + column + v * L;
       acc[0][r][v] = v + 1 < NV || last == L ? load(from) : load_part(from, last);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int chain = 1; chain < kChains; ++chain) acc[chain][r][v] = Vector<T>{};
     }
   }
@@ -71,7 +73,7 @@ inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, c
   };
   Index k = 0;
   for (; k + kChains <= N; k += kChains) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int chain = 0; chain < kChains; ++chain) add_product(k + chain, acc[chain]);
   }
   for (; k < N; ++k) add_product(k, acc[0]);
@@ -79,9 +81,9 @@ inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, c
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-#pragma GCC unroll 2
+#pragma GCC unroll 3
       for (int half = kChains / 2; half > 0; half /= 2) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int chain = 0; chain < half; ++chain) acc[chain][r][v] += acc[chain + half][r][v];
       }
       T* to = out[r] + column + v * L;
@@ -95,26 +97,26 @@ inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, c
 }
 
 // The tile of columns from `column` on; W is that tile.
-template <class T, int R>
+template <class T, int R, int kSums = kTileVectors>
 inline void multiply_columns(const T* const* u, const T* const* h, T* const* out, const T* W, Index N, Index column) {
   constexpr int L = kWidth<T>;
-  if (column + kTile<T> <= N) return multiply_tile<T, R, kTileVectors>(u, h, out, W, N, column, L);
+  if (column + kTile<T> <= N) return multiply_tile<T, R, kTileVectors, kSums>(u, h, out, W, N, column, L);
   const int left = int(N - column);
   const int vectors = (left + L - 1) / L;
   const int last = left - (vectors - 1) * L;
   switch (vectors) {
-    case 1: return multiply_tile<T, R, 1>(u, h, out, W, N, column, last);
-    case 2: return multiply_tile<T, R, 2>(u, h, out, W, N, column, last);
-    case 3: return multiply_tile<T, R, (kTileVectors < 3 ? 1 : 3)>(u, h, out, W, N, column, last);
-    default: return multiply_tile<T, R, kTileVectors>(u, h, out, W, N, column, last);
+    case 1: return multiply_tile<T, R, 1, kSums>(u, h, out, W, N, column, last);
+    case 2: return multiply_tile<T, R, 2, kSums>(u, h, out, W, N, column, last);
+    case 3: return multiply_tile<T, R, (kTileVectors < 3 ? 1 : 3), kSums>(u, h, out, W, N, column, last);
+    default: return multiply_tile<T, R, kTileVectors, kSums>(u, h, out, W, N, column, last);
   }
 }
 
 // One step of R rows, all columns: out = h A^T + u.
-template <class T, int R>
+template <class T, int R, int kSums = kTileVectors>
 inline void multiply_step(const T* const* u, const T* const* h, T* const* out, const T* W, Index N) {
   for (Index column = 0; column < N; column += kTile<T>) {
-    multiply_columns<T, R>(u, h, out, W + N * column, N, column);
+    multiply_columns<T, R, kSums>(u, h, out, W + N * column, N, column);
   }
 }
 
