@@ -1,9 +1,10 @@
-"""Measure contenders side by side: alternating rounds in one process, medians, ratios."""
+"""Measure contenders side by side: rounds of shuffled order in one process, medians, ratios."""
 
 from __future__ import annotations
 
 import os
 import platform
+import random
 import re
 import shutil
 import statistics
@@ -31,7 +32,7 @@ def contest(
     floor: str | None = None,
     calls: int = 1,
 ) -> dict[str, float]:
-    """Time every contender in alternating rounds and record the medians beside the benchmark.
+    """Time every contender in rounds of shuffled order and record the medians beside the benchmark.
 
     Args:
         benchmark: pytest-benchmark's fixture; it tracks the contender ``ours``.
@@ -47,8 +48,10 @@ def contest(
     for run in contenders.values():
         run()
     start = time.perf_counter()
+    order, generator = list(contenders.items()), random.Random(0)
     while len(seconds[ours]) < ROUNDS:
-        for name, run in contenders.items():
+        generator.shuffle(order)  # nobody always finds the caches and threads of the same one
+        for name, run in order:
             began = time.perf_counter()
             for _ in range(calls):
                 run()

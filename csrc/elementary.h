@@ -1,9 +1,10 @@
-// Elementary functions (square root, exponential, tanh to a few units in the last place), and the sum and
-// moments of a row.
+// Elementary functions (square root, exponential, tanh to a few units in the last place), and the moments
+// of a row.
 #pragma once
 
 #include "ops.h"
 #include "simd.h"
+#include "sums.h"
 
 namespace ssm_fast::SSM_FAST_ISA {
 
@@ -22,29 +23,6 @@ inline T exponential(T x) {
     return __builtin_expf(x);
   } else {
     return __builtin_exp(x);
-  }
-}
-
-// The sum of the lanes, by halves.
-template <class T>
-inline T sum(Vector<T> v) {
-  if constexpr (kWidth<T> == 2) {
-    return v[0] + v[1];
-  } else if constexpr (kWidth<T> == 4) {
-    const auto half = __builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3);
-    return half[0] + half[1];
-  } else if constexpr (kWidth<T> == 8) {
-    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
-    const auto quarter = __builtin_shufflevector(half, half, 0, 1) + __builtin_shufflevector(half, half, 2, 3);
-    return quarter[0] + quarter[1];
-  } else {
-    const auto half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    const auto quarter =
-        __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-    const auto eighth =
-        __builtin_shufflevector(quarter, quarter, 0, 1) + __builtin_shufflevector(quarter, quarter, 2, 3);
-    return eighth[0] + eighth[1];
   }
 }
 

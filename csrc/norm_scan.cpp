@@ -27,8 +27,7 @@ inline void normalise(const Rows<T, R>& row, T* const* z, const T* weight, const
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) total[r] += load(z[r] + c);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) mean[r] = broadcast(sum<T>(total[r]) / T(N));
+  map_sums<T>(total, [&](Vector<T> sums) { return sums / T(N); }, mean);
   for (Index c = 0; c < N; c += L) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -36,11 +35,10 @@ inline void normalise(const Rows<T, R>& row, T* const* z, const T* weight, const
       squares[r] = fused_vector(d, d, squares[r]);
     }
   }
+  map_sums<T>(squares, [&](Vector<T> sums) { return T(1) / roots(sums / T(N) + eps); }, scale);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    const T rstd = T(1) / square_root(sum<T>(squares[r]) / T(N) + eps);
-    scale[r] = broadcast(rstd);
-    if (row.rstd[r]) *row.rstd[r] = rstd;
+    if (row.rstd[r]) *row.rstd[r] = scale[r][0];
   }
   for (Index c = 0; c < N; c += L) {
     const Vector<T> w = load(weight + c), b = load(bias + c);
@@ -57,7 +55,7 @@ inline void normalise(const Rows<T, R>& row, T* const* z, const T* weight, const
 template <class T, int R>
 inline void push_forward(const Rows<T, R>& row, T* const* z, const T* weight, Index N) {
   constexpr int L = kWidth<T>;
-  Vector<T> plain[R] = {}, weighted[R] = {}, scale[R];
+  Vector<T> plain[R] = {}, weighted[R] = {}, mean[R], along[R], scale[R];
   for (Index c = 0; c < N; c += L) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -66,18 +64,17 @@ inline void push_forward(const Rows<T, R>& row, T* const* z, const T* weight, In
       weighted[r] = fused_vector(x, load_at(row.n[r], c, N), weighted[r]);
     }
   }
+  const auto over_N = [&](Vector<T> sums) { return sums / T(N); };
+  map_sums<T>(plain, over_N, mean);
+  map_sums<T>(weighted, over_N, along);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    plain[r] = broadcast(sum<T>(plain[r]) / T(N));
-    weighted[r] = broadcast(sum<T>(weighted[r]) / T(N));
-    scale[r] = broadcast(*row.rstd[r]);
-  }
+  for (int r = 0; r < R; ++r) scale[r] = broadcast(*row.rstd[r]);
   for (Index c = 0; c < N; c += L) {
     const Vector<T> w = load(weight + c);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vector<T> x = load(z[r] + c);
-      const Vector<T> projected = (x - plain[r] - load_at(row.n[r], c, N) * weighted[r]) * scale[r];
+      const Vector<T> projected = (x - mean[r] - load_at(row.n[r], c, N) * along[r]) * scale[r];
       const Vector<T> source = row.source[r] ? load_at(row.source[r], c, N) : Vector<T>{};
       store_at(row.second[r], c, N, x);
       store_at(row.first[r], c, N, fused_vector(projected, w, source));
@@ -89,7 +86,7 @@ inline void push_forward(const Rows<T, R>& row, T* const* z, const T* weight, In
 template <class T, int R>
 inline void pull_back(const Rows<T, R>& row, T* const* s, const T* weight, Index N) {
   constexpr int L = kWidth<T>;
-  Vector<T> plain[R] = {}, weighted[R] = {}, scale[R];
+  Vector<T> plain[R] = {}, weighted[R] = {}, mean[R], along[R], scale[R];
   for (Index c = 0; c < N; c += L) {
     const Vector<T> w = load(weight + c);
 #pragma GCC unroll 8
@@ -104,18 +101,17 @@ inline void pull_back(const Rows<T, R>& row, T* const* s, const T* weight, Index
       }
     }
   }
+  const auto over_N = [&](Vector<T> sums) { return sums / T(N); };
+  map_sums<T>(plain, over_N, mean);
+  map_sums<T>(weighted, over_N, along);
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-    plain[r] = broadcast(sum<T>(plain[r]) / T(N));
-    weighted[r] = broadcast(sum<T>(weighted[r]) / T(N));
-    scale[r] = broadcast(*row.rstd[r]);
-  }
+  for (int r = 0; r < R; ++r) scale[r] = broadcast(*row.rstd[r]);
   for (Index c = 0; c < N; c += L) {
     const Vector<T> w = load(weight + c);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Vector<T> x = load(s[r] + c);
-      const Vector<T> projected = x * w - plain[r] - load_at(row.n[r], c, N) * weighted[r];
+      const Vector<T> projected = x * w - mean[r] - load_at(row.n[r], c, N) * along[r];
       const Vector<T> source = row.source[r] ? load_at(row.source[r], c, N) : Vector<T>{};
       if (row.second[r]) store_at(row.second[r], c, N, x);
       store_at(row.first[r], c, N, fused_vector(projected, scale[r], source));

@@ -96,6 +96,8 @@ inline void store_part(float* p, Vector<float> v, int count) {
 inline void store_part(double* p, Vector<double> v, int count) {
   _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
 }
+inline Vector<float> roots(Vector<float> v) { return (Vector<float>)_mm512_sqrt_ps((__m512)v); }
+inline Vector<double> roots(Vector<double> v) { return (Vector<double>)_mm512_sqrt_pd((__m512d)v); }
 #else
 #if defined(SSM_FAST_ISA_avx2)
 inline Vector<float> fused_vector(Vector<float> a, Vector<float> b, Vector<float> c) {
@@ -104,6 +106,8 @@ inline Vector<float> fused_vector(Vector<float> a, Vector<float> b, Vector<float
 inline Vector<double> fused_vector(Vector<double> a, Vector<double> b, Vector<double> c) {
   return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 }
+inline Vector<float> roots(Vector<float> v) { return (Vector<float>)_mm256_sqrt_ps((__m256)v); }
+inline Vector<double> roots(Vector<double> v) { return (Vector<double>)_mm256_sqrt_pd((__m256d)v); }
 #elif defined(__aarch64__)
 inline Vector<float> fused_vector(Vector<float> a, Vector<float> b, Vector<float> c) {
   return (Vector<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
@@ -111,10 +115,19 @@ inline Vector<float> fused_vector(Vector<float> a, Vector<float> b, Vector<float
 inline Vector<double> fused_vector(Vector<double> a, Vector<double> b, Vector<double> c) {
   return (Vector<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
 }
+inline Vector<float> roots(Vector<float> v) { return (Vector<float>)vsqrtq_f32((float32x4_t)v); }
+inline Vector<double> roots(Vector<double> v) { return (Vector<double>)vsqrtq_f64((float64x2_t)v); }
 #else
 template <class V>
 inline V fused_vector(V a, V b, V c) {
   return a * b + c;
+}
+template <class V>
+inline V roots(V v) {
+  for (std::size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) {
+    v[i] = sizeof(v[0]) == 4 ? __builtin_sqrtf(v[i]) : __builtin_sqrt(v[i]);
+  }
+  return v;
 }
 #endif
 template <class T>

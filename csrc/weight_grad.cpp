@@ -34,13 +34,15 @@ inline void add_tile(const T* const* x, const T* const* h, Index rows, Index n, 
     for (int v = 0; v < NV; ++v) acc[r][v] = load(C + r * stride + v * L);
   }
   for (Index k = 0; k < rows; ++k) {
+    const T *x_k = x[k] + n, *h_k = h[k] + m;
+    __asm__("" : "+r"(x_k), "+r"(h_k));  // else an index for each element takes a register, and spills
     Vector<T> w[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v + 1 < NV; ++v) w[v] = load(h[k] + m + v * L);
-    w[NV - 1] = last == L ? load(h[k] + m + (NV - 1) * L) : load_part(h[k] + m + (NV - 1) * L, last);
+    for (int v = 0; v + 1 < NV; ++v) w[v] = load(h_k + v * L);
+    w[NV - 1] = last == L ? load(h_k + (NV - 1) * L) : load_part(h_k + (NV - 1) * L, last);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vector<T> factor = broadcast(x[k][n + r]);
+      const Vector<T> factor = broadcast(x_k[r]);
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) acc[r][v] = fused_vector(factor, w[v], acc[r][v]);
     }
