@@ -327,14 +327,28 @@ void output_norm_grad(Address grad_y, Strides<2> grad_strides, Address z, Stride
 template <class T>
 void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, double obs_clip, Address state,
                  Address reset, Address noise, const std::vector<Address>& weights, Address action, Address log_prob,
-                 Address value, Address next_state, Strides<6> sizes, bool norm_state, bool residual, double eps) {
-  const auto [B, I, H, N, L, K] = sizes;
+                 Address value, Address next_state, Strides<7> sizes, bool norm_state, bool residual, double eps) {
+  const auto [G, B, I, H, N, L, K] = sizes;
+  const Index F = norm_state ? N : H;
+  const Index elements[14] = {H * I, H, K * H, K, H, 1, K, N * N, N * H, N, H * N, H * H, F, F};
+  const auto weight_of = [&](std::size_t i, Index g) {
+    T* first = at<T>(weights[i]);
+    return first ? first + g * elements[i < 7 ? i : 7 + i % 7] : nullptr;
+  };
   std::vector<PolicyLayer<T>> layers;
-  for (const Address* w = weights.data() + 7; w < weights.data() + weights.size(); w += 7) {
-    layers.push_back({at<T>(w[0]), at<T>(w[1]), at<T>(w[2]), at<T>(w[3]), at<T>(w[4]), at<T>(w[5]), at<T>(w[6])});
+  for (Index g = 0; g < G; ++g) {
+    for (std::size_t i = 7; i < weights.size(); i += 7) {
+      layers.push_back({weight_of(i, g), weight_of(i + 1, g), weight_of(i + 2, g), weight_of(i + 3, g),
+                        weight_of(i + 4, g), weight_of(i + 5, g), weight_of(i + 6, g)});
+    }
   }
-  const Index blocks = B / kParallelRows;
-  const int threads = blocks < 2 ? 1 : threads_for(double(B * L) * double(H * H), blocks);
+  std::vector<PolicyWeights<T>> groups;
+  for (Index g = 0; g < G; ++g) {
+    groups.push_back({weight_of(0, g), weight_of(1, g), weight_of(2, g), weight_of(3, g), weight_of(4, g),
+                      weight_of(5, g), weight_of(6, g), layers.data() + g * L});
+  }
+  const Index blocks = G * B / kParallelRows;
+  const int threads = blocks < 2 ? 1 : threads_for(double(G * B * L) * double(H * H), blocks);
   const auto scratch = scratch_block<T>(SSM_FAST_CALL(policy_step_scratch(I, H, N, K, sizeof(T) == 8)) * threads);
   PolicyStep<T> params{};
   params.x = at<T>(x);
@@ -345,19 +359,12 @@ void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, d
   params.state = at<T>(state);
   params.reset = at<std::uint8_t>(reset);
   params.noise = at<T>(noise);
-  params.encoder_weight = at<T>(weights[0]);
-  params.encoder_bias = at<T>(weights[1]);
-  params.actor_weight = at<T>(weights[2]);
-  params.actor_bias = at<T>(weights[3]);
-  params.critic_weight = at<T>(weights[4]);
-  params.critic_bias = at<T>(weights[5]);
-  params.log_std = at<T>(weights[6]);
-  params.layers = layers.data();
+  params.weights = groups.data();
   params.action = at<T>(action);
   params.log_prob = at<T>(log_prob);
   params.value = at<T>(value);
   params.next_state = at<T>(next_state);
-  std::tie(params.B, params.I, params.H, params.N, params.L, params.K) = std::tuple_cat(sizes);
+  std::tie(params.G, params.B, params.I, params.H, params.N, params.L, params.K) = std::tuple_cat(sizes);
   params.norm_state = norm_state;
   params.residual = residual;
   params.eps = T(eps);

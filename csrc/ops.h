@@ -178,24 +178,29 @@ struct PolicyLayer {
   const T *norm_weight, *norm_bias;  // [N] if norm_state, else [H]; null without a norm
 };
 
-// One step of an actor-critic without gradients, for B rows:
+template <class T>
+struct PolicyWeights {
+  const T *encoder_weight, *encoder_bias;  // [H, I], [H], contiguous as all that follow
+  const T *actor_weight, *actor_bias;      // [K, H], [K]
+  const T *critic_weight, *critic_bias;    // [1, H], [1]
+  const T* log_std;                        // [K], or null: `action` holds the means (logits), no log_prob
+  const PolicyLayer<T>* layers;            // L of them
+};
+
+// One step of an actor-critic without gradients, for B rows of each of G groups with weights of their own:
 //   h = tanh(W x + w);  for each layer z = A m s + B h + b [normalised], y = C z + D h [normalised],
 //   h = tanh(y) [+ h];  mean = actor(h), value = critic(h), action = mean + exp(log_std) noise.
 template <class T>
 struct PolicyStep {
-  const T* x;                        // [B, I], contiguous as all that follow
+  const T* x;                        // [G B, I], contiguous as all that follow
   const double *obs_mean, *obs_var;  // [I], or null: x enters as it is
   double obs_eps, obs_clip;
-  const T* state;                             // [L, B, N], or null: zeros
-  const std::uint8_t* reset;                  // [B], or null
-  const T* noise;                             // [B, K], or null: the action is the mean
-  const T *encoder_weight, *encoder_bias;     // [H, I], [H]
-  const PolicyLayer<T>* layers;               // L of them
-  const T *actor_weight, *actor_bias;         // [K, H], [K]
-  const T *critic_weight, *critic_bias;       // [1, H], [1]
-  const T* log_std;                           // [K], or null: `action` holds the means (logits), no log_prob
-  T *action, *log_prob, *value, *next_state;  // [B, K], [B], [B], [L, B, N]
-  Index B, I, H, N, L, K;
+  const T* state;                             // [L, G B, N], or null: zeros
+  const std::uint8_t* reset;                  // [G B], or null
+  const T* noise;                             // [G B, K], or null: the action is the mean
+  const PolicyWeights<T>* weights;            // G of them
+  T *action, *log_prob, *value, *next_state;  // [G B, K], [G B], [G B], [L, G B, N]
+  Index G, B, I, H, N, L, K;
   bool norm_state, residual;
   T eps;
   int threads;

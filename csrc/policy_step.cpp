@@ -123,14 +123,14 @@ void load_observations(const PolicyStep<T>& p, Index b, int rows, const Buffers<
 }
 
 template <class T, int R>
-void run_layer(const PolicyStep<T>& p, Index l, Index b, int rows, const Buffers<T>& w) {
-  const PolicyLayer<T>& layer = p.layers[l];
+void run_layer(const PolicyStep<T>& p, const PolicyLayer<T>& layer, Index l, Index b, int rows, const Buffers<T>& w) {
+  const Index all = p.G * p.B;
   const Product<T> input{w.h, w.H, layer.B, p.H};
   if (p.state) {
     std::memset(w.state, 0, std::size_t(R * w.N) * sizeof(T));
     for (int r = 0; r < rows; ++r) {
       if (p.reset && p.reset[b + r]) continue;
-      std::memcpy(w.state + r * w.N, p.state + (l * p.B + b + r) * p.N, std::size_t(p.N) * sizeof(T));
+      std::memcpy(w.state + r * w.N, p.state + (l * all + b + r) * p.N, std::size_t(p.N) * sizeof(T));
     }
     affine<T, R, 2>({input, {w.state, w.N, layer.A, p.N}}, layer.bias, p.N, w.z, w.N);
   } else {
@@ -139,7 +139,7 @@ void run_layer(const PolicyStep<T>& p, Index l, Index b, int rows, const Buffers
   for (int r = 0; r < rows; ++r) {
     T* z = w.z + r * w.N;
     if (p.norm_state && layer.norm_weight) layer_norm(z, layer.norm_weight, layer.norm_bias, p.N, p.eps);
-    std::memcpy(p.next_state + (l * p.B + b + r) * p.N, z, std::size_t(p.N) * sizeof(T));
+    std::memcpy(p.next_state + (l * all + b + r) * p.N, z, std::size_t(p.N) * sizeof(T));
   }
   affine<T, R, 2>({{w.z, w.N, layer.C, p.N}, {w.h, w.H, layer.D, p.H}}, nullptr, p.H, w.y, w.H);
   for (int r = 0; r < R; ++r) {
@@ -153,11 +153,11 @@ void run_layer(const PolicyStep<T>& p, Index l, Index b, int rows, const Buffers
 }
 
 template <class T>
-void choose_actions(const PolicyStep<T>& p, Index b, int rows, const Buffers<T>& w) {
+void choose_actions(const PolicyStep<T>& p, const T* log_stds, Index b, int rows, const Buffers<T>& w) {
   constexpr T kHalfLogTwoPi = T(0.91893853320467274178);
   T energy[kBlockRows<T>] = {};
   for (Index k = 0; k < p.K; ++k) {
-    const T log_std = p.log_std ? p.log_std[k] : T(0);
+    const T log_std = log_stds ? log_stds[k] : T(0);
     const T std = p.noise ? exponential(log_std) : T(0);
     for (int r = 0; r < rows; ++r) {
       const T mean = w.heads[r * w.K + k];
@@ -169,37 +169,37 @@ void choose_actions(const PolicyStep<T>& p, Index b, int rows, const Buffers<T>&
   }
   for (int r = 0; r < rows; ++r) {
     p.value[b + r] = w.heads[r * w.K + p.K];
-    if (p.log_std) p.log_prob[b + r] = -energy[r];
+    if (log_stds) p.log_prob[b + r] = -energy[r];
   }
 }
 
-// R rows, of which the first `rows` are real, through the whole network.
+// R rows of one group, of which the first `rows` are real, through the whole network.
 template <class T, int R>
-void step_rows(const PolicyStep<T>& p, Index b, int rows, const Buffers<T>& w) {
+void step_rows(const PolicyStep<T>& p, const PolicyWeights<T>& net, Index b, int rows, const Buffers<T>& w) {
   load_observations(p, b, rows, w);
-  affine<T, R, 1>({{w.x, w.I, p.encoder_weight, p.I}}, p.encoder_bias, p.H, w.h, w.H);
+  affine<T, R, 1>({{w.x, w.I, net.encoder_weight, p.I}}, net.encoder_bias, p.H, w.h, w.H);
   for (Index m = 0; m < R * w.H; m += kWidth<T>) store(w.h + m, tanh<T>(load(w.h + m)));
-  for (Index l = 0; l < p.L; ++l) run_layer<T, R>(p, l, b, rows, w);
-  const Product<T> features{w.h, w.H, p.actor_weight, p.H}, again{w.h, w.H, p.critic_weight, p.H};
-  affine<T, R, 1>({features}, p.actor_bias, p.K, w.heads, w.K);
-  affine<T, R, 1>({again}, p.critic_bias, 1, w.heads + p.K, w.K);
-  choose_actions(p, b, rows, w);
+  for (Index l = 0; l < p.L; ++l) run_layer<T, R>(p, net.layers[l], l, b, rows, w);
+  const Product<T> features{w.h, w.H, net.actor_weight, p.H}, again{w.h, w.H, net.critic_weight, p.H};
+  affine<T, R, 1>({features}, net.actor_bias, p.K, w.heads, w.K);
+  affine<T, R, 1>({again}, net.critic_bias, 1, w.heads + p.K, w.K);
+  choose_actions(p, net.log_std, b, rows, w);
 }
 
 template <class T>
-void step_block(const PolicyStep<T>& p, Index b, int rows, const Buffers<T>& w) {
-  if (rows == 1) return step_rows<T, 1>(p, b, rows, w);
-  if (rows == 2) return step_rows<T, 2>(p, b, rows, w);
+void step_block(const PolicyStep<T>& p, const PolicyWeights<T>& net, Index b, int rows, const Buffers<T>& w) {
+  if (rows == 1) return step_rows<T, 1>(p, net, b, rows, w);
+  if (rows == 2) return step_rows<T, 2>(p, net, b, rows, w);
   if constexpr (kBlockRows<T> > 2) {
-    if (rows <= 4) return step_rows<T, 4>(p, b, rows, w);
+    if (rows <= 4) return step_rows<T, 4>(p, net, b, rows, w);
   }
-  if constexpr (kBlockRows<T> > 4) step_rows<T, kBlockRows<T>>(p, b, rows, w);
+  if constexpr (kBlockRows<T> > 4) step_rows<T, kBlockRows<T>>(p, net, b, rows, w);
 }
 
 template <class T>
 void run(const PolicyStep<T>& p) {
   constexpr int R = kBlockRows<T>;
-  const Index blocks = (p.B + R - 1) / R;
+  const Index blocks_of_group = (p.B + R - 1) / R, blocks = p.G * blocks_of_group;
 #pragma omp parallel for schedule(static) num_threads(p.threads)
   for (int thread = 0; thread < p.threads; ++thread) {
     T* at = p.scratch + thread * scratch_elements<T>(p.I, p.H, p.N, p.K);
@@ -214,8 +214,8 @@ void run(const PolicyStep<T>& p) {
     w.K = round_up(p.K + 1, kWidth<T>);
     w.x = take(w.I), w.h = take(w.H), w.y = take(w.H), w.z = take(w.N), w.state = take(w.N), w.heads = take(w.K);
     for (Index block = blocks * thread / p.threads; block < blocks * (thread + 1) / p.threads; ++block) {
-      const Index b = block * R;
-      step_block(p, b, int(p.B - b < R ? p.B - b : R), w);
+      const Index g = block / blocks_of_group, b = block % blocks_of_group * R;
+      step_block(p, p.weights[g], g * p.B + b, int(p.B - b < R ? p.B - b : R), w);
     }
   }
 }

@@ -238,7 +238,6 @@ class ImprovedSSM(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``get_action`` of one step without gradients, in one native call."""
         self._check(x, hidden_state, reset)
-        norm = self.obs_norm
         action, log_prob, value, next_hidden = policy_step(
             x,
             hidden_state,
@@ -247,7 +246,7 @@ class ImprovedSSM(nn.Module):
             if deterministic or self.discrete
             else torch.randn(len(x), self.action_dim, dtype=x.dtype, device=x.device),
             weights,
-            None if norm is None else Observations(norm.mean, norm.var, norm.eps, norm.clip),
+            self.observations(),
             self.norm == "state",
             self.use_residual,
             NORM_EPS,
@@ -374,6 +373,15 @@ class ImprovedSSM(nn.Module):
                 s_next = s_next if every_state else last_state(s_next, s)
             states.append(s_next)
         return h, states
+
+    def observations(self) -> Observations | None:
+        """The statistics that a native step normalises observations with; internal to `core`."""
+        norm = self.obs_norm
+        return None if norm is None else Observations(norm.mean, norm.var, norm.eps, norm.clip)
+
+    def can_step_natively(self, *inputs: Tensor | None) -> bool:
+        """Whether a step with these inputs is one native call; internal to `core`."""
+        return self._step_weights(*inputs) is not None
 
     def _step_weights(self, *inputs: Tensor | None) -> PolicyWeights | None:
         """What the native step reads, or ``None`` where the modules themselves have to run.

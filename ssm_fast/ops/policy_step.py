@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class PolicyWeights(NamedTuple):
     """The tensors of an actor-critic with ``L`` state-space layers, matrices as ``[outputs, inputs]``.
 
+    Each may have a leading dimension ``G``: the weights of as many groups.
+
     Attributes:
         heads: Weight and bias of the encoder, the actor and the critic, in turn.
         log_std: ``[K]``, or ``None`` for a discrete policy.
@@ -98,6 +100,7 @@ def policy_step(
     norm_state: bool,
     residual: bool,
     eps: float,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Run one step of a recurrent actor-critic in one native call.
 
@@ -114,6 +117,8 @@ def policy_step(
         norm_state: Whether the layers' norm stands on the state rather than on the output.
         residual: Whether a layer adds to its input.
         eps: Of the layer norm.
+        groups: ``G``, where every weight has that leading dimension: the rows are then those of the
+            groups, ``B / G`` of each, one group after the other.
 
     Returns:
         The action ``[B, K]`` (the logits without a ``log_std``), its log-probability ``[B]`` (None
@@ -127,7 +132,8 @@ def policy_step(
     assert encoder is not None
     assert actor is not None
     assert A is not None
-    B, I, H, N, K, L = (*x.shape, len(encoder), len(A), len(actor), len(layers) // 7)
+    B, I = x.shape
+    H, N, K, L = encoder.shape[-2], A.shape[-1], actor.shape[-2], len(layers) // 7
     action, value = x.new_empty(B, K), x.new_empty(B)
     log_prob = None if log_std is None else x.new_empty(B)
     next_state = x.new_empty(L, B, N)
@@ -146,7 +152,7 @@ def policy_step(
         _address(log_prob),
         value.data_ptr(),
         next_state.data_ptr(),
-        (B, I, H, N, L, K),
+        (groups, B // groups, I, H, N, L, K),
         norm_state,
         residual,
         eps,

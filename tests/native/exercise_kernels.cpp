@@ -519,7 +519,8 @@ void exercise_output_norm_grad(Random& random) {
 
 template <class K, class T>
 void exercise_policy_step(Random& random) {
-  const Index B = random.size(20), I = random.size(20), H = random.features(), N = random.features();
+  const Index G = random.size(3), B = random.size(20), I = random.size(20), H = random.features(),
+              N = random.features();
   const Index L = random.size(3), K_ = random.size(8);
   const auto none = Tensor<T>::Use::left_out;
   // One row of `count` elements, as all of them lie: contiguous.
@@ -528,34 +529,34 @@ void exercise_policy_step(Random& random) {
   };
   const bool discrete = random.chance(0.3), norm_state = random.chance(0.3);
   const auto norm = random.chance(0.7) ? kInput<T> : none;
-  const Tensor<T> x = flat(B * I, kInput<T>), state = flat(L * B * N, sometimes<T>(random));
-  const Tensor<T> noise = flat(B * K_, discrete ? none : sometimes<T>(random));
+  const Tensor<T> x = flat(G * B * I, kInput<T>), state = flat(L * G * B * N, sometimes<T>(random));
+  const Tensor<T> noise = flat(G * B * K_, discrete ? none : sometimes<T>(random));
   const auto statistics = sometimes<double>(random);
-  const std::vector<Index> features{I}, rows{B};
+  const std::vector<Index> features{I}, rows{G * B};
   const Tensor<double> obs_mean(random, statistics, {1}, I, features), obs_var(random, statistics, {1}, I, features);
-  const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), {1}, B, rows);
+  const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), {1}, G * B, rows);
   const Tensor<T> encoder_weight = flat(H * I, kInput<T>), encoder_bias = flat(H, sometimes<T>(random));
   const Tensor<T> actor_weight = flat(K_ * H, kInput<T>), actor_bias = flat(K_, sometimes<T>(random));
   const Tensor<T> critic_weight = flat(H, kInput<T>), critic_bias = flat(1, sometimes<T>(random));
   const Tensor<T> log_std = flat(K_, discrete ? none : kInput<T>);
-  // One tensor of each kind serves all layers.
+  // One tensor of each kind serves all layers and groups.
   const Tensor<T> A = flat(N * N, kInput<T>), W = flat(N * H, kInput<T>), bias = flat(N, sometimes<T>(random));
   const Tensor<T> C = flat(H * N, kInput<T>), D = flat(H * H, kInput<T>);
   const Tensor<T> weight = flat(norm_state ? N : H, norm), norm_bias = flat(norm_state ? N : H, norm);
-  const Tensor<T> action = flat(B * K_, kOutput<T>), value = flat(B, kOutput<T>);
-  const Tensor<T> log_prob = flat(B, discrete ? none : kOutput<T>), next_state = flat(L * B * N, kOutput<T>);
+  const Tensor<T> action = flat(G * B * K_, kOutput<T>), value = flat(G * B, kOutput<T>);
+  const Tensor<T> log_prob = flat(G * B, discrete ? none : kOutput<T>);
+  const Tensor<T> next_state = flat(L * G * B * N, kOutput<T>);
   const std::vector<PolicyLayer<T>> layers(
       std::size_t(L), {A.data(), W.data(), bias.data(), C.data(), D.data(), weight.data(), norm_bias.data()});
+  const std::vector<PolicyWeights<T>> groups(
+      std::size_t(G), {encoder_weight.data(), encoder_bias.data(), actor_weight.data(), actor_bias.data(),
+                       critic_weight.data(), critic_bias.data(), log_std.data(), layers.data()});
   PolicyStep<T> p{};
   p.x = x.data(), p.state = state.data(), p.reset = reset.data(), p.noise = noise.data();
   p.obs_mean = obs_mean.data(), p.obs_var = obs_var.data(), p.obs_eps = 1e-8, p.obs_clip = 10.0;
-  p.encoder_weight = encoder_weight.data(), p.encoder_bias = encoder_bias.data();
-  p.layers = layers.data();
-  p.actor_weight = actor_weight.data(), p.actor_bias = actor_bias.data();
-  p.critic_weight = critic_weight.data(), p.critic_bias = critic_bias.data();
-  p.log_std = log_std.data();
+  p.weights = groups.data();
   p.action = action.data(), p.log_prob = log_prob.data(), p.value = value.data(), p.next_state = next_state.data();
-  p.B = B, p.I = I, p.H = H, p.N = N, p.L = L, p.K = K_;
+  p.G = G, p.B = B, p.I = I, p.H = H, p.N = N, p.L = L, p.K = K_;
   p.norm_state = norm_state, p.residual = random.chance(0.5);
   p.eps = T(1e-5);
   const auto kernel = [&](int threads) {
@@ -564,7 +565,7 @@ void exercise_policy_step(Random& random) {
     p.scratch = fresh_scratch<T>(random, K::policy_step_scratch(I, H, N, K_, sizeof(T) == 8) * threads, memory);
     K::policy_step(p);
   };
-  check(random, B, kernel,
+  check(random, G * B, kernel,
         std::tie(x, state, noise, obs_mean, obs_var, reset, encoder_weight, encoder_bias, actor_weight, actor_bias,
                  critic_weight, critic_bias, log_std, A, W, bias, C, D, weight, norm_bias),
         std::tie(action, log_prob, value, next_state));

@@ -152,3 +152,42 @@ def test_empty_batch():
     assert action.shape == (0, 3)
     assert log_prob.shape == value.shape == (0,)
     assert next_state.shape == (2, 0, 9)
+
+
+@pytest.mark.parametrize("B", [1, 3, 8, 11])
+@pytest.mark.parametrize("norm", [None, "output", "state"])
+@pytest.mark.parametrize("discrete", [False, True])
+def test_groups_equal_a_call_each(B, norm, discrete):
+    G, options = 3, (None, norm == "state", True, 1e-5)
+    problems = [problem(B, 5, 20, 9, 2, 3, norm, discrete) for _ in range(G)]
+    for g, (x, state, _, noise, weights) in enumerate(problems):
+        for tensor in (x, state, noise, *weights.heads, *weights.layers, weights.log_std):
+            if tensor is not None:
+                tensor.add_(0.1 * g)
+
+    def stacked(tensors):
+        return None if tensors[0] is None else torch.stack(list(tensors))
+
+    x, state, reset, noise, weights = zip(*problems, strict=True)
+    noise = [None] * G if discrete else noise
+    grouped = PolicyWeights(
+        [stacked(w) for w in zip(*(w.heads for w in weights), strict=True)],
+        stacked([w.log_std for w in weights]),
+        [stacked(w) for w in zip(*(w.layers for w in weights), strict=True)],
+    )
+    actual = policy_step(
+        torch.cat(x),
+        torch.cat(state, 1),
+        torch.cat(reset),
+        None if discrete else torch.cat(noise),
+        grouped,
+        *options,
+        G,
+    )
+    arguments = zip(x, state, reset, noise, weights, strict=True)
+    alone = [policy_step(*one, *options) for one in arguments]
+    for i, (whole, parts) in enumerate(zip(actual, zip(*alone, strict=True), strict=True)):
+        if whole is None:
+            assert parts[0] is None
+        else:
+            assert torch.equal(whole, torch.cat(parts, 1 if i == 3 else 0))

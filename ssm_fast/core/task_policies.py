@@ -1,0 +1,165 @@
+"""One actor-critic with the weights of several tasks: all of them act in one native call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+
+from ssm_fast.core.improved_ssm import NORM_EPS, ImprovedSSM, choose_action, gaussian_log_prob
+from ssm_fast.nn.ssm_layer import check_dtype
+from ssm_fast.ops.backend import is_plain
+from ssm_fast.ops.policy_step import PolicyWeights, policy_step
+
+_HEADS = ("encoder", "actor", "critic")
+_LAYER = ("A", "B", "bias", "C", "D", "norm.weight", "norm.bias")
+
+
+class TaskPolicies:
+    """An `ImprovedSSM` with weights of its own for each of ``G`` tasks.
+
+    Args:
+        model: The architecture, its observation statistics, and the parameters that tasks share.
+        weights: Tensors ``[G, ...]`` by the names of the parameters they stand for, as
+            `MetaMAML` returns them. They are copied where they are not contiguous; no gradient
+            flows to them.
+
+    Raises:
+        KeyError: If a name is not that of a parameter.
+        ValueError: If there are no weights, or a shape does not fit.
+        TypeError: If a dtype does not fit.
+    """
+
+    def __init__(self, model: ImprovedSSM, weights: Mapping[str, Tensor]) -> None:
+        if not weights:
+            raise ValueError("weights must hold at least one tensor")
+        own = dict(model.named_parameters())
+        self.model = model
+        self.tasks = len(next(iter(weights.values())))
+        for name, weight in weights.items():
+            expected = [self.tasks, *own[name].shape]
+            if list(weight.shape) != expected:
+                raise ValueError(f"{name} must have shape {expected}, got {list(weight.shape)}")
+            check_dtype(name, weight, own[name])
+        self.weights = {
+            name: weights.get(name, p.expand(self.tasks, *p.shape)).detach().contiguous()
+            for name, p in own.items()
+        }
+        find = self.weights.get
+        self._is_plain = all(is_plain(weight) for weight in self.weights.values())
+        self._step_weights = PolicyWeights(
+            [find(f"{head}.{kind}") for head in _HEADS for kind in ("weight", "bias")],
+            find("log_std"),
+            [find(f"layers.{i}.{name}") for i in range(model.num_layers) for name in _LAYER],
+        )
+
+    @torch.no_grad()
+    def get_action(
+        self,
+        x: Tensor,
+        hidden_state: Tensor | None = None,
+        deterministic: bool = False,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Choose actions, as `ImprovedSSM.get_action` does for one task.
+
+        Args:
+            x: Observations of one step ``[G, B, I]``.
+            hidden_state: ``[L, G, B, N]``; zeros when ``None``. It is not modified.
+            deterministic: Take the mode instead of a sample.
+            reset: ``[G, B]``, boolean or 0/1: the observation is the first of an episode.
+
+        Returns:
+            - The action ``[G, B, K]``, or ``[G, B]`` int64 when ``discrete``.
+            - Its log-probability ``[G, B]``.
+            - The value ``[G, B]``.
+            - The next state ``[L, G, B, N]``.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        self._check(x, hidden_state, reset)
+        native = self._native_action(x, hidden_state, deterministic, reset)
+        return native or self._vmapped_action(x, hidden_state, deterministic, reset)
+
+    def _check(self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None) -> None:
+        model = self.model
+        if x.ndim != 3 or x.shape[0] != self.tasks or x.shape[2] != model.input_dim:
+            raise ValueError(
+                f"x must have shape [G, B, I] = [{self.tasks}, B, {model.input_dim}], "
+                f"got {list(x.shape)}"
+            )
+        check_dtype("x", x, model.encoder.weight)
+        if hidden_state is not None:
+            expected = [model.num_layers, *x.shape[:2], model.state_dim]
+            if list(hidden_state.shape) != expected:
+                raise ValueError(
+                    f"hidden_state must have shape [L, G, B, N] = {expected}, "
+                    f"got {list(hidden_state.shape)}"
+                )
+            check_dtype("hidden_state", hidden_state, model.encoder.weight)
+        if reset is not None and reset.shape != x.shape[:2]:
+            raise ValueError(
+                f"reset must have shape [G, B] = {list(x.shape[:2])}, got {list(reset.shape)}"
+            )
+
+    def _native_action(
+        self, x: Tensor, hidden_state: Tensor | None, deterministic: bool, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """All groups in one call, or ``None`` where the modules themselves have to run."""
+        model, groups, rows = self.model, x.shape[:2], x.flatten(0, 1)  # [G B, I]
+        state = None if hidden_state is None else hidden_state.flatten(1, 2)  # [L, G B, N]
+        starts = None if reset is None else reset.flatten().bool()  # [G B]
+        if not (self._is_plain and model.can_step_natively(rows, state, starts)):
+            return None
+        action, log_prob, value, next_hidden = policy_step(
+            rows,
+            state,
+            starts,
+            self._noise(groups, x, deterministic),
+            self._step_weights,
+            model.observations(),
+            model.norm == "state",
+            model.use_residual,
+            NORM_EPS,
+            self.tasks,
+        )
+        if log_prob is None:
+            action, log_prob = choose_action(action, deterministic)
+        return (
+            action.view(*groups, *action.shape[1:]),
+            log_prob.view(groups),
+            value.view(groups),
+            next_hidden.view(-1, *groups, model.state_dim),
+        )
+
+    def _vmapped_action(
+        self, x: Tensor, hidden_state: Tensor | None, deterministic: bool, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The modules, vmapped over the tasks."""
+        arguments = (x, hidden_state, reset)
+        in_dims = (0, None if hidden_state is None else 1, None if reset is None else 0)
+
+        def step(weights: dict[str, Tensor], *inputs: Tensor | None) -> tuple[Tensor, ...]:
+            mean, _, value, next_hidden = functional_call(self.model, weights, inputs)
+            return mean, value, next_hidden
+
+        run = vmap(step, (0, *in_dims), (0, 0, 1))
+        mean, value, next_hidden = run(self.weights, *arguments)
+        if self.model.discrete:
+            return *choose_action(mean, deterministic), value, next_hidden
+        action, log_std = mean, self.weights["log_std"].unsqueeze(1)  # [G, 1, K]
+        noise = self._noise(x.shape[:2], x, deterministic)
+        if noise is not None:
+            action = torch.addcmul(mean, noise.view_as(mean), log_std.exp())
+        return action, gaussian_log_prob(action, mean, log_std), value, next_hidden
+
+    def _noise(self, groups: torch.Size, like: Tensor, deterministic: bool) -> Tensor | None:
+        """Standard normal draws, [G B, K]."""
+        if deterministic or self.model.discrete:
+            return None
+        size = groups.numel(), self.model.action_dim
+        return torch.randn(size, dtype=like.dtype, device=like.device)
