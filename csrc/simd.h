@@ -287,7 +287,7 @@ inline std::uint32_t bits_of(Bytes<T> bytes) {
 #endif
 }
 
-constexpr std::size_t kStreamBytes = 2 << 20;  // an output from this size on leaves the caches before it is read
+constexpr std::size_t kStreamBytes = 8 << 20;  // an output from this size on leaves the caches before it is read
 
 // A store past the caches, where the line need not be read first; finish with stream_end().
 template <class T>

@@ -96,6 +96,8 @@ def choose(op: str, impl: str, device: torch.device, *, triton: bool = True) -> 
         ValueError: ``impl`` is unknown, or cannot run on ``device``.
         RuntimeError: the op has no backend for ``device``.
     """
+    if impl == "auto" and device.type == "cpu" and not _interpreting:
+        return "native"
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
     if impl == "reference":
@@ -137,9 +139,9 @@ def check_dtype(
             f"{first_name} of {op} must be {' or '.join(allowed.values())}, got {first.dtype}"
         )
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None or tensor is first:
             continue
-        if tensor.dtype != first.dtype:
+        if tensor.dtype is not first.dtype:
             raise TypeError(
                 f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -79,7 +80,11 @@ def _op(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> 
 
 def _unit_dim(h: Tensor) -> int:
     """The dimension along which the elements of a dense tensor lie side by side."""
-    return next((d for d in (2, 1, 0) if h.stride(d) == 1 and h.shape[d] > 1), 2)
+    sizes, strides = h.shape, h.stride()
+    for dim in (2, 1, 0):
+        if strides[dim] == 1 and sizes[dim] > 1:
+            return dim
+    return 2
 
 
 def _later(x: Tensor, first: Tensor | None, reverse: bool) -> Tensor:
@@ -209,19 +214,20 @@ def linear_scan(
     if not -b.dim() <= dim < b.dim():
         raise ValueError(f"dim must be a dimension of b, {list(b.shape)}, got {dim}")
     dim %= b.dim()
-    try:
-        a = a.expand(b.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"a must be broadcastable to the shape of b, {list(b.shape)}, got {list(a.shape)}"
-        ) from None
+    if a.shape != b.shape:
+        try:
+            a = a.expand(b.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"a must be broadcastable to the shape of b, {list(b.shape)}, got {list(a.shape)}"
+            ) from None
     if h0 is not None:
         check_shape("h0", h0, "b without time", [*b.shape[:dim], *b.shape[dim + 1 :]])
     if b.numel() == 0:
         return b.clone()
 
-    before, T, after = b.shape[:dim].numel(), b.shape[dim], b.shape[dim + 1 :].numel()
     shape = b.shape
+    before, T, after = math.prod(shape[:dim]), shape[dim], math.prod(shape[dim + 1 :])
     a, b = a.reshape(before, T, after), b.reshape(before, T, after)  # [M, T, C]
     h0 = None if h0 is None else h0.reshape(before, after)
     if chosen == "reference":
