@@ -80,9 +80,13 @@ class CartPoleFamily(TaskFamily[CartPoleTask]):
         return CartPoleTask(**values)
 
     def _frozen(
-        self, draw: Callable[[np.random.Generator], CartPoleTask], n: int, split: int
+        self,
+        draw: Callable[[np.random.Generator], CartPoleTask],
+        n: int,
+        split: int,
+        others: tuple[CartPoleTask, ...] = (),
     ) -> tuple[CartPoleTask, ...]:
-        tasks = super()._frozen(draw, n, split)
+        tasks = super()._frozen(draw, n, split, others)
         if not self.signed:
             return tasks
         return tuple(
@@ -111,7 +115,7 @@ class CartPoleFamilyEnv(PlaysTask, CartPoleEnv):
         CartPoleEnv.__init__(self, **kwargs)
         # a short pole on a light cart falls past the bounds of CartPole-v1 within a step
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float32)
-        self._start_with(task)
+        self.start_with(task)
 
     def begin_task(self, task: CartPoleTask) -> None:
         """Sets the parameters and what follows from them."""

@@ -23,7 +23,7 @@ class _MujocoTask(PlaysTask):
     def _start(self, task: Task | None, arguments: dict[str, Any]) -> None:
         self._ezpickle_args: tuple[Any, ...] = ()
         self._ezpickle_kwargs = arguments
-        self._start_with(task)
+        self.start_with(task)
         arguments["task"] = self._next_task
 
     def set_task(self, task: Task) -> None:

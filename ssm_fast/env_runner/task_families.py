@@ -6,7 +6,7 @@ import math
 import numbers
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -55,6 +55,8 @@ class Task:
         return asdict(self)
 
 
+_PATIENCE = 100  # draws for each task that is wanted
+
 TaskT = TypeVar("TaskT", bound=Task)
 
 
@@ -96,14 +98,15 @@ class TaskFamily(ABC, Generic[TaskT]):
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         generator = np.random.default_rng(seed)
-        held_out = set(self.test_tasks) - set(self.train_tasks)
-        held_out.update(self.out_of_range_tasks)
+        held_out = {*self.test_tasks, *self.out_of_range_tasks} - {*self.train_tasks}
         tasks: list[TaskT] = []
-        while len(tasks) < n:
+        for _ in range(_PATIENCE * n):
             task = self.draw(generator)
             if task not in held_out:
                 tasks.append(task)
-        return tuple(tasks)
+            if len(tasks) == n:
+                break
+        return self._all(tasks, n)
 
     @cached_property
     def train_tasks(self) -> tuple[TaskT, ...]:
@@ -113,18 +116,36 @@ class TaskFamily(ABC, Generic[TaskT]):
     @cached_property
     def test_tasks(self) -> tuple[TaskT, ...]:
         """The 40 held-out tasks of the same distribution."""
-        return self._frozen(self.draw, self.num_test_tasks, 1)
+        return self._frozen(self.draw, self.num_test_tasks, 1, self.train_tasks)
 
     @cached_property
     def out_of_range_tasks(self) -> tuple[TaskT, ...]:
         """The 20 held-out tasks outside the distribution."""
-        return self._frozen(self.draw_out_of_range, self.num_out_of_range_tasks, 2)
+        others = self.train_tasks + self.test_tasks
+        return self._frozen(self.draw_out_of_range, self.num_out_of_range_tasks, 2, others)
 
     def _frozen(
-        self, draw: Callable[[np.random.Generator], TaskT], n: int, split: int
+        self,
+        draw: Callable[[np.random.Generator], TaskT],
+        n: int,
+        split: int,
+        others: tuple[TaskT, ...] = (),
     ) -> tuple[TaskT, ...]:
+        """Draws `n` different tasks that are none of the others."""
         generator = np.random.default_rng([zlib.crc32(self.env_name.encode()), split])
-        return tuple(draw(generator) for _ in range(n))
+        tasks: dict[TaskT, None] = {}
+        for _ in range(_PATIENCE * n):
+            task = draw(generator)
+            if task not in others:
+                tasks[task] = None
+            if len(tasks) == n:
+                break
+        return self._all(tasks, n)
+
+    def _all(self, tasks: Collection[TaskT], n: int) -> tuple[TaskT, ...]:
+        if len(tasks) < n:
+            raise ValueError(f"{self.env_name} must have {n} more tasks, found {len(tasks)}")
+        return tuple(tasks)
 
     def check_task(self, task: Task) -> TaskT:
         """Returns the task if it is one of this family's, in or out of range."""
@@ -189,8 +210,8 @@ class PlaysTask:
 
     family: ClassVar[TaskFamily[Any]]
 
-    def _start_with(self, task: Task | None) -> None:
-        """The constructor's part: the task is there before the first reset."""
+    def start_with(self, task: Task | None) -> None:
+        """Takes up the first task, or the default; the constructor's last call."""
         family = self.family
         self.task = family.default_task if task is None else family.check_task(task)
         self._next_task = self.task

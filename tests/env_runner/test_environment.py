@@ -493,6 +493,13 @@ def test_tasks_of_a_wrapped_environment():
             env.set_tasks(tasks)
             env.reset()
             assert env.tasks == tasks
+    single = gymnasium.make(FAMILIES[0])
+    with Environment.wrap(single) as env:
+        env.set_tasks(tasks[:1])
+        env.reset()
+        single.unwrapped.set_task(tasks[1])  # the latest word counts
+        env.reset()
+        assert env.tasks == tasks[1:]
     with Environment.wrap(AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)) as env:
         with pytest.raises(ValueError, match="'AsyncVectorEnv' is no task family"):
             env.set_tasks(tasks)

@@ -249,17 +249,22 @@ def test_a_family_of_ones_own():
         task_type, default_task = CartPoleTask, CartPoleTask()
 
         def draw(self, generator):
-            return CartPoleTask(length=generator.uniform(0.4, 0.6))
+            return CartPoleTask(length=generator.integers(1, 201))  # 200 tasks: draws repeat
 
         def draw_out_of_range(self, generator):
-            return CartPoleTask(length=generator.uniform(0.6, 0.8))
+            return CartPoleTask(length=generator.integers(150, 300))
 
     module = SimpleNamespace(made=[])
     family = register_family(Family("Mine-v0"), lambda task=None: module.made.append(task), 50)
     try:
         assert get_family("Mine-v0") is family
         assert gymnasium.spec("Mine-v0").max_episode_steps == 50
-        assert len(set(family.train_tasks + family.test_tasks)) == 140
+        held_out = family.test_tasks + family.out_of_range_tasks
+        assert len({*family.train_tasks, *held_out}) == 160
+        assert not {*family.sample(1000, 0)} & {*held_out}
+        family.draw = lambda generator: held_out[0]
+        with pytest.raises(ValueError, match="Mine-v0 must have 2 more tasks, found 0"):
+            family.sample(2, 0)
     finally:
         from ssm_fast.env_runner import task_families
 
