@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
-from ssm_fast.env_runner.environment import Environment
+from ssm_fast.env_runner.cartpole_family import CartPoleTask, CartPoleVectorEnv
+from ssm_fast.env_runner.environment import Environment, MetaEnvironment
 from ssm_fast.env_runner.evaluation import Evaluation, evaluate
+from ssm_fast.env_runner.mujoco_families import (
+    AntDirTask,
+    HalfCheetahBodyTask,
+    HalfCheetahDirTask,
+    HalfCheetahVelTask,
+    Walker2dBodyTask,
+)
+from ssm_fast.env_runner.task_families import Task, TaskFamily, get_family, register_family
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv
 
-__all__ = ["Environment", "Evaluation", "MujocoVectorEnv", "evaluate"]
+__all__ = [
+    "AntDirTask",
+    "CartPoleTask",
+    "CartPoleVectorEnv",
+    "Environment",
+    "Evaluation",
+    "HalfCheetahBodyTask",
+    "HalfCheetahDirTask",
+    "HalfCheetahVelTask",
+    "MetaEnvironment",
+    "MujocoVectorEnv",
+    "Task",
+    "TaskFamily",
+    "Walker2dBodyTask",
+    "evaluate",
+    "get_family",
+    "register_family",
+]

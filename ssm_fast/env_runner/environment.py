@@ -17,7 +17,11 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from ssm_fast.env_runner.vector_physics import MujocoVectorEnv, unsupported
+from ssm_fast.env_runner import cartpole_family, vector_physics
+from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
+from ssm_fast.env_runner.same_step import SameStepVectorEnv
+from ssm_fast.env_runner.task_families import Task, TaskFamily, get_family
+from ssm_fast.env_runner.vector_physics import MujocoVectorEnv
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,8 +49,9 @@ class Environment:
     Attribute `physics` and `repr` tell which of the two ways to step the rows is in use; both give
     the same numbers:
 
-    - `"vector"`: all rows at once on C++ threads (`MujocoVectorEnv`). HalfCheetah, Hopper,
-      Walker2d, Swimmer, Ant and Humanoid v5 have it, but for rendering, from mujoco 3.17 on.
+    - `"vector"`: all rows at once, on C++ threads (`MujocoVectorEnv`: HalfCheetah, Hopper,
+      Walker2d, Swimmer, Ant and Humanoid v5 and their task families, from mujoco 3.17 on) or as
+      arrays (`CartPoleVectorEnv`: the CartPole families). It does not render.
     - `"gymnasium"`: Gymnasium's own environments, one after the other. Every id has it.
 
     Args:
@@ -58,6 +63,8 @@ class Environment:
             allow it, else the second.
         num_threads: Threads of the vector physics; `None` takes as many as torch. Results are the
             same for any number.
+        tasks: One task a row, for the id of a `TaskFamily`; `None` is its default task in every
+            row. See `set_tasks`.
         **env_kwargs: Handed to `gymnasium.make`, for example `render_mode="rgb_array"`.
 
     Raises:
@@ -74,6 +81,7 @@ class Environment:
         seed: int | None = None,
         physics: Literal["auto", "vector", "gymnasium"] = "auto",
         num_threads: int | None = None,
+        tasks: Sequence[Task] | None = None,
         **env_kwargs: Any,
     ) -> None:
         if batch_size < 1:
@@ -86,19 +94,22 @@ class Environment:
             raise ValueError(
                 f"unknown physics {physics!r}; expected one of 'auto', 'vector', 'gymnasium'"
             )
-        reason = unsupported(env_name, **env_kwargs)
+        reason = _unsupported(env_name, **env_kwargs)
         if physics == "vector" and reason is not None:
             raise ValueError(f"physics='vector' cannot run env_name {env_name!r}: {reason}")
         if max_episode_steps is not None:
             env_kwargs["max_episode_steps"] = max_episode_steps
         with ExitStack() as undo:
             envs: list[gymnasium.Env[Any, Any]] = []
-            vector: MujocoVectorEnv | None = None
+            vector: SameStepVectorEnv | None = None
             try:
                 if physics != "gymnasium" and reason is None:
-                    vector = MujocoVectorEnv(
-                        env_name, batch_size, num_threads=num_threads, **env_kwargs
-                    )
+                    if cartpole_family.unsupported(env_name) is None:
+                        vector = CartPoleVectorEnv(env_name, batch_size, **env_kwargs)
+                    else:
+                        vector = MujocoVectorEnv(
+                            env_name, batch_size, num_threads=num_threads, **env_kwargs
+                        )
                     undo.callback(vector.close)
                 for _ in range(batch_size if vector is None else 0):
                     envs.append(gymnasium.make(env_name, **env_kwargs))
@@ -108,6 +119,8 @@ class Environment:
                 # extra, through these two families.
                 raise ValueError(f"env_name {env_name!r} cannot be made: {error}") from error
             self._setup(env_name, envs, vector, seed)
+            if tasks is not None:
+                self.set_tasks(tasks)
             undo.pop_all()
 
     @classmethod
@@ -157,7 +170,7 @@ class Environment:
         self.env_name = env_name
         self._envs = envs
         self._vector = vector
-        self.physics = "vector" if isinstance(vector, MujocoVectorEnv) else "gymnasium"
+        self.physics = "vector" if isinstance(vector, SameStepVectorEnv) else "gymnasium"
         if vector is not None and not envs:
             self.batch_size = vector.num_envs
             observation_space = vector.single_observation_space
@@ -183,6 +196,9 @@ class Environment:
             self.action_high = self.single_action_space.high
             self._action_shape = (self.batch_size, self.action_dim)
 
+        source: Any = envs[0].unwrapped if envs else vector
+        self.family: TaskFamily[Any] | None = getattr(source, "family", None)
+        self._next_tasks: tuple[Task, ...] | None = None
         self._seed: int | None = None if seed is None else _check_seed(seed)
         self.action_space.seed(self._seed)
         self._is_reset = False
@@ -193,6 +209,34 @@ class Environment:
         self._episodes = 0
         self._last_returns: deque[float] = deque(maxlen=100)
         self._last_lengths: deque[int] = deque(maxlen=100)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that the rows play, or will start with; empty where there are none."""
+        if self._next_tasks is not None and not self._is_reset:
+            return self._next_tasks
+        if self._envs and self.family is not None:
+            return tuple(cast(Any, env.unwrapped).task for env in self._envs)
+        return getattr(self._vector, "tasks", ())
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """Gives every row a task of its own, from the next `reset` on.
+
+        Until then the rows play on, and restart, with the tasks that they have.
+
+        Raises:
+            ValueError: The environment has no tasks, or these are not one a row.
+            TypeError: These are no tasks of the environment's family.
+        """
+        self._check_open()
+        if self.family is None:
+            get_family(self.env_name)
+            raise ValueError(f"{self!r} has no tasks")
+        checked = self.family.check_tasks(tasks, self.batch_size)
+        if isinstance(self._vector, SameStepVectorEnv):
+            self._vector.set_tasks(checked)
+        else:
+            self._next_tasks = checked
 
     def reset(
         self, seed: int | Sequence[int] | NDArray[np.integer] | None = None
@@ -227,6 +271,10 @@ class Environment:
         obs = np.empty((self.batch_size, self.input_dim), dtype=np.float32)  # [B, input_dim]
         env_info: Any = []
         with np.errstate(over="ignore"):  # _check_finite reports a value beyond float32
+            if self._next_tasks is not None:
+                for env, task in zip(self._envs, self._next_tasks, strict=True):
+                    cast(Any, env.unwrapped).set_task(task)
+                self._next_tasks = None
             if self._envs:
                 for i, (env, env_seed) in enumerate(zip(self._envs, seeds, strict=True)):
                     row, row_info = env.reset(seed=env_seed)
@@ -470,8 +518,72 @@ class Environment:
         )
 
 
+class MetaEnvironment(Environment):
+    """An `Environment` of a task family, with a set of tasks to learn from.
+
+    Args:
+        env_name: The id of a `TaskFamily`.
+        num_tasks: Number of different tasks that `tasks_to_learn` holds; `None` is the family's
+            training set. A number draws that many from the family by `seed`; none of them is held
+            out for tests.
+        batch_size: Number of rows `B`.
+        max_episode_steps: Truncate episodes here; `None` keeps the horizon of the family.
+        seed: Seed of the tasks, of the order in which they are drawn, of the first `reset` and of
+            `sample_action`.
+        **kwargs: As for `Environment`.
+
+    Raises:
+        ValueError: The id has no family, or the family has fewer tasks.
+    """
+
+    def __init__(
+        self,
+        env_name: str,
+        num_tasks: int | None = None,
+        batch_size: int = 1,
+        max_episode_steps: int | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        family = get_family(env_name)
+        if num_tasks is not None and num_tasks < 1:
+            raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+        entropy = None if seed is None else _check_seed(seed)
+        super().__init__(env_name, batch_size, max_episode_steps, seed, **kwargs)
+        self._task_generator = np.random.default_rng(entropy)
+        if num_tasks is None:
+            self.tasks_to_learn: tuple[Task, ...] = family.train_tasks
+        else:
+            task_seed = int(self._task_generator.integers(2**32))
+            self.tasks_to_learn = tuple(dict.fromkeys(family.sample(num_tasks + 64, task_seed)))
+            if len(self.tasks_to_learn) < num_tasks:
+                self.close()
+                raise ValueError(
+                    f"num_tasks must be at most {len(self.tasks_to_learn)} for {env_name}, "
+                    f"got {num_tasks}"
+                )
+            self.tasks_to_learn = self.tasks_to_learn[:num_tasks]
+
+    def sample_task(self) -> Task:
+        """Draws one of `tasks_to_learn`, which every row plays from the next `reset` on."""
+        task = self.tasks_to_learn[self._task_generator.integers(len(self.tasks_to_learn))]
+        self.set_tasks([task] * self.batch_size)
+        return task
+
+    def sample_tasks(self) -> tuple[Task, ...]:
+        """Draws a task for every row, from the next `reset` on; all differ where there are enough.
+
+        The rows' tasks are returned in the order of the rows.
+        """
+        count = len(self.tasks_to_learn)
+        chosen = self._task_generator.choice(count, self.batch_size, count < self.batch_size)
+        tasks = tuple(self.tasks_to_learn[i] for i in chosen)
+        self.set_tasks(tasks)
+        return tasks
+
+
 class RowInfo(Sequence[dict[str, Any]]):
-    """What the rows of a `MujocoVectorEnv` reported, a dict a row that is made when it is read."""
+    """What the rows of a `SameStepVectorEnv` reported, a dict a row that is made when it is read."""
 
     def __init__(self, info: dict[str, Any], batch_size: int) -> None:
         self._info = info
@@ -493,6 +605,13 @@ class RowInfo(Sequence[dict[str, Any]]):
             for key, value in info.items()
             if not key.startswith("_") and not key.startswith("final_") and info[f"_{key}"][i]
         }
+
+
+def _unsupported(env_name: str, **env_kwargs: Any) -> str | None:
+    """Says why neither of the vector environments runs this one; `None` if one does."""
+    if cartpole_family.unsupported(env_name) is None:
+        return cartpole_family.unsupported(env_name, **env_kwargs)
+    return vector_physics.unsupported(env_name, **env_kwargs)
 
 
 def _check_seed(seed: int) -> int:

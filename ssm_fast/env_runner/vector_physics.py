@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 from abc import ABC, abstractmethod
@@ -15,20 +16,28 @@ from typing import TYPE_CHECKING, Any, cast
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.utils.seeding import np_random
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
+
+from ssm_fast.env_runner.mujoco_families import (
+    AntDirTask,
+    BodyFamily,
+    BodyTask,
+    HalfCheetahDirTask,
+    HalfCheetahVelTask,
+)
+from ssm_fast.env_runner.same_step import Info, Outcome, SameStepVectorEnv
+from ssm_fast.env_runner.task_families import Task
 
 if TYPE_CHECKING:
     from mujoco import MjModel
     from mujoco.batch import Batch
 
 _Array = NDArray[np.float64]
-_Info = dict[str, Any]
 
 
-class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
+class MujocoVectorEnv(SameStepVectorEnv):
     """`num_envs` rows of a MuJoCo v5 task, stepped together by `mujoco.batch` on C++ threads.
 
     Row `i` does what `gymnasium.make(env_name)` does under the same seed and actions, to the last
@@ -36,8 +45,9 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
     `info` entries. Rows restart in the step in which their episode ends, as in a `SyncVectorEnv`
     with `AutoresetMode.SAME_STEP`. Results do not depend on the number of threads.
 
-    HalfCheetah, Hopper, Walker2d, Swimmer, Ant and Humanoid v5 are implemented, and ids that a
-    user registered for these classes; `unsupported` says why another id is not.
+    HalfCheetah, Hopper, Walker2d, Swimmer, Ant and Humanoid v5 are implemented, the task families
+    of these robots, and ids that a user registered for these classes; `unsupported` says why
+    another id is not.
 
     Args:
         env_name: A registered Gymnasium id.
@@ -46,6 +56,8 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
             (`torch.get_num_threads()`), and more than `B` are never used.
         models: One `mujoco.MjModel` a row, of equal sizes, for rows with bodies of their own; see
             `set_models`.
+        tasks: One task a row of the environment's family (`set_tasks`); `None` is its default task
+            in every row.
         max_episode_steps: Truncate episodes here; `None` keeps the limit of the registration.
         **env_kwargs: Arguments of the task, for example `forward_reward_weight=2.0`.
 
@@ -60,6 +72,7 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
         *,
         num_threads: int | None = None,
         models: Sequence[MjModel] | None = None,
+        tasks: Sequence[Task] | None = None,
         max_episode_steps: int | None = None,
         **env_kwargs: Any,
     ) -> None:
@@ -82,7 +95,6 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
         self.spec = env.spec
         self.render_mode = None
         self.metadata = {**base.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
-        self.num_envs = num_envs
         self.single_observation_space = env.observation_space
         self.single_action_space = env.action_space
         self.observation_space = batch_space(env.observation_space, num_envs)
@@ -91,10 +103,12 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
         self.frame_skip = int(base.frame_skip)
         self.num_threads = min(num_threads, num_envs)
         self._action_shape = (num_envs, *cast(Any, env.action_space).shape)
-        self._max_episode_steps = env.spec.max_episode_steps
+        family = getattr(base, "family", None)
+        if tasks is None and family is not None:
+            tasks = [base.task] * num_envs
+        self._setup_rows(num_envs, env.spec.max_episode_steps, family, tasks)
         task = _TASKS[cast(str, env.spec.entry_point)]
-        arguments = inspect.signature(type(base).__init__).bind(base, **env.spec.kwargs)
-        arguments.apply_defaults()
+        arguments = _arguments(type(base)) | env.spec.kwargs
         env.close()
 
         from mujoco.batch import Batch
@@ -103,20 +117,33 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
             self.model, num_envs, self.num_threads, persistent=task.reads_contact_forces
         )
         self._ctrl = self._batch.bind("ctrl")  # [B, action_dim], what the simulation reads
-        self._generators: list[np.random.Generator | None] = [None] * num_envs
-        self._elapsed = np.zeros(num_envs, dtype=np.int64)  # [B]
-        self._is_reset = False
-        self._task = task(self._batch, self.frame_skip, arguments.arguments)
-        self.set_models([self.model] * num_envs if models is None else models)
+        self._task = task(self._batch, self.frame_skip, arguments)
+        self._bodies: list[MjModel] | None = None  # what the tasks of a body family edit
+        if isinstance(family, BodyFamily):
+            self._bodies = [copy.copy(self.model) for _ in range(num_envs)]
+        if models is not None:
+            self.set_models(models)
+        else:
+            self._give_models([self.model] * num_envs)
 
     def set_models(self, models: Sequence[MjModel]) -> None:
         """Gives every row a model of its own: masses, friction, actuator gears, time step, ...
 
         Start from copies of `model` (`copy.copy`) so that all sizes agree. An edited model has to
         be set again. A `reset` is needed before the next `step`.
+
+        Raises:
+            ValueError: These are not one model a row, they do not fit, or the tasks of the
+                environment's family make the models.
         """
+        if self._bodies is not None:
+            assert self.family is not None
+            raise ValueError(f"the models of {self.family.env_name} follow from its tasks")
         if len(models) != self.num_envs:
             raise ValueError(f"models must have {self.num_envs} entries, got {len(models)}")
+        self._give_models(models)
+
+    def _give_models(self, models: Sequence[MjModel]) -> None:
         import mujoco
 
         try:
@@ -127,93 +154,41 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
         self._task.set_models(list(models), self._batch.state.copy())
         self._is_reset = False
 
-    def reset(
-        self,
-        *,
-        seed: int | Sequence[int | None] | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> tuple[_Array, _Info]:
-        """Starts a new episode in every row, or in those of `options["reset_mask"]` `[B]`.
-
-        Args:
-            seed: Row `i` is seeded `seed + i`, or `seed[i]` of a sequence. `None` lets the row's
-                generator run on.
-            options: Nothing but `reset_mask`, as in Gymnasium's vector environments.
-        """
-        self._check_open()
-        if seed is None or isinstance(seed, int):
-            seeds = [seed if seed is None else seed + i for i in range(self.num_envs)]
-        else:
-            seeds = list(seed)
-        if len(seeds) != self.num_envs:
-            raise ValueError(f"seed must have {self.num_envs} entries, got {len(seeds)}")
-        mask = np.ones(self.num_envs, dtype=np.bool_)
-        if options is not None and "reset_mask" in options:
-            mask = np.asarray(options["reset_mask"])
-            if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
-                raise ValueError(
-                    f"reset_mask must be boolean of shape [B] = [{self.num_envs}], "
-                    f"got {mask.dtype} of shape {list(mask.shape)}"
-                )
-            if not (self._is_reset or mask.all()):
-                raise RuntimeError("call reset() of all rows before reset() of some")
-        for i in np.flatnonzero(mask).tolist():
-            if seeds[i] is not None:
-                self._generators[i] = np_random(seeds[i])[0]
-        self._restart(np.flatnonzero(mask))
-        self._is_reset = True
-        return self._task.observation(), _with_masks(_only(mask, self._task.place()), mask)
-
-    def step(
-        self, actions: ArrayLike
-    ) -> tuple[_Array, _Array, NDArray[np.bool_], NDArray[np.bool_], _Info]:
-        """Steps every row by `actions` `[B, action_dim]` and restarts those whose episode ended.
-
-        Returns:
-            The observations `[B, O]` to act on next, rewards `[B]`, `terminated` `[B]`, `truncated`
-            `[B]` and `info`: an array a key with a mask `_key` of the rows that have it. Where an
-            episode ended, `info["final_obs"]` holds the observation that this step led to and
-            `info["final_info"]` what the step reported.
-        """
-        self._check_open()
-        if not self._is_reset:
-            raise RuntimeError("call reset() before step()")
-        actions = np.asarray(actions)
+    def _check_actions(self, actions: NDArray[Any]) -> None:
         if actions.shape != self._action_shape:
             raise ValueError(
                 f"actions must have shape [B, action_dim] = {list(self._action_shape)}, "
                 f"got {list(actions.shape)}"
             )
+
+    def _advance(self, actions: NDArray[Any]) -> Outcome:
         task = self._task
         task.before_step()
         self._ctrl[:] = actions
         self._batch.step(None, self.frame_skip)
         task.after_step()
-        self._elapsed += 1
-        obs = task.observation()  # [B, O]
-        rewards, terminated, report = task.outcome(actions)
-        place = task.place()
-        if self._max_episode_steps is None:
-            truncated = np.zeros(self.num_envs, dtype=np.bool_)  # [B]
-        else:
-            truncated = self._elapsed >= self._max_episode_steps
-        done = terminated | truncated  # [B]
-        if not np.count_nonzero(done):  # a quarter of the time of done.any()
-            info = _with_masks(place | report, np.ones(self.num_envs, dtype=np.bool_))
-            return obs, rewards, terminated, truncated, info
+        return task.observation(), *task.outcome(actions)
 
-        final_obs, final_info = obs, _with_masks(_only(done, place | report), done)
-        rows = np.flatnonzero(done)
-        self._restart(rows)
-        info = _with_masks(task.place(), np.ones(self.num_envs, dtype=np.bool_))
-        if not done.all():
-            info |= _with_masks(_only(~done, report), ~done)
-        info["final_obs"] = np.full(self.num_envs, None, dtype=object)
-        for i in rows:
-            info["final_obs"][i] = final_obs[i]
-        info["final_info"] = final_info
-        info["_final_obs"] = info["_final_info"] = done
-        return task.observation(), rewards, terminated, truncated, info
+    def _observation(self) -> _Array:
+        return self._task.observation()
+
+    def _place(self) -> Info:
+        return self._task.place()
+
+    def _draw_state(self, i: int, generator: np.random.Generator) -> None:
+        self._task.draw_state(i, generator)
+
+    def _after_restart(self, rows: NDArray[np.intp]) -> None:
+        self._batch.forward(rows)
+        self._task.after_restart(rows)
+
+    def _begin_tasks(self, tasks: tuple[Task, ...]) -> None:
+        if isinstance(self.family, BodyFamily):
+            assert self._bodies is not None
+            self.family.apply(cast(tuple[BodyTask, ...], tasks), self.model, self._bodies)
+            self._give_models(self._bodies)
+        else:
+            self._task.set_tasks(tasks)
 
     def close_extras(self, **kwargs: Any) -> None:
         """Ends the threads of the physics."""
@@ -227,23 +202,6 @@ class MujocoVectorEnv(VectorEnv[_Array, NDArray[Any], NDArray[Any]]):
             f"num_threads={self.num_threads})"
         )
 
-    def _restart(self, rows: NDArray[np.intp]) -> None:
-        """Draws first states as Gymnasium does: each row from its own generator."""
-        if not rows.size:
-            return
-        for i in rows.tolist():
-            generator = self._generators[i]
-            if generator is None:
-                generator = self._generators[i] = np_random()[0]
-            self._task.draw_state(i, generator)
-        self._batch.forward(rows)
-        self._task.after_restart(rows)
-        self._elapsed[rows] = 0
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise RuntimeError(f"{self!r} is closed")
-
 
 def unsupported(env_name: str, **env_kwargs: Any) -> str | None:
     """Says why `MujocoVectorEnv` does not run this environment; `None` if it does."""
@@ -252,14 +210,17 @@ def unsupported(env_name: str, **env_kwargs: Any) -> str | None:
         return "the id is not registered"
     entry_point = spec.entry_point
     if not isinstance(entry_point, str) or entry_point not in _TASKS:
-        names = ", ".join(key.rpartition(":")[2].removesuffix("Env") for key in _TASKS)
-        return f"only the v5 tasks {names} have it"
+        names = [key.rpartition(":")[2] for key in _TASKS if key.startswith("gymnasium.")]
+        names = [name.removesuffix("Env") for name in names]
+        return f"only the v5 tasks {', '.join(names)} and their families have it"
     if spec.additional_wrappers:
         return "its registration adds wrappers"
     if not _has_batch():
         return "it needs mujoco.batch, which mujoco 3.17 and later have"
     task_kwargs = {**spec.kwargs, **env_kwargs}
-    foreign = sorted(task_kwargs.keys() - _parameters(entry_point) - {"max_episode_steps"})
+    module, _, name = entry_point.partition(":")
+    known = _arguments(getattr(importlib.import_module(module), name))
+    foreign = sorted(task_kwargs.keys() - known.keys() - {"max_episode_steps"})
     return f"it does not take {', '.join(foreign)}" if foreign else None
 
 
@@ -270,23 +231,21 @@ def _has_batch() -> bool:
         return False
 
 
-def _parameters(entry_point: str) -> set[str]:
-    """The arguments that the task itself defines: not those of rendering."""
-    module, _, name = entry_point.partition(":")
-    init = getattr(importlib.import_module(module), name).__init__
-    return set(inspect.signature(init).parameters) - {"self", "kwargs", "default_camera_config"}
+def _arguments(env_class: type) -> dict[str, Any]:
+    """The arguments that the task itself defines, with defaults: not those of rendering.
 
+    A family's class hands what it does not name itself on to Gymnasium's.
+    """
+    from gymnasium.envs.mujoco import MujocoEnv
 
-def _only(mask: NDArray[np.bool_], entries: _Info) -> _Info:
-    """Zeroes the rows outside the mask, as Gymnasium leaves them."""
-    return {
-        key: np.where(mask.reshape(-1, *[1] * (value.ndim - 1)), value, value.dtype.type(0))
-        for key, value in entries.items()
-    }
-
-
-def _with_masks(entries: _Info, mask: NDArray[np.bool_]) -> _Info:
-    return entries | dict.fromkeys([f"_{key}" for key in entries], mask)
+    arguments: dict[str, Any] = {}
+    for cls in env_class.__mro__[: env_class.__mro__.index(MujocoEnv)]:
+        if "__init__" in vars(cls):
+            for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items():
+                if parameter.default is not parameter.empty:
+                    arguments.setdefault(name, parameter.default)
+    arguments.pop("default_camera_config", None)
+    return arguments
 
 
 class _Task(ABC):
@@ -332,6 +291,10 @@ class _Task(ABC):
         """Called when the rows stand at their first states; most tasks have nothing to do."""
         return
 
+    def set_tasks(self, tasks: Sequence[Any]) -> None:
+        """Called before all rows restart with new tasks; reward variants read theirs."""
+        return
+
     def before_step(self) -> None:
         self.position_before = self.position().copy()  # [B] or [B, 2]
 
@@ -361,11 +324,11 @@ class _Task(ABC):
         return reward, terminated
 
     @abstractmethod
-    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], _Info]:
+    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], Info]:
         """Returns the rewards `[B]`, `terminated` `[B]` and the `info` of a step beside `place`."""
 
     @abstractmethod
-    def place(self) -> _Info:
+    def place(self) -> Info:
         """Returns the `info` of a reset, which is part of the `info` of a step."""
 
 
@@ -379,15 +342,37 @@ class _HalfCheetah(_Task):
     root_coordinates = 1
     normal_velocity = True
 
-    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], _Info]:
+    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], Info]:
         x_velocity = (self.position() - self.position_before) / self.dt  # [B]
-        forward = self.forward_weight * x_velocity
+        forward = self.forward_weight * self.progress(x_velocity)
         ctrl_cost = self.ctrl_cost(actions)
         report = {"x_velocity": x_velocity, "reward_forward": forward, "reward_ctrl": -ctrl_cost}
         return forward - ctrl_cost, np.zeros(len(forward), dtype=np.bool_), report
 
-    def place(self) -> _Info:
+    def progress(self, x_velocity: _Array) -> _Array:
+        """What the forward reward weighs, `[B]`."""
+        return x_velocity
+
+    def place(self) -> Info:
         return {"x_position": self.qpos[:, 0].copy()}
+
+
+class _HalfCheetahDir(_HalfCheetah):
+    def set_tasks(self, tasks: Sequence[HalfCheetahDirTask]) -> None:
+        self.direction = np.array([task.direction for task in tasks])  # [B]
+
+    def progress(self, x_velocity: _Array) -> _Array:
+        progress: _Array = self.direction * x_velocity
+        return progress
+
+
+class _HalfCheetahVel(_HalfCheetah):
+    def set_tasks(self, tasks: Sequence[HalfCheetahVelTask]) -> None:
+        self.velocity = np.array([task.velocity for task in tasks])  # [B]
+
+    def progress(self, x_velocity: _Array) -> _Array:
+        progress: _Array = -np.abs(x_velocity - self.velocity)
+        return progress
 
 
 class _Walker2d(_Task):
@@ -402,7 +387,7 @@ class _Walker2d(_Task):
     def healthy(self) -> NDArray[np.bool_]:
         return _between(self.low, self.qpos[:, 1:3], self.high)
 
-    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], _Info]:
+    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], Info]:
         x_velocity = (self.position() - self.position_before) / self.dt  # [B]
         forward = self.forward_weight * x_velocity
         survive, terminated = self.survival(self.healthy())
@@ -415,7 +400,7 @@ class _Walker2d(_Task):
         }
         return forward + survive - ctrl_cost, terminated, report
 
-    def place(self) -> _Info:
+    def place(self) -> Info:
         return {
             "x_position": self.qpos[:, 0].copy(),
             "z_distance_from_origin": self.qpos[:, 1] - self.init_qpos[:, 1],
@@ -443,7 +428,7 @@ class _Swimmer(_Task):
         velocity: _Array = (self.position() - self.position_before) / self.dt[:, None]
         return velocity
 
-    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], _Info]:
+    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], Info]:
         velocity = self.velocity()
         forward = self.forward_weight * velocity[:, 0]
         ctrl_cost = self.ctrl_cost(actions)
@@ -455,7 +440,7 @@ class _Swimmer(_Task):
         }
         return forward - ctrl_cost, np.zeros(len(forward), dtype=np.bool_), report
 
-    def place(self) -> _Info:
+    def place(self) -> Info:
         xy = self.qpos[:, :2].copy()  # [B, 2]
         return {
             "x_position": xy[:, 0],
@@ -522,14 +507,18 @@ class _Ant(_Swimmer):
         healthy: NDArray[np.bool_] = np.isfinite(state).all(axis=1) & (low <= z) & (z <= high)
         return healthy
 
+    def progress(self, velocity: _Array) -> _Array:
+        """What the forward reward weighs, `[B]`, of the velocity `[B, 2]`."""
+        return velocity[:, 0]
+
     def contact_cost(self) -> _Array:
         forces = self.contact_forces.reshape(len(self.contact_forces), -1)
         cost: _Array = self.arguments["contact_cost_weight"] * np.square(forces).sum(axis=1)
         return cost  # [B]
 
-    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], _Info]:
+    def outcome(self, actions: NDArray[Any]) -> tuple[_Array, NDArray[np.bool_], Info]:
         velocity = self.velocity()
-        forward = velocity[:, 0] * self.forward_weight
+        forward = self.progress(velocity) * self.forward_weight
         survive, terminated = self.survival(self.healthy())
         ctrl_cost, contact_cost = self.ctrl_cost(actions), self.contact_cost()
         report = {
@@ -541,6 +530,15 @@ class _Ant(_Swimmer):
             "reward_survive": survive,
         }
         return forward + survive - (ctrl_cost + contact_cost), terminated, report
+
+
+class _AntDir(_Ant):
+    def set_tasks(self, tasks: Sequence[AntDirTask]) -> None:
+        self.direction = np.array([task.direction for task in tasks])  # [B, 2]
+
+    def progress(self, velocity: _Array) -> _Array:
+        progress: _Array = (velocity * self.direction).sum(axis=1)
+        return progress
 
 
 class _Humanoid(_Ant):
@@ -589,7 +587,7 @@ class _Humanoid(_Ant):
         cost: _Array = np.clip(super().contact_cost(), low, high)
         return cost
 
-    def place(self) -> _Info:
+    def place(self) -> Info:
         return super().place() | {key: value.copy() for key, value in self.tendons.items()}
 
 
@@ -600,4 +598,10 @@ _TASKS: dict[str, type[_Task]] = {
     "gymnasium.envs.mujoco.swimmer_v5:SwimmerEnv": _Swimmer,
     "gymnasium.envs.mujoco.ant_v5:AntEnv": _Ant,
     "gymnasium.envs.mujoco.humanoid_v5:HumanoidEnv": _Humanoid,
+    "ssm_fast.env_runner.mujoco_family_envs:HalfCheetahDirEnv": _HalfCheetahDir,
+    "ssm_fast.env_runner.mujoco_family_envs:HalfCheetahVelEnv": _HalfCheetahVel,
+    "ssm_fast.env_runner.mujoco_family_envs:HalfCheetahVel3Env": _HalfCheetahVel,
+    "ssm_fast.env_runner.mujoco_family_envs:AntDirEnv": _AntDir,
+    "ssm_fast.env_runner.mujoco_family_envs:HalfCheetahBodyEnv": _HalfCheetah,
+    "ssm_fast.env_runner.mujoco_family_envs:Walker2dBodyEnv": _Walker2d,
 }

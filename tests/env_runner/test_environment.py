@@ -9,7 +9,9 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from ssm_fast.env_runner.environment import Environment
+from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
+from ssm_fast.env_runner.environment import Environment, MetaEnvironment
+from ssm_fast.env_runner.task_families import get_family
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv
 
 pytestmark = pytest.mark.isa_independent
@@ -444,3 +446,120 @@ def test_wrap_refuses_what_it_cannot_step_correctly():
     vector.close()
     with pytest.raises(TypeError, match=r"must be a gymnasium\.Env"):
         Environment.wrap("CartPole-v1")
+
+
+FAMILIES = ["ssm_fast/CartPoleFamily-v0", "ssm_fast/HalfCheetahVel-v0", "ssm_fast/Walker2dBody-v0"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_play_tasks_of_their_own_whatever_steps_them(name):
+    if "CartPole" not in name:
+        pytest.importorskip("mujoco.batch", reason="vector physics needs mujoco 3.17 or later")
+    tasks = get_family(name).sample(6, 0)
+    first, second = tasks[:3], tasks[3:]
+    kwargs = {"max_episode_steps": 25, "seed": 2, "tasks": first}
+    envs = [Environment(name, 3, physics=p, **kwargs) for p in ("auto", "gymnasium")]
+    assert [env.physics for env in envs] == ["vector", "gymnasium"]
+    assert envs[0].tasks == envs[1].tasks == first
+    for env in envs:
+        env.action_space.seed(0)
+    ends = 0
+    for now, then in ((first, second), (second, first)):
+        obs, want = (env.reset()[0] for env in envs)
+        np.testing.assert_array_equal(obs, want)
+        for env in envs:
+            assert env.tasks == now
+            env.set_tasks(then)  # has no effect till the next reset
+        for _ in range(60):
+            actions = envs[0].sample_action()
+            (*ours, info), (*rows, want) = (env.step(actions) for env in envs)
+            for a, b in zip(ours, rows, strict=True):
+                np.testing.assert_allclose(a, b, rtol=0, atol=1e-9)
+            np.testing.assert_array_equal(info["final_obs"], want["final_obs"])
+            assert [set(row) for row in info["env_info"]] == [set(row) for row in want["env_info"]]
+            ends += np.isfinite(info["episode_return"]).sum()
+        assert envs[0].tasks == envs[1].tasks == now
+    assert ends >= 12
+    for env in envs:
+        env.close()
+
+
+def test_tasks_of_a_wrapped_environment():
+    tasks = get_family(FAMILIES[0]).sample(2, 0)
+    makers = [lambda: gymnasium.make(FAMILIES[0])] * 2
+    for vector in (SyncVectorEnv(makers), CartPoleVectorEnv(FAMILIES[0], 2)):
+        with Environment.wrap(vector) as env:
+            assert env.family is get_family(FAMILIES[0])
+            env.set_tasks(tasks)
+            env.reset()
+            assert env.tasks == tasks
+    single = gymnasium.make(FAMILIES[0])
+    with Environment.wrap(single) as env:
+        env.set_tasks(tasks[:1])
+        env.reset()
+        single.unwrapped.set_task(tasks[1])  # the latest word counts
+        env.reset()
+        assert env.tasks == tasks[1:]
+    with Environment.wrap(AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)) as env:
+        with pytest.raises(ValueError, match="'AsyncVectorEnv' is no task family"):
+            env.set_tasks(tasks)
+        assert env.tasks == ()
+
+
+def test_wrong_tasks():
+    name = FAMILIES[0]
+    task = get_family(name).default_task
+    for physics in ("vector", "gymnasium"):
+        with Environment(name, 2, physics=physics) as env:
+            assert env.tasks == (task, task)
+            with pytest.raises(ValueError, match="tasks must have 2 entries, got 1"):
+                env.set_tasks([task])
+            with pytest.raises(TypeError, match=r"must be CartPoleTask, got 3\.0"):
+                env.set_tasks([task, 3.0])
+        with pytest.raises(RuntimeError, match="closed"):
+            env.set_tasks([task, task])
+    with pytest.raises(ValueError, match="tasks must have 2 entries, got 1"):
+        Environment(name, 2, tasks=[task])
+    with Environment("CartPole-v1") as env:
+        assert env.family is None
+        assert env.tasks == ()
+        with pytest.raises(ValueError, match="'CartPole-v1' is no task family"):
+            env.set_tasks([task])
+
+
+def test_meta_environment_draws_tasks_that_differ():
+    name = FAMILIES[0]
+    with MetaEnvironment(name, num_tasks=12, batch_size=8, seed=3) as env:
+        family = get_family(name)
+        assert len(set(env.tasks_to_learn)) == 12
+        assert not {*env.tasks_to_learn} & {*family.test_tasks, *family.out_of_range_tasks}
+        drawn = [env.sample_task() for _ in range(200)]
+        assert set(drawn) == set(env.tasks_to_learn)
+        env.reset()
+        assert env.tasks == (drawn[-1],) * 8
+        rows = env.sample_tasks()
+        assert len(set(rows)) == 8
+        obs, _ = env.reset(seed=[0] * 8)
+        assert env.tasks == rows
+        assert len(np.unique(obs, axis=0)) == 1
+        obs = env.step(np.ones(8, dtype=int))[0]
+        assert len(np.unique(obs, axis=0)) == 8, "one action in eight tasks"
+    with MetaEnvironment(name, num_tasks=12, batch_size=8, seed=3) as again:
+        assert [again.sample_task() for _ in range(200)] == drawn
+        assert again.sample_tasks() == rows
+    with MetaEnvironment(name, num_tasks=12, seed=4) as other:
+        assert not set(other.tasks_to_learn) & set(env.tasks_to_learn)
+    with MetaEnvironment(name, batch_size=101) as env:
+        assert env.tasks_to_learn == get_family(name).train_tasks
+        assert set(env.sample_tasks()) <= set(get_family(name).train_tasks)
+
+
+def test_meta_environment_refuses_what_has_no_tasks():
+    with pytest.raises(ValueError, match="'CartPole-v1' is no task family; expected one of"):
+        MetaEnvironment("CartPole-v1", num_tasks=5)
+    with pytest.raises(ValueError, match="num_tasks must be at least 1, got 0"):
+        MetaEnvironment(FAMILIES[0], num_tasks=0)
+    with pytest.raises(ValueError, match=r"num_tasks must be at most 2 for .*Dir-v0, got 3"):
+        MetaEnvironment("ssm_fast/HalfCheetahDir-v0", num_tasks=3)
+    with MetaEnvironment("ssm_fast/HalfCheetahDir-v0", num_tasks=2, seed=0) as env:
+        assert {task.direction for task in env.tasks_to_learn} == {1.0, -1.0}

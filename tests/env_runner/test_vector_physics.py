@@ -12,6 +12,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 pytest.importorskip("mujoco.batch", reason="vector physics needs mujoco 3.17 or later")
 
+from trajectories import assert_equal, assert_same_trajectory
+
 from ssm_fast.env_runner import vector_physics
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv, unsupported
 
@@ -25,39 +27,6 @@ def gymnasiums_own(name, **kwargs):
     return SyncVectorEnv(
         [lambda: gymnasium.make(name, **kwargs)] * B, autoreset_mode=AutoresetMode.SAME_STEP
     )
-
-
-def assert_equal(got, want, path=""):
-    """Structure, dtypes and masks are the same, numbers to 1e-9."""
-    if isinstance(want, dict):
-        assert got.keys() == want.keys(), path
-        for key in want:
-            assert_equal(got[key], want[key], f"{path}/{key}")
-    elif want.dtype == object:
-        for i in range(len(want)):
-            assert (got[i] is None) == (want[i] is None), path
-            if want[i] is not None:
-                assert_equal(got[i], want[i], f"{path}[{i}]")
-    else:
-        assert got.dtype == want.dtype, path
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-9, err_msg=path)
-
-
-def assert_same_trajectory(env, reference, steps, scale=1.0, seed=7):
-    """Returns the number of episodes that ended."""
-    rng = np.random.default_rng(0)
-    assert_equal(*(e.reset(seed=seed)[0] for e in (env, reference)), "reset")
-    ends = 0
-    for t in range(steps):
-        low, high = env.action_space.low, env.action_space.high
-        actions = (scale * rng.uniform(low, high)).astype(np.float32)
-        step, want = env.step(actions), reference.step(actions)
-        for k, name in enumerate(["obs", "rewards", "terminated", "truncated", "info"]):
-            assert_equal(step[k], want[k], f"step {t}: {name}")
-        ends += int((want[2] | want[3]).sum())
-    env.close()
-    reference.close()
-    return ends
 
 
 @pytest.mark.parametrize("name", TASKS)
