@@ -1,0 +1,562 @@
+"""Model-agnostic meta-learning, all tasks of a batch at once. Maths in docs/meta_maml.md."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from ssm_fast.meta_rl.training_state import check_tensors, load_adam
+
+Weights: TypeAlias = dict[str, Tensor]
+Loss: TypeAlias = Callable[[Weights, Any], Tensor]  # of one task: its weights, its batch
+LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # of one task: the model's output, the target
+Task: TypeAlias = Sequence[Any]  # support_x, support_y, query_x, query_y
+
+_PARTS = ("support_x", "support_y", "query_x", "query_y")
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """What a batch of tasks says about the meta-parameters.
+
+    Attributes:
+        losses: Query loss of each task ``[G]``, at its adapted weights.
+        weights: Gradient of their mean with respect to each meta-weight.
+        rates: The same for the inner rates; empty unless they are learnt.
+    """
+
+    losses: Tensor
+    weights: Weights
+    rates: Weights
+
+
+class MetaMAML:
+    """MAML (Finn et al. 2017, arXiv 1703.03400) and Meta-SGD (Li et al. 2017, arXiv 1707.09835).
+
+    With meta-weights ``θ``, task ``g`` adapts by ``K`` steps on its support set::
+
+        φ_g^0 = θ,    φ_g^{k+1} = φ_g^k - α ∘ ∇ L_g^support(φ_g^k)
+
+    and the outer step follows ``∇_θ mean_g L_g^query(φ_g^K)``, through the inner steps unless
+    ``first_order``. The tasks run as one vmapped call: the layers of this package take the weights
+    of all tasks as groups of one kernel call.
+
+    The model may be stateless, ``forward(x) -> output``, or stateful, ``forward(x, hidden_state) ->
+    (output, next_hidden, ...)``: of a tuple, a loss gets the first element. A task's ``x`` is a
+    tensor, the first argument of ``forward``, or a mapping of its arguments by name, such as
+    ``{"x": x, "reset": reset}``; ``y`` is a tensor or any nest of them that ``loss_fn`` takes. For
+    losses of everything that a model returns, or of trajectories collected between the steps, use
+    `inner_update` and `task_losses` with `task_weights`.
+
+    Args:
+        model: Its trainable parameters are the meta-weights, changed by `meta_update` alone.
+        inner_lr: Rate of the inner steps; where they are learnt, at the start.
+        outer_lr: Learning rate of Adam.
+        first_order: Leave out the derivative of the inner gradients (FOMAML).
+        inner_steps: Inner steps of `meta_update`, and of `adapt_task` by default.
+        learn_inner_lr: Learn a rate for each weight together with the weights (Meta-SGD).
+        max_grad_norm: Scale the meta-gradient down to this norm; None leaves it.
+        chunk_size: Tasks in one vmapped call; None takes all. Smaller chunks take less memory and
+            give the same numbers.
+        optimizer: Makes the outer optimizer from the list of meta-parameters, instead of Adam.
+
+    Attributes:
+        optimizer: The outer optimizer.
+        rates: ``inner_lr``, or the learnt rates by the names of the weights.
+
+    Raises:
+        ValueError: A number is out of its range, or the model has nothing to train.
+        TypeError: The model is no ``nn.Module``, or a count no integer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner_lr: float = 0.01,
+        outer_lr: float = 0.001,
+        first_order: bool = False,
+        *,
+        inner_steps: int = 1,
+        learn_inner_lr: bool = False,
+        max_grad_norm: float | None = None,
+        chunk_size: int | None = None,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        _check_number("inner_lr", inner_lr, at_least=0.0)
+        _check_number("outer_lr", outer_lr, at_least=0.0)
+        _check_count("inner_steps", inner_steps, at_least=1)
+        if max_grad_norm is not None:
+            _check_number("max_grad_norm", max_grad_norm, above=0.0)
+        if chunk_size is not None:
+            _check_count("chunk_size", chunk_size, at_least=1)
+        self.model = model
+        self.inner_lr = inner_lr
+        self.first_order = first_order
+        self.inner_steps = inner_steps
+        self.max_grad_norm = max_grad_norm
+        self.chunk_size = chunk_size
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self._parameters:
+            raise ValueError("model must have parameters that require gradients")
+        self._rates = {
+            name: nn.Parameter(torch.full_like(p, inner_lr))
+            for name, p in self._parameters.items()
+            if learn_inner_lr
+        }
+        parameters = [*self._parameters.values(), *self._rates.values()]
+        self.optimizer = (
+            torch.optim.Adam(parameters, lr=outer_lr, fused=True)
+            if optimizer is None
+            else optimizer(parameters)
+        )
+
+    @property
+    def rates(self) -> float | Weights:
+        """``inner_lr``, or the learnt rates by the names of the weights."""
+        return dict(self._rates) if self._rates else self.inner_lr
+
+    def task_weights(self, num_tasks: int) -> Weights:
+        """The meta-weights for ``G`` tasks, ``[G, ...]`` views that gradients flow through."""
+        _check_count("num_tasks", num_tasks, at_least=1)
+        return {n: p.expand(num_tasks, *p.shape) for n, p in self._parameters.items()}
+
+    def adapt_task(
+        self,
+        support_x: Any,
+        support_y: Any,
+        initial_hidden_state: Any = None,
+        loss_fn: LossFn | None = None,
+        num_steps: int | None = None,
+    ) -> Weights:
+        """Adapt to one task; the model stays as it is.
+
+        Args:
+            support_x: What the model sees, ``[B, T, I]`` or ``[B, I]``, or forward's arguments.
+            support_y: The target.
+            initial_hidden_state: State before ``support_x``; the model's own if None.
+            loss_fn: ``(output, target) -> scalar``. By default the mean squared error, or the cross
+                entropy where the target holds integers.
+            num_steps: Inner steps; ``inner_steps`` if None, 0 gives the meta-weights.
+
+        Returns:
+            The adapted weights by name, for ``torch.func.functional_call(model, weights, ...)``.
+
+        Raises:
+            ValueError: A shape does not fit, or the support set is empty.
+            TypeError: A dtype does not fit.
+            FloatingPointError: A loss or weight is not finite.
+        """
+        steps = self.inner_steps if num_steps is None else num_steps
+        _check_count("num_steps", steps, at_least=0)
+        parts = dict(zip(_PARTS, (support_x, support_y), strict=False))
+        self._check_parts(parts, "")
+        batch = tree_map(lambda x: x.unsqueeze(0), (support_x, support_y))
+        loss = self._loss("support_y", batch[1], initial_hidden_state, loss_fn)
+        weights = {n: w.detach() for n, w in self.task_weights(1).items()}
+        for step in range(steps):
+            with torch.no_grad():
+                weights, losses = inner_update(loss, weights, batch, self.rates)
+            if not bool(torch.isfinite(losses).all()):
+                raise FloatingPointError(
+                    f"the support loss is {float(losses)} before inner step {step}"
+                )
+        for name, weight in weights.items():
+            if not bool(torch.isfinite(weight).all()):
+                raise FloatingPointError(f"{name} is not finite after {steps} inner steps")
+        return {name: weight[0].clone() for name, weight in weights.items()}
+
+    def meta_update(
+        self,
+        tasks: Sequence[Task],
+        initial_hidden_state: Any = None,
+        loss_fn: LossFn | None = None,
+        inner_steps: int | None = None,
+    ) -> float:
+        """Take one step of the outer optimizer.
+
+        Args:
+            tasks: ``(support_x, support_y, query_x, query_y)`` of each; their shapes may differ.
+            initial_hidden_state: State before every support and query set; the model's own if None.
+            loss_fn: As in `adapt_task`.
+            inner_steps: Of this update; those of the constructor if None.
+
+        Returns:
+            The mean query loss of the adapted weights, before the step.
+
+        Raises:
+            ValueError: There is no task, a shape does not fit, or a set is empty.
+            TypeError: A dtype does not fit.
+            FloatingPointError: A loss or gradient is not finite. Weights and optimizer are as
+                before.
+        """
+        gradient = self.meta_gradient(tasks, initial_hidden_state, loss_fn, inner_steps)
+        self.outer_step(gradient)
+        return float(gradient.losses.mean())
+
+    def meta_gradient(
+        self,
+        tasks: Sequence[Task],
+        initial_hidden_state: Any = None,
+        loss_fn: LossFn | None = None,
+        inner_steps: int | None = None,
+    ) -> MetaGradient:
+        """The gradient that `meta_update` follows; arguments and errors are the same."""
+        steps = self.inner_steps if inner_steps is None else inner_steps
+        _check_count("inner_steps", steps, at_least=1)
+        if not tasks:
+            raise ValueError("tasks must hold at least one task, got none")
+        for i, task in enumerate(tasks):
+            self._check_task(i, task)
+        total = [torch.zeros_like(p) for p in (*self._parameters.values(), *self._rates.values())]
+        losses = total[0].new_empty(len(tasks))
+        for chunk in _same_shapes(tasks, self.chunk_size or len(tasks)):
+            losses[chunk], gradients = self._chunk_gradient(
+                chunk, tasks, initial_hidden_state, loss_fn, steps
+            )
+            torch._foreach_add_(total, gradients, alpha=1.0 / len(tasks))
+        count = len(self._parameters)
+        return MetaGradient(
+            losses,
+            dict(zip(self._parameters, total[:count], strict=True)),
+            dict(zip(self._rates, total[count:], strict=True)),
+        )
+
+    def outer_step(self, gradient: MetaGradient) -> float:
+        """Clip a gradient and let the optimizer follow it.
+
+        Returns:
+            The gradient's norm before clipping.
+
+        Raises:
+            FloatingPointError: The norm is not finite. Weights and optimizer are as before.
+        """
+        parameters = [*self._parameters.values(), *self._rates.values()]
+        gradients = [
+            *(gradient.weights[name] for name in self._parameters),
+            *(gradient.rates[name] for name in self._rates),
+        ]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the norm of the meta-gradient is {norm}")
+        scale = 1.0
+        if self.max_grad_norm is not None:
+            scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
+        for parameter, grad in zip(parameters, gradients, strict=True):
+            parameter.grad = grad * scale
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Model, rates and optimizer, for a checkpoint."""
+        return {
+            "version": _STATE_VERSION,
+            "model": self.model.state_dict(),
+            "rates": {name: rate.detach() for name, rate in self._rates.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`.
+
+        Raises:
+            ValueError: It does not fit; nothing has changed then.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"version must be {_STATE_VERSION}, got {state.get('version')!r}")
+        model = check_tensors("model", state["model"], self.model.state_dict())
+        rates = check_tensors("rates", state["rates"], self._rates)
+        if isinstance(self.optimizer, torch.optim.Adam):
+            load_adam(self.optimizer, state["optimizer"])
+        else:
+            self.optimizer.load_state_dict(dict(state["optimizer"]))
+        self.model.load_state_dict(model)
+        with torch.no_grad():
+            for name, rate in self._rates.items():
+                rate.copy_(rates[name])
+
+    def _chunk_gradient(
+        self,
+        chunk: list[int],
+        tasks: Sequence[Task],
+        state: Any,
+        loss_fn: LossFn | None,
+        steps: int,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Query losses of some tasks ``[G]`` and the sums of their gradients."""
+        support_x, support_y, query_x, query_y = (
+            tree_map(lambda *x: torch.stack(x), *(tasks[i][part] for i in chunk))
+            for part in range(len(_PARTS))
+        )
+        of_tasks = f"of task {chunk[0]}"
+        support = self._loss(f"support_y {of_tasks}", support_y, state, loss_fn)
+        query = self._loss(f"query_y {of_tasks}", query_y, state, loss_fn)
+        with torch.enable_grad():
+            # Leaves of every task: their gradients tell which task has gone wrong.
+            leaves = {
+                n: w.detach().requires_grad_() for n, w in self.task_weights(len(chunk)).items()
+            }
+            weights, history = leaves, []
+            for _ in range(steps):
+                weights, losses = inner_update(
+                    support, weights, (support_x, support_y), self.rates, self.first_order
+                )
+                history.append(losses)
+            losses = task_losses(query, weights, (query_x, query_y))  # [G]
+            history.append(losses.detach())
+            _check_losses(torch.stack(history), chunk)
+            gradients = torch.autograd.grad(
+                losses.sum(),
+                [*leaves.values(), *self._rates.values()],
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        per_task = gradients[: len(leaves)]
+        _check_gradients(dict(zip(leaves, per_task, strict=True)), chunk)
+        return losses.detach(), [*(g.sum(0) for g in per_task), *gradients[len(leaves) :]]
+
+    def _loss(self, where: str, targets: Any, state: Any, loss_fn: LossFn | None) -> Loss:
+        """The loss of one task's weights on its ``(x, y)``; ``targets`` are those of all tasks."""
+        chosen = _default_loss(where, targets) if loss_fn is None else loss_fn
+
+        def loss(weights: Weights, batch: tuple[Any, Any]) -> Tensor:
+            x, y = batch
+            arguments, named = self._arguments(x, state)
+            output = functional_call(self.model, weights, arguments, named)
+            return chosen(output[0] if isinstance(output, (tuple, list)) else output, y)
+
+        return loss
+
+    def _arguments(self, x: Any, state: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the model's ``forward``, by place and by name."""
+        parameters = list(inspect.signature(self.model.forward).parameters.values())
+        second = parameters[1] if len(parameters) > 1 else None
+        named = dict(x) if isinstance(x, Mapping) else {}
+        positional = () if isinstance(x, Mapping) else (x,)
+        if state is None and _is_required(second) and second.name not in named:  # type: ignore[union-attr]
+            init_hidden = getattr(self.model, "init_hidden", None)
+            if init_hidden is None:
+                raise ValueError(
+                    f"initial_hidden_state must be given: the model needs {second.name!r}"  # type: ignore[union-attr]
+                )
+            state = init_hidden(tree_leaves(x)[0].shape[0])
+        if state is None:
+            return positional, named
+        if second is None:
+            raise ValueError("initial_hidden_state must be None: the model takes no state")
+        if second.name in named:
+            raise ValueError(f"initial_hidden_state must be None where x holds {second.name!r}")
+        if positional:
+            return (*positional, state), named
+        return (), named | {second.name: state}
+
+    def _check_task(self, i: int, task: Task) -> None:
+        if not isinstance(task, (tuple, list)) or len(task) != len(_PARTS):
+            raise ValueError(f"task {i} must be ({', '.join(_PARTS)})")
+        self._check_parts(dict(zip(_PARTS, task, strict=True)), f" of task {i}")
+
+    def _check_parts(self, parts: Mapping[str, Any], of_task: str) -> None:
+        weight = next(iter(self._parameters.values()))
+        for name, part in parts.items():
+            leaves = tree_leaves(part)
+            if not leaves:
+                raise ValueError(f"{name}{of_task} is empty")
+            for leaf in leaves:
+                if not isinstance(leaf, Tensor):
+                    raise TypeError(f"{name}{of_task} must hold tensors, got {type(leaf).__name__}")
+                if leaf.numel() == 0:
+                    raise ValueError(f"{name}{of_task} is empty, its shape is {list(leaf.shape)}")
+                if leaf.device != weight.device:
+                    raise ValueError(
+                        f"{name}{of_task} must be on the model's device {weight.device}, "
+                        f"got {leaf.device}"
+                    )
+            first = leaves[0]
+            if name.endswith("_x") and first.is_floating_point() and first.dtype != weight.dtype:
+                raise TypeError(
+                    f"{name}{of_task} must have the model's dtype {weight.dtype}, got {first.dtype}"
+                )
+
+
+def inner_update(
+    loss: Loss,
+    weights: Weights,
+    batch: Any,
+    rates: float | Mapping[str, Tensor],
+    first_order: bool = False,
+) -> tuple[Weights, Tensor]:
+    """Take one gradient step in every task: ``φ_g - α ∘ ∇ L_g(φ_g)``.
+
+    Where ``weights`` or ``rates`` require gradients and gradients are enabled, the result can be
+    differentiated with respect to them, through as many steps as follow each other. Each step may
+    have a batch of its own, such as trajectories collected with the weights of the step before.
+
+    Args:
+        loss: ``(weights, batch) -> scalar`` of one task. It is vmapped.
+        weights: ``[G, ...]`` by name, from `MetaMAML.task_weights` or the step before.
+        batch: Any nest of tensors ``[G, ...]``.
+        rates: One rate, or a tensor for each name that broadcasts against its weight.
+        first_order: Take the gradient for a constant.
+
+    Returns:
+        The adapted weights ``[G, ...]``, and the losses before the step ``[G]``, detached.
+
+    Raises:
+        ValueError: The loss is no scalar, does not depend on the weights, or a rate is missing.
+    """
+    if isinstance(rates, Mapping) and not weights.keys() <= rates.keys():
+        raise ValueError(f"rates must hold {sorted(weights.keys() - rates.keys())}")
+    keeps_graph = torch.is_grad_enabled() and not first_order
+    with torch.enable_grad():
+        points = {
+            n: w if w.requires_grad else w.detach().requires_grad_() for n, w in weights.items()
+        }
+        losses = task_losses(loss, points, batch)  # [G]
+        if not losses.requires_grad:
+            raise ValueError("the loss must depend on the weights")
+        # A task's loss depends on its own weights alone, so the gradient of the sum is theirs.
+        gradients = torch.autograd.grad(
+            losses.sum(),
+            list(points.values()),
+            create_graph=keeps_graph and _is_differentiable(weights, rates),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    adapted = {
+        name: weight - (rates[name] if isinstance(rates, Mapping) else rates) * gradient
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+    }
+    return adapted, losses.detach()
+
+
+def task_losses(loss: Loss, weights: Weights, batch: Any) -> Tensor:
+    """The loss of every task at its weights, ``[G]``, in one vmapped call.
+
+    Args:
+        loss: ``(weights, batch) -> scalar`` of one task.
+        weights: ``[G, ...]`` by name.
+        batch: Any nest of tensors ``[G, ...]``.
+
+    Raises:
+        ValueError: The loss is no scalar.
+    """
+
+    def scalar(weights: Weights, batch: Any) -> Tensor:
+        value = loss(weights, batch)
+        if not isinstance(value, Tensor) or value.shape != ():
+            got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the loss must be a scalar tensor, got {got}")
+        return value
+
+    losses: Tensor = vmap(scalar, randomness="different")(weights, batch)
+    return losses
+
+
+def _is_differentiable(weights: Weights, rates: float | Mapping[str, Tensor]) -> bool:
+    tensors = [*weights.values(), *(rates.values() if isinstance(rates, Mapping) else ())]
+    return any(x.requires_grad for x in tensors)
+
+
+def _default_loss(where: str, targets: Any) -> LossFn:
+    """Mean squared error, or the cross entropy of integers, of one task of ``targets [G, ...]``."""
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"{where} must be a tensor where loss_fn is None")
+    if targets.is_floating_point():
+        return lambda output, target: _mean_squared_error(where, output, target)
+    if targets.dtype == torch.bool or targets.is_complex():
+        raise TypeError(f"{where} must hold floats or integers, got {targets.dtype}")
+    low, high = int(targets.min()), int(targets.max())
+
+    def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+        K = output.shape[-1]
+        if target.shape != output.shape[:-1]:
+            raise ValueError(
+                f"{where} must have shape {list(output.shape[:-1])}, as the output without its "
+                f"classes, got {list(target.shape)}"
+            )
+        if low < 0 or high >= K:
+            raise ValueError(f"{where} must lie in [0, {K}), got {low} to {high}")
+        log_probs = F.log_softmax(output, dim=-1)  # [..., K]
+        return -log_probs.gather(-1, target.long().unsqueeze(-1)).mean()
+
+    return cross_entropy
+
+
+def _mean_squared_error(where: str, output: Tensor, target: Tensor) -> Tensor:
+    if target.shape != output.shape:
+        raise ValueError(
+            f"{where} must have the output's shape {list(output.shape)}, got {list(target.shape)}"
+        )
+    if target.dtype != output.dtype:
+        raise TypeError(f"{where} must have the output's dtype {output.dtype}, got {target.dtype}")
+    return F.mse_loss(output, target)
+
+
+def _same_shapes(tasks: Sequence[Task], size: int) -> list[list[int]]:
+    """Indices of tasks of the same shapes, at most ``size`` together."""
+    groups: dict[Any, list[int]] = {}
+    for i, task in enumerate(tasks):
+        leaves, structure = tree_flatten(tuple(task))
+        key = str(structure), tuple((x.shape, x.dtype) for x in leaves)
+        groups.setdefault(key, []).append(i)
+    return [
+        group[first : first + size]
+        for group in groups.values()
+        for first in range(0, len(group), size)
+    ]
+
+
+def _check_losses(history: Tensor, chunk: list[int]) -> None:
+    """Raise for the first loss ``[K + 1, G]`` that is not finite."""
+    bad = (~torch.isfinite(history)).nonzero()
+    if len(bad) == 0:
+        return
+    step, row = (int(i) for i in bad[0])
+    last = step == len(history) - 1
+    what = "query loss" if last else f"support loss before inner step {step}"
+    raise FloatingPointError(f"task {chunk[row]}: the {what} is {float(history[step, row])}")
+
+
+def _check_gradients(gradients: Weights, chunk: list[int]) -> None:
+    for name, gradient in gradients.items():
+        bad = (~torch.isfinite(gradient)).flatten(1).any(1).nonzero()
+        if len(bad) > 0:
+            raise FloatingPointError(
+                f"task {chunk[int(bad[0])]}: the meta-gradient of {name} is not finite"
+            )
+
+
+def _is_required(parameter: inspect.Parameter | None) -> bool:
+    return (
+        parameter is not None
+        and parameter.default is inspect.Parameter.empty
+        and parameter.kind
+        in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    )
+
+
+def _check_count(name: str, value: int, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+
+
+def _check_number(
+    name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf
+) -> None:
+    if not (value >= at_least and value > above and math.isfinite(value)):
+        bound = f"above {above}" if above > -math.inf else f"at least {at_least}"
+        raise ValueError(f"{name} must be finite and {bound}, got {value}")
