@@ -500,7 +500,10 @@ def test_tasks_of_a_wrapped_environment():
         single.unwrapped.set_task(tasks[1])  # the latest word counts
         env.reset()
         assert env.tasks == tasks[1:]
-    with Environment.wrap(AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)) as env:
+    # Other libraries change the start method of the process; a spawned child knows no id but by module.
+    makers = [lambda: gymnasium.make(f"ssm_fast.env_runner:{FAMILIES[0]}")] * 2
+    vector = AsyncVectorEnv(makers, context="spawn", autoreset_mode=AutoresetMode.SAME_STEP)
+    with Environment.wrap(vector) as env:
         with pytest.raises(ValueError, match="'AsyncVectorEnv' is no task family"):
             env.set_tasks(tasks)
         assert env.tasks == ()
