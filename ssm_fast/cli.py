@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 import torch
 
@@ -39,7 +39,14 @@ try:
     from ssm_fast.checkpoint import read_metadata, save_model, write_atomic
     from ssm_fast.core.improved_ssm import ImprovedSSM
     from ssm_fast.core.ssm import StateSpaceModel
-    from ssm_fast.env_runner import Environment, Evaluation, evaluate
+    from ssm_fast.env_runner import (
+        Environment,
+        Evaluation,
+        TrialEnvironment,
+        evaluate,
+        get_family,
+    )
+    from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
     from ssm_fast.meta_rl.policy_gradient_trainer import PolicyGradientTrainer
     from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
     from ssm_fast.meta_rl.run import RunDirectory
@@ -53,6 +60,7 @@ _EVALUATION_EPISODES = 10
 _LARGEST_SEED = 2**63 - 1  # of torch's generators
 _MOST_THREADS = 1024
 _SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
+Trainer: TypeAlias = "PolicyGradientTrainer | PPOTrainer | MetaRLTrainer"
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "policy_gradient": {
         "env": "CartPole-v1",
@@ -68,10 +76,35 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "seed": 0,
         "threads": 1,
     },
+    "meta_rl": {
+        "env": "ssm_fast/CartPoleFamily-v0",
+        "epochs": 40,
+        "batch_size": 20,
+        "seed": 0,
+        "threads": 1,
+        "tasks_per_epoch": 8,
+        "trial_episodes": 1,
+        "state_dim": 64,
+        "hidden_dim": 64,
+        "num_layers": 1,
+    },
+}
+# Environments of one task that a family varies.
+_FAMILY_OF = {
+    "CartPole-v1": "ssm_fast/CartPoleFamily-v0",
+    "HalfCheetah-v5": "ssm_fast/HalfCheetahBody-v0",
+    "Walker2d-v5": "ssm_fast/Walker2dBody-v0",
+    "Ant-v5": "ssm_fast/AntDir-v0",
+}
+_LIMITS = {
+    "policy_gradient": ("episodes", "steps"),
+    "improved": ("episodes", "steps"),
+    "meta_rl": ("epochs",),
 }
 _MODEL_OPTIONS = {
     "policy_gradient": ("state_dim", "hidden_dim"),
     "improved": ("state_dim", "hidden_dim", "num_layers"),
+    "meta_rl": ("state_dim", "hidden_dim", "num_layers"),
 }
 _TRAINER_OPTIONS = {
     "policy_gradient": (
@@ -98,6 +131,24 @@ _TRAINER_OPTIONS = {
         "anneal_lr",
         "checkpoint_interval",
     ),
+    "meta_rl": (
+        "tasks_per_epoch",
+        "inner_lr",
+        "outer_lr",
+        "inner_steps",
+        "gamma",
+        "gae_lambda",
+        "clip_epsilon",
+        "outer_epochs",
+        "tasks_per_minibatch",
+        "num_steps",
+        "first_order",
+        "learn_inner_lr",
+        "max_grad_norm",
+        "anneal_lr",
+        "checkpoint_interval",
+        "evaluation_interval",
+    ),
 }
 
 
@@ -117,16 +168,23 @@ class Train:
     """
 
     mode: Annotated[
-        Literal["policy_gradient", "improved"] | None,
-        _default("improved", "{policy_gradient,improved}"),
+        Literal["policy_gradient", "meta_rl", "improved"] | None,
+        _default("improved", "{policy_gradient,meta_rl,improved}"),
     ] = None
     """policy_gradient: REINFORCE with StateSpaceModel (discrete actions). improved: recurrent PPO
-    with ImprovedSSM (any actions)."""
+    with ImprovedSSM (any actions). meta_rl: ImprovedSSM learns to adapt to the tasks of a family,
+    by gradient steps (ProMP), in its state (RL^2, --inner_steps 0 --trial_episodes 2) or both."""
     env: Annotated[
         str | None,
-        _default("improved: HalfCheetah-v5, policy_gradient: CartPole-v1", "STR"),
+        _default(
+            "improved: HalfCheetah-v5, policy_gradient: CartPole-v1, "
+            "meta_rl: ssm_fast/CartPoleFamily-v0",
+            "STR",
+        ),
     ] = None
-    """Gymnasium id."""
+    """Gymnasium id. meta_rl takes CartPole-v1 and the like for the family of tasks around it."""
+    epochs: Annotated[int | None, _default("meta_rl: 40", "INT")] = None
+    """Stop after so many epochs; meta_rl only."""
     episodes: Annotated[int | None, _default("policy_gradient: 1600", "INT")] = None
     """Stop after so many episodes."""
     steps: Annotated[
@@ -148,28 +206,35 @@ class Train:
         None
     )
     """Discount factor."""
-    batch_size: Annotated[int | None, _default("improved: 8, policy_gradient: 16", "INT")] = None
-    """Environments side by side."""
-    state_dim: Annotated[int | None, _default("improved: 64, policy_gradient: 32", "INT")] = None
+    batch_size: Annotated[
+        int | None, _default("improved: 8, policy_gradient: 16, meta_rl: 20", "INT")
+    ] = None
+    """Environments side by side; in meta_rl those of each task, the trajectories of a gradient
+    step."""
+    state_dim: Annotated[
+        int | None, _default("improved, meta_rl: 64, policy_gradient: 32", "INT")
+    ] = None
     """Size of the recurrent state."""
-    hidden_dim: Annotated[int | None, _default("improved: 128, policy_gradient: 64", "INT")] = None
+    hidden_dim: Annotated[
+        int | None, _default("improved: 128, policy_gradient, meta_rl: 64", "INT")
+    ] = None
     """Width of the network around it."""
-    num_layers: Annotated[int | None, _default("2; improved only", "INT")] = None
+    num_layers: Annotated[int | None, _default("improved: 2, meta_rl: 1", "INT")] = None
     """Layers, each with a state."""
     entropy_coef: Annotated[float | None, _default("0", "FLOAT")] = None
     """Weight of the entropy bonus."""
-    max_grad_norm: Annotated[float | None, _default("0.5", "FLOAT")] = None
+    max_grad_norm: Annotated[float | None, _default("0.5, meta_rl: 1", "FLOAT")] = None
     """Gradients are scaled down to this norm."""
     anneal_lr: Annotated[bool | None, _default("True", "{True,False}")] = None
     """Decay the learning rate linearly to zero."""
     checkpoint_interval: Annotated[
-        int | None, _default("improved: 20, policy_gradient: 10", "INT")
+        int | None, _default("improved: 20, policy_gradient, meta_rl: 10", "INT")
     ] = None
     """Iterations between checkpoints. In improved, all environments are reset there: at least five
     episodes of the time limit lie between two of them."""
-    gae_lambda: Annotated[float | None, _default("0.95; improved only", "FLOAT")] = None
+    gae_lambda: Annotated[float | None, _default("improved: 0.95, meta_rl: 1", "FLOAT")] = None
     """Weight of longer returns in the advantages."""
-    clip_epsilon: Annotated[float | None, _default("0.2; improved only", "FLOAT")] = None
+    clip_epsilon: Annotated[float | None, _default("improved: 0.2, meta_rl: 0.3", "FLOAT")] = None
     """PPO's clipping range."""
     value_coef: Annotated[float | None, _default("0.5; improved only", "FLOAT")] = None
     """Weight of the value loss."""
@@ -177,12 +242,35 @@ class Train:
     """Passes over each rollout."""
     mini_batch_size: Annotated[int | None, _default("128; improved only", "INT")] = None
     """Steps in a minibatch."""
-    num_steps: Annotated[int | None, _default("2048 over all of them; improved only", "INT")] = None
-    """Steps of each environment in a rollout."""
+    num_steps: Annotated[
+        int | None, _default("improved: 2048 over all, meta_rl: the time limit", "INT")
+    ] = None
+    """Steps of each environment in a rollout, or in a round of meta_rl."""
     sequence_length: Annotated[int | None, _default("at most 8; improved only", "INT")] = None
     """Steps that are learnt from as one sequence."""
     target_kl: Annotated[float | None, _default("none; improved only", "FLOAT")] = None
     """End an update early beyond this KL divergence."""
+    tasks_per_epoch: Annotated[int | None, _default("8; meta_rl only", "INT")] = None
+    """Tasks of an epoch, which are played and adapted to together."""
+    inner_lr: Annotated[float | None, _default("1; meta_rl only", "FLOAT")] = None
+    """Length of the gradient steps in a task."""
+    outer_lr: Annotated[float | None, _default("1e-3; meta_rl only", "FLOAT")] = None
+    """Learning rate of the shared weights at the start; --lr says the same."""
+    inner_steps: Annotated[int | None, _default("1; meta_rl only", "INT")] = None
+    """Gradient steps in a task, each on episodes of its own."""
+    outer_epochs: Annotated[int | None, _default("5; meta_rl only", "INT")] = None
+    """Passes of the outer update over an epoch's episodes."""
+    tasks_per_minibatch: Annotated[int | None, _default("2; meta_rl only", "INT")] = None
+    """Tasks in a minibatch of the outer update."""
+    first_order: Annotated[bool | None, _default("False; meta_rl only", "{True,False}")] = None
+    """Leave out the derivative of the inner gradients."""
+    learn_inner_lr: Annotated[bool | None, _default("False; meta_rl only", "{True,False}")] = None
+    """Learn a rate of the inner steps for each weight (Meta-SGD)."""
+    trial_episodes: Annotated[int | None, _default("1; meta_rl only", "INT")] = None
+    """With 2 or more: episodes of a trial, through which the state is kept; the policy then also
+    sees its last action and reward, and where an episode ended."""
+    evaluation_interval: Annotated[int | None, _default("10; meta_rl only", "INT")] = None
+    """Epochs between evaluations on held-out tasks, which go to curve.csv and TensorBoard."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +343,7 @@ def _train(options: Train) -> None:
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(seed)
     start = time.perf_counter()
-    with Environment(env_id, settings["batch_size"], seed=seed) as env:
+    with _environment(settings) as env:
         try:
             trainer = _trainer(settings, env)
         except (RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond the memory
@@ -280,23 +368,80 @@ def _train(options: Train) -> None:
             run.plot_curve(f"{env_id}, {mode}, seed {seed}")
             seconds = time.perf_counter() - start
 
-            policy = ssm_fast.load_policy(run.model_path)
-            result = evaluate(policy, env_id, _EVALUATION_EPISODES, EVALUATION_SEED)
-            run.log_scalars({"evaluation/return": result.mean}, trainer.timesteps)
-            report = {
+            if isinstance(trainer, MetaRLTrainer):
+                report, lines = _evaluate_adaptation(trainer, env)
+                scalars = {
+                    f"evaluation/return_{k}": row["mean"]
+                    for k, row in enumerate(report["test_tasks"])
+                }
+            else:
+                policy = ssm_fast.load_policy(run.model_path)
+                result = evaluate(policy, env_id, _EVALUATION_EPISODES, EVALUATION_SEED)
+                report = {
+                    "deterministic": True,
+                    "returns": result.returns.tolist(),
+                    "mean": result.mean,
+                    "std": result.std,
+                }
+                scalars = {"evaluation/return": result.mean}
+                lines = [_describe(env_id, result, deterministic=True)]
+            run.log_scalars(scalars, trainer.timesteps)
+            report |= {
                 "env": env_id,
-                "deterministic": True,
                 "seed": EVALUATION_SEED,
-                "returns": result.returns.tolist(),
-                "mean": result.mean,
-                "std": result.std,
                 "timesteps": trainer.timesteps,
                 "seconds": seconds,
             }
             contents = json.dumps(report, indent=2) + "\n"
             write_atomic(run.path / "evaluation.json", lambda path: path.write_text(contents))
             _say(f"{trainer.timesteps:,} steps in {seconds:.0f} s; policy {run.model_path}")
-            _say(_describe(env_id, result, deterministic=True))
+            for line in lines:
+                _say(line)
+
+
+def _environment(settings: dict[str, Any]) -> Environment | TrialEnvironment:
+    """The environments that the run plays in."""
+    env_id, rows, seed = settings["env"], settings["batch_size"], settings["seed"]
+    if settings["mode"] != "meta_rl":
+        return Environment(env_id, rows, seed=seed)
+    tasks = settings["tasks_per_epoch"]
+    for name, value in (("batch_size", rows), ("tasks_per_epoch", tasks)):
+        if value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    get_family(env_id)
+    env = Environment(env_id, rows * tasks, seed=seed)
+    episodes = settings["trial_episodes"]
+    return env if episodes == 1 else TrialEnvironment(env, episodes)
+
+
+def _evaluate_adaptation(
+    trainer: MetaRLTrainer, env: Environment | TrialEnvironment
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns after each gradient step on held-out tasks: for the report, and to be read."""
+    family = get_family(env.env_name)
+    report: dict[str, Any] = {"deterministic": False}
+    lines = []
+    for what in ("test_tasks", "out_of_range_tasks"):
+        tasks = getattr(family, what)
+        returns = trainer.evaluate(env, tasks, seed=EVALUATION_SEED)  # [K + 1, M, R, E]
+        of_tasks = returns.mean((2, 3))  # [K + 1, M]
+        report[what] = [
+            {
+                "gradient_steps": k,
+                "mean": float(row.mean()),
+                "std_over_tasks": float(row.std()),
+                "mean_of_episodes": returns[k].mean((0, 1)).tolist(),
+                "tasks": row.tolist(),
+            }
+            for k, row in enumerate(of_tasks)
+        ]
+        figures = ", ".join(f"{row.mean():.1f} +- {row.std():.1f}" for row in of_tasks)
+        kind = what.replace("_tasks", "").replace("_", " ")
+        lines.append(
+            f"return in {len(tasks)} {kind} tasks of {env.env_name} after 0, 1, ... gradient "
+            f"steps: {figures}"
+        )
+    return report, lines
 
 
 def _default_folder(options: Train) -> Path:
@@ -313,31 +458,42 @@ def _settings(options: Train, out: Path) -> dict[str, Any]:
         for name, value in asdict(options).items()
         if value is not None and name not in ("out", "resume")
     }
-    if "lr" in given:
-        given["learning_rate"] = given.pop("lr")
     if options.resume:
         run = RunDirectory(out, resume=True)
         if run.config_path.exists():
             stored = _stored_settings(run)
             if "env" not in given:
                 _refuse_import(stored["env"], run.config_path)
-            return _continued(given, stored, run)
+            return _continued(_in_terms_of(stored["mode"], given), stored, run)
         _say(f"{out} holds no run yet: starting one")
     mode = given.get("mode", "improved")
     settings: dict[str, Any] = {"mode": mode, **dict.fromkeys(_options_of(mode)), **_DEFAULTS[mode]}
     if mode == "improved" and "episodes" in given:
         settings["steps"] = None
     for name in given:
-        if name not in settings:
+        if name not in settings and name != "lr":
             raise ValueError(f"--{name} is not an option of --mode {mode}")
-    settings.update(given)
+    settings.update(_in_terms_of(mode, given))
     return settings
+
+
+def _in_terms_of(mode: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options with the names and values that the mode knows them by."""
+    meant = dict(given)
+    if "lr" in meant:
+        name = "outer_lr" if mode == "meta_rl" else "learning_rate"
+        if name in meant:
+            raise ValueError("--lr and --outer_lr are the same option: give one of them")
+        meant[name] = meant.pop("lr")
+    if mode == "meta_rl" and meant.get("env") in _FAMILY_OF:
+        meant["env"] = _FAMILY_OF[meant["env"]]
+    return meant
 
 
 def _continued(given: dict[str, Any], stored: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     """The settings of the run, with as many steps or episodes as are asked for now."""
     for name, value in given.items():
-        if name in ("steps", "episodes"):
+        if name in _LIMITS[stored["mode"]]:
             stored[name] = value
         elif stored.get(name) != value:
             option = "lr" if name == "learning_rate" else name
@@ -366,11 +522,12 @@ def _stored_settings(run: RunDirectory) -> dict[str, Any]:
 
 
 def _options_of(mode: str) -> tuple[str, ...]:
-    shared = ("env", "episodes", "steps", "seed", "batch_size", "threads")
-    return shared + _MODEL_OPTIONS[mode] + _TRAINER_OPTIONS[mode]
+    shared = ("env", *_LIMITS[mode], "seed", "batch_size", "threads")
+    trial = ("trial_episodes",) if mode == "meta_rl" else ()
+    return shared + trial + _MODEL_OPTIONS[mode] + _TRAINER_OPTIONS[mode]
 
 
-def _trainer(settings: dict[str, Any], env: Environment) -> PolicyGradientTrainer | PPOTrainer:
+def _trainer(settings: dict[str, Any], env: Environment | TrialEnvironment) -> Trainer:
     """The model and trainer of the settings; what is None is left to their defaults."""
 
     def chosen(names: tuple[str, ...]) -> dict[str, Any]:
@@ -396,17 +553,20 @@ def _trainer(settings: dict[str, Any], env: Environment) -> PolicyGradientTraine
         normalize_observations=True,
         **model_options,
     )
+    if mode == "meta_rl":
+        return MetaRLTrainer(improved, **trainer_options)
     return PPOTrainer(improved, num_threads=None, **trainer_options)
 
 
-def _total(
-    settings: dict[str, Any], env: Environment, trainer: PolicyGradientTrainer | PPOTrainer
-) -> int:
-    """What the trainer counts up to: episodes of REINFORCE, steps of PPO."""
-    episodes, steps = settings["episodes"], settings["steps"]
-    for name in ("episodes", "steps"):
+def _total(settings: dict[str, Any], env: Environment | TrialEnvironment, trainer: Trainer) -> int:
+    """What the trainer counts up to: episodes of REINFORCE, steps of PPO, epochs of meta_rl."""
+    for name in _LIMITS[settings["mode"]]:
         if settings[name] is not None and settings[name] < 1:
             raise ValueError(f"--{name} must be at least 1, got {settings[name]}")
+    if isinstance(trainer, MetaRLTrainer):
+        return int(settings["epochs"])
+    assert isinstance(env, Environment)
+    episodes, steps = settings["episodes"], settings["steps"]
     if isinstance(trainer, PolicyGradientTrainer):
         if episodes is None:
             raise ValueError("--episodes is needed")
@@ -419,16 +579,20 @@ def _total(
 
 
 def _learn(
-    trainer: PolicyGradientTrainer | PPOTrainer,
-    env: Environment,
+    trainer: Trainer,
+    env: Environment | TrialEnvironment,
     settings: dict[str, Any],
     run: RunDirectory,
     resume: bool,
 ) -> None:
     """Runs the trainer up to the limits of the settings."""
     total = _total(settings, env, trainer)
-    episodes, steps = settings["episodes"], settings["steps"]
-    unit, limit = ("steps", steps) if episodes is None else ("episodes", episodes)
+    epochs, episodes, steps = (settings.get(name) for name in ("epochs", "episodes", "steps"))
+    unit, limit = next(
+        (name, settings[name])
+        for name in ("epochs", "episodes", "steps")
+        if settings.get(name) is not None
+    )
     if isinstance(trainer, PPOTrainer):
         steps = None  # it stops by itself, after whole rollouts
     checkpoint = run.latest_checkpoint() if resume else None
@@ -445,8 +609,10 @@ def _learn(
         timesteps = float(trainer.timesteps)
 
     def is_done() -> bool:
-        return (episodes is not None and ended >= episodes) or (
-            steps is not None and timesteps >= steps
+        return (
+            (epochs is not None and trainer.iteration >= epochs)
+            or (episodes is not None and ended >= episodes)
+            or (steps is not None and timesteps >= steps)
         )
 
     if checkpoint is not None and is_done():
@@ -458,10 +624,16 @@ def _learn(
             nonlocal ended, timesteps
             ended += metrics["episodes"]
             timesteps = metrics["timesteps"]
-            show(ended if unit == "episodes" else timesteps, metrics)
+            done = {"epochs": trainer.iteration, "episodes": ended, "steps": timesteps}
+            show(done[unit], metrics)
             return not is_done()
 
-        trainer.train(env, total, callback=after_iteration, run=run, resume=resume)
+        options: dict[str, Any] = {"callback": after_iteration, "run": run, "resume": resume}
+        if isinstance(trainer, MetaRLTrainer):
+            trainer.train(env, total, **options)
+        else:
+            assert isinstance(env, Environment)
+            trainer.train(env, total, **options)
 
 
 @contextmanager
@@ -520,9 +692,14 @@ def _how_to_resume(run: RunDirectory) -> str:
 
 def _evaluate(options: Evaluate) -> None:
     path = options.path / "policy.safetensors" if options.path.is_dir() else options.path
-    env_id = options.env
+    env_id, metadata = options.env, read_metadata(path)
+    if "trial_episodes" in metadata:
+        raise ValueError(
+            f"{path} plays trials of {metadata['trial_episodes']} episodes, which evaluate does "
+            "not: the evaluation.json of its run has its returns"
+        )
     if env_id is None:
-        env_id = read_metadata(path).get("env_id")
+        env_id = metadata.get("env_id")
         if env_id is None:
             raise ValueError(f"{path} does not say which environment it is for: give --env")
         _refuse_import(env_id, path)

@@ -21,7 +21,8 @@ from ssm_fast import cli
 from ssm_fast.checkpoint import load_model
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
-from ssm_fast.env_runner import Environment, evaluate
+from ssm_fast.env_runner import Environment, evaluate, get_family
+from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 
 pytestmark = pytest.mark.isa_independent
@@ -31,7 +32,13 @@ PPO = [
     *("train", "--mode", "improved", "--env", "Pendulum-v1", "--batch_size", "2"),
     *("--num_steps", "40", "--ppo_epochs", "2", "--state_dim", "4", "--hidden_dim", "8"),
 ]
-TIMED = ("seconds", "steps_per_second")
+META = [
+    *("train", "--mode", "meta_rl", "--env", "CartPole-v1", "--tasks_per_epoch", "2"),
+    *("--batch_size", "3", "--num_steps", "12", "--state_dim", "4", "--hidden_dim", "6"),
+    *("--evaluation_interval", "2", "--outer_epochs", "1"),
+]
+FAMILY = "ssm_fast/CartPoleFamily-v0"
+TIMED = ("seconds", "steps_per_second", "playing")
 
 
 class Breaks(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -106,6 +113,53 @@ class TestTrain:
         assert text.splitlines()[-1].startswith(line)
         assert cli.main(["evaluate", "out"]) == 0
         assert capsys.readouterr().out.startswith(line)
+
+    def test_meta_rl(self, capsys: pytest.CaptureFixture[str]) -> None:
+        hyphens = [word.replace("_", "-") if word.startswith("--") else word for word in META]
+        rates = ["--inner-lr", "0.5", "--lr", "2e-3", "--inner_steps", "2", "--seed", "3"]
+        assert cli.main([*hyphens, *rates, "--epochs", "3", "--out", "out"]) == 0
+        config = json.loads(Path("out/config.json").read_text())
+        wanted = {"env": FAMILY, "outer_lr": 2e-3, "inner_lr": 0.5, "epochs": 3, "inner_steps": 2}
+        assert {name: config[name] for name in wanted} == wanted
+        rows = _rows("out")
+        assert [row["iteration"] for row in rows] == [1, 2, 3]
+        assert "test_return_3" in rows[1]
+        assert Path("out/curve.png").read_bytes().startswith(b"\x89PNG")
+
+        report = json.loads(Path("out/evaluation.json").read_text())
+        family = get_family(FAMILY)
+        env = Environment(FAMILY, 6)
+        model = ImprovedSSM.load("out/policy.safetensors")
+        settings = {"inner_lr": 0.5, "tasks_per_epoch": 2, "num_steps": 12}
+        torch.manual_seed(3)
+        trainer = MetaRLTrainer(model, **settings)
+        for what, tasks in (
+            ("test_tasks", family.test_tasks),
+            ("out_of_range_tasks", family.out_of_range_tasks),
+        ):
+            found = report[what]
+            assert [row["gradient_steps"] for row in found] == [0, 1, 2, 3]
+            assert [len(row["tasks"]) for row in found] == [len(tasks)] * 4
+            returns = trainer.evaluate(env, tasks, 0, seed=report["seed"])
+            # other draws of the same policies
+            assert found[0]["mean"] == pytest.approx(returns.mean(), rel=0.1)
+        text = capsys.readouterr().out
+        assert "3 epochs" not in text
+        mean = report["test_tasks"][0]["mean"]
+        assert (
+            f"return in 40 test tasks of {FAMILY} after 0, 1, ... gradient steps: {mean:.1f}"
+            in text
+        )
+
+    def test_meta_rl_of_trials(self, capsys: pytest.CaptureFixture[str]) -> None:
+        trials = ["--inner_steps", "0", "--trial_episodes", "2", "--epochs", "1", "--out", "out"]
+        assert cli.main([*META, *trials]) == 0
+        assert ImprovedSSM.load("out/policy.safetensors").input_dim == 4 + 2 + 2
+        report = json.loads(Path("out/evaluation.json").read_text())
+        assert [len(row["mean_of_episodes"]) for row in report["test_tasks"]] == [2] * 4
+        capsys.readouterr()
+        assert cli.main(["evaluate", "out"]) == 2
+        assert "plays trials of 2 episodes" in capsys.readouterr().err
 
     def test_evaluation_has_seeds_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seeds: list[int] = []
@@ -393,6 +447,17 @@ class TestResume:
         assert len(_rows("part")) > 8
         assert _rows("part") == _rows("whole")
         _assert_same_policy("part", "whole")
+
+    def test_meta_rl(self, capsys: pytest.CaptureFixture[str]) -> None:
+        constant = [*META, "--anneal_lr", "False"]
+        assert cli.main([*constant, "--epochs", "3", "--out", "whole"]) == 0
+        assert cli.main([*constant, "--epochs", "1", "--out", "part"]) == 0
+        more = ["train", "--resume", "--env", "CartPole-v1", "--epochs", "3", "--out", "part"]
+        assert cli.main(more) == 0
+        _assert_same_policy("part", "whole")
+        assert len(_rows("part")) == 3
+        assert cli.main([*more, "--lr", "0.5"]) == 2
+        assert "--outer_lr must be None as in the run in part, got 0.5" in capsys.readouterr().err
 
     def test_of_a_finished_run_evaluates_again(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*PPO, "--episodes", "2", "--out", "out"]) == 0

@@ -13,6 +13,7 @@ from ssm_fast.env_runner.mujoco_families import (
     Walker2dBodyTask,
 )
 from ssm_fast.env_runner.task_families import Task, TaskFamily, get_family, register_family
+from ssm_fast.env_runner.trial_environment import TrialEnvironment
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MujocoVectorEnv",
     "Task",
     "TaskFamily",
+    "TrialEnvironment",
     "Walker2dBodyTask",
     "evaluate",
     "get_family",

@@ -1,0 +1,706 @@
+"""Meta-training of a policy that learns a new task from its own episodes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ssm_fast.checkpoint import save_model
+from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
+from ssm_fast.core.task_policies import TaskPolicies
+from ssm_fast.env_runner.environment import Environment
+from ssm_fast.env_runner.task_families import Task
+from ssm_fast.env_runner.trial_environment import TrialEnvironment
+from ssm_fast.meta_rl.meta_maml import Weights, inner_update, task_losses
+from ssm_fast.meta_rl.ppo_trainer import TrainingResult
+from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
+from ssm_fast.meta_rl.trajectories import Trajectories, compute_advantages
+
+TaskEnvironment: TypeAlias = Environment | TrialEnvironment
+
+_LOGGER = logging.getLogger(__name__)
+_STATE_VERSION = 1
+_EVALUATION_SEED = 2**31  # the seeds of training lie below
+_SETTINGS = (
+    "tasks_per_epoch",
+    "inner_lr",
+    "outer_lr",
+    "inner_steps",
+    "gamma",
+    "gae_lambda",
+    "clip_epsilon",
+    "outer_epochs",
+    "tasks_per_minibatch",
+    "num_steps",
+    "first_order",
+    "learn_inner_lr",
+    "max_grad_norm",
+    "anneal_lr",
+    "checkpoint_interval",
+    "evaluation_interval",
+    "evaluation_steps",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What `G` tasks made of the shared policy.
+
+    Attributes:
+        returns: `[K + 1, G, R, E]`, of the episodes after 0, 1, ... `K` gradient steps; see
+            `Trajectories.episode_returns`.
+        weights: The weights after the last step, `[G, ...]` by name.
+        rounds: What each of the `K + 1` rounds played, as the losses take it.
+    """
+
+    returns: Tensor
+    weights: Weights
+    rounds: list[dict[str, Tensor]]
+
+
+class MetaRLTrainer:
+    """ProMP (Rothfuss et al. 2019, arXiv 1810.06784) and RL² (arXiv 1611.02779), or both at once.
+
+    An epoch draws `G` tasks. It plays a round of episodes of each with the shared weights `θ`, lets
+    each task take a policy-gradient step on its own round, and plays the next round with the
+    weights of each task, until all `K` = `inner_steps` are taken::
+
+        φ_g^{k+1} = φ_g^k - α ∘ ∇ L_g^k(φ_g^k),    L_g^k(φ) = -mean(π_φ(a|o) / π_{φ_g^k}(a|o) · A)
+
+    The gradient of `L` is the policy gradient, and its second derivative has a low variance (the
+    paper's equation 9). Then `θ` takes `outer_epochs` passes of Adam over minibatches of tasks, on
+    PPO's clipped surrogate of the rounds after each step, 1 to `K`, differentiated through the
+    steps. A loss on every step and not on the last alone keeps later steps from undoing the first
+    (MAML++, Antoniou et al. 2019, arXiv 1810.09502).
+
+    With `inner_steps=0` and a `TrialEnvironment`, this is RL²: PPO on whole trials, in which the
+    policy adapts by its recurrent state. With a `TrialEnvironment` and inner steps, it does both.
+
+    The tasks act in one native call a step and are differentiated in one vmapped call, on the
+    grouped kernels. Advantages come from a baseline that is fitted to each task, so the model's
+    critic is neither used nor trained. The transition matrices take inner steps a tenth as long as
+    other weights: a step of all their entries moves their spectral radius `N` times as far.
+
+    Every epoch starts from seeds that follow from `seed` and its number alone: a resumed run equals
+    the uninterrupted one bitwise on the same machine.
+
+    Args:
+        model: The policy. It is moved to `device`.
+        inner_lr: `α`; where the rates are learnt, at the start.
+        outer_lr: Learning rate of Adam, at the start.
+        inner_steps: `K`.
+        gamma: Discount factor.
+        gae_lambda: Weight of longer returns in the advantages. A fitted baseline is a crude one,
+            which 1 trusts least.
+        clip_epsilon: PPO's clipping range in the outer surrogate.
+        tasks_per_epoch: `G`. The environment has a multiple of it as rows: 20 rows a task are 20
+            trajectories a gradient step.
+        outer_epochs: Passes over the rounds of an epoch.
+        tasks_per_minibatch: Tasks in a minibatch.
+        num_steps: Steps of each row in a round; by default the time limit of the environment.
+        first_order: Leave out the derivative of the inner gradients.
+        learn_inner_lr: Learn a rate for each weight (Meta-SGD, arXiv 1707.09835).
+        max_grad_norm: Outer gradients are scaled down to this norm.
+        anneal_lr: Decay the outer learning rate linearly to zero.
+        checkpoint_interval: Epochs between checkpoints.
+        evaluation_interval: Epochs between two evaluations on held-out tasks.
+        evaluation_steps: Gradient steps of these.
+        seed: Of the tasks, the environments and the action noise. By default drawn from torch's
+            global generator.
+        device: Where the model acts and learns.
+
+    Attributes:
+        rates: The inner rates by the names of the weights.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: ImprovedSSM,
+        inner_lr: float = 1.0,
+        outer_lr: float = 1e-3,
+        inner_steps: int = 1,
+        gamma: float = 0.99,
+        gae_lambda: float = 1.0,
+        clip_epsilon: float = 0.3,
+        *,
+        tasks_per_epoch: int = 8,
+        outer_epochs: int = 5,
+        tasks_per_minibatch: int = 2,
+        num_steps: int | None = None,
+        first_order: bool = False,
+        learn_inner_lr: bool = False,
+        max_grad_norm: float = 1.0,
+        anneal_lr: bool = True,
+        checkpoint_interval: int = 10,
+        evaluation_interval: int = 10,
+        evaluation_steps: int = 3,
+        seed: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        for name, value, in_range, expected in (
+            ("inner_lr", inner_lr, inner_lr >= 0.0, "at least 0"),
+            ("outer_lr", outer_lr, outer_lr > 0.0, "positive"),
+            ("inner_steps", inner_steps, inner_steps >= 0, "at least 0"),
+            ("gamma", gamma, 0.0 <= gamma <= 1.0, "in [0, 1]"),
+            ("gae_lambda", gae_lambda, 0.0 <= gae_lambda <= 1.0, "in [0, 1]"),
+            ("clip_epsilon", clip_epsilon, clip_epsilon > 0.0, "positive"),
+            ("tasks_per_epoch", tasks_per_epoch, tasks_per_epoch >= 1, "at least 1"),
+            ("outer_epochs", outer_epochs, outer_epochs >= 1, "at least 1"),
+            ("tasks_per_minibatch", tasks_per_minibatch, tasks_per_minibatch >= 1, "at least 1"),
+            ("num_steps", num_steps or 1, num_steps is None or num_steps >= 1, "at least 1"),
+            ("max_grad_norm", max_grad_norm, max_grad_norm > 0.0, "positive"),
+            ("checkpoint_interval", checkpoint_interval, checkpoint_interval >= 1, "at least 1"),
+            ("evaluation_interval", evaluation_interval, evaluation_interval >= 1, "at least 1"),
+            ("evaluation_steps", evaluation_steps, evaluation_steps >= 0, "at least 0"),
+            ("seed", seed, seed >= 0, "at least 0"),
+        ):
+            if not in_range or not math.isfinite(value):
+                raise ValueError(f"{name} must be finite and {expected}, got {value}")
+
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
+        self.inner_lr = inner_lr
+        self.outer_lr = outer_lr
+        self.inner_steps = inner_steps
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.clip_epsilon = clip_epsilon
+        self.tasks_per_epoch = tasks_per_epoch
+        self.outer_epochs = outer_epochs
+        self.tasks_per_minibatch = tasks_per_minibatch
+        self.num_steps = num_steps
+        self.first_order = first_order
+        self.learn_inner_lr = learn_inner_lr
+        self.max_grad_norm = max_grad_norm
+        self.anneal_lr = anneal_lr
+        self.checkpoint_interval = checkpoint_interval
+        self.evaluation_interval = evaluation_interval
+        self.evaluation_steps = evaluation_steps
+        self.seed = seed
+        self._shared = {
+            name: p for name, p in model.named_parameters() if not name.startswith("critic.")
+        }
+        self.rates = {
+            name: torch.full_like(p, inner_lr * (0.1 if name.endswith(".A") else 1.0))
+            for name, p in self._shared.items()
+        }
+        self._learnt: list[Tensor] = list(self._shared.values())
+        if learn_inner_lr:
+            self._learnt += [rate.requires_grad_() for rate in self.rates.values()]
+        self.optimizer = torch.optim.Adam(self._learnt, lr=outer_lr, fused=True)
+        self.iteration = 0
+        self.timesteps = 0
+        self._first_iteration = 0  # of the call to train that is under way
+        self._batch_size = 0  # of that call
+        self._seconds = 0.0
+
+    def train(
+        self,
+        env: TaskEnvironment,
+        total_epochs: int,
+        log_interval: int = 10,
+        *,
+        train_tasks: Sequence[Task] | None = None,
+        test_tasks: Sequence[Task] | None = None,
+        callback: Callable[[dict[str, float]], bool | None] | None = None,
+        run: RunDirectory | None = None,
+        resume: bool = False,
+    ) -> TrainingResult:
+        """Learns for `total_epochs` epochs.
+
+        Args:
+            env: The environment of a task family, with `R` rows for each of `tasks_per_epoch`
+                tasks.
+            total_epochs: Epochs. A second call adds as many, with a learning-rate schedule of its
+                own.
+            log_interval: Epochs between lines of the log (logger
+                `ssm_fast.meta_rl.meta_rl_trainer`, level INFO).
+            train_tasks: Tasks to learn from; by default the family's.
+            test_tasks: Tasks to evaluate on; by default the family's, as many as are played at
+                once. An empty sequence leaves evaluations out.
+            callback: Called with the metrics after each epoch; training stops after the one for
+                which it returns False.
+            run: Where checkpoints, the learning curve and TensorBoard events go.
+            resume: Continue from the newest intact checkpoint of `run`, where it has one;
+                `total_epochs` then counts from the start of the run.
+
+        Returns:
+            The returns of the adapted policies, an entry for each trajectory, and the metrics of
+            this call. In these, `return_0` is the return before the first step and `episode_return`
+            the one after the last, both on training tasks; `test_return_k` is the one after `k`
+            steps on held-out tasks, NaN where there was no evaluation. Of a trial, it is the mean
+            over its episodes.
+
+        Raises:
+            FloatingPointError: NaN or infinity in an observation, a reward, a policy, an inner step
+                or a gradient. The last checkpoint is intact.
+            ValueError: The environment does not fit the model or the settings, or the checkpoint
+                these settings.
+        """
+        for name, value in (("total_epochs", total_epochs), ("log_interval", log_interval)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self._check_env(env)
+        assert env.family is not None
+        train_tasks = env.family.train_tasks if train_tasks is None else tuple(train_tasks)
+        if test_tasks is None:
+            test_tasks = env.family.test_tasks[: self.tasks_per_epoch]
+        if not train_tasks:
+            raise ValueError("train_tasks must not be empty")
+        self._first_iteration = self.iteration
+        self._batch_size = env.batch_size
+        if resume:
+            if run is None:
+                raise ValueError("resume needs the run to continue")
+            self._resume(run)
+        last = self._first_iteration + total_epochs
+        result = TrainingResult(0, 0, [], [], [])
+        with torch.random.fork_rng(self._cuda_devices()):
+            while self.iteration < last:
+                try:
+                    metrics = self._iterate(env, last, train_tasks, test_tasks, result)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
+                result.metrics.append(metrics)
+                if run is not None:
+                    run.append_row(metrics)
+                    scalars = {f"train/{name}": value for name, value in metrics.items()}
+                    run.log_scalars(scalars, self.timesteps)
+                if self.iteration % log_interval == 0 or self.iteration == last:
+                    _LOGGER.info(
+                        "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
+                        self.iteration,
+                        metrics["return_0"],
+                        metrics["episode_return"],
+                        metrics["steps_per_second"],
+                    )
+                stop = callback is not None and callback(dict(metrics)) is False
+                due = self.iteration % self.checkpoint_interval == 0 or self.iteration == last
+                if run is not None and (stop or due):
+                    self._checkpoint(run, env)
+                if stop:
+                    break
+        return TrainingResult(
+            self.timesteps,
+            self.iteration,
+            result.episode_returns,
+            result.episode_lengths,
+            result.metrics,
+        )
+
+    def _iterate(
+        self,
+        env: TaskEnvironment,
+        last: int,
+        train_tasks: Sequence[Task],
+        test_tasks: Sequence[Task],
+        result: TrainingResult,
+    ) -> dict[str, float]:
+        """Rounds of one epoch, its update, and an evaluation where one is due."""
+        start, timesteps = time.perf_counter(), self.timesteps
+        G = self.tasks_per_epoch
+        draws = np.random.default_rng((self.seed, self.iteration))
+        torch.manual_seed(int(draws.integers(2**31)))
+        # Different tasks as far as there are enough of them.
+        order = np.concatenate([draws.permutation(len(train_tasks)) for _ in range(G)])
+        tasks = [train_tasks[i] for i in order[:G]]
+        learning_rate = self.outer_lr
+        if self.anneal_lr:
+            learning_rate *= (last - self.iteration) / (last - self._first_iteration)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self.model.obs_norm
+        if norm is not None and float(norm.count) == 0:
+            self._set_tasks(env, tasks)
+            warm_up = self.collect(env, self.shared_weights(G), int(draws.integers(2**31)))
+            norm.update(warm_up.observations.flatten(0, 2))
+        adaptation = self.adapt(env, tasks, self.inner_steps, int(draws.integers(2**31)))
+        played = time.perf_counter()
+        losses = self.update(adaptation.rounds)
+        if norm is not None:
+            norm.update(adaptation.rounds[-1]["observations"].flatten(0, 2))
+        self.iteration += 1
+        seconds = time.perf_counter() - start
+        self._seconds += seconds
+        steps = self.timesteps - timesteps
+        test_returns = np.full(self.evaluation_steps + 1, np.nan)
+        if test_tasks and (
+            self.iteration % self.evaluation_interval == 0 or self.iteration == last
+        ):
+            found = self.evaluate(env, test_tasks, self.evaluation_steps, _EVALUATION_SEED)
+            test_returns = found.mean((1, 2, 3))
+        returns = adaptation.returns.mean(-1)  # [K + 1, G, R]
+        result.episode_returns.extend(returns[-1].flatten().tolist())
+        ends = sum(int(r["reset"].sum()) for r in adaptation.rounds)
+        return {
+            "iteration": float(self.iteration),
+            "timesteps": float(self.timesteps),
+            "episode_return": float(returns[-1].mean()),
+            "return_0": float(returns[0].mean()),
+            **{f"test_return_{k}": float(x) for k, x in enumerate(test_returns)},
+            "episodes": float(ends),
+            **losses,
+            "learning_rate": learning_rate,
+            "seconds": self._seconds,
+            "playing": (played - start) / seconds,
+            "steps_per_second": steps / seconds,
+        }
+
+    # Playing
+
+    def evaluate(
+        self,
+        env: TaskEnvironment,
+        tasks: Sequence[Task],
+        steps: int = 3,
+        seed: int = _EVALUATION_SEED,
+        deterministic: bool = False,
+    ) -> NDArray[np.float64]:
+        """Adapts to tasks of any number, and plays after each gradient step.
+
+        Args:
+            env: The environment, of `R` rows for each of `tasks_per_epoch` tasks.
+            tasks: The tasks, `M`.
+            steps: Gradient steps `K`, each on a round of `R` trajectories.
+            seed: Of the first round; the same for all tasks.
+            deterministic: Measure the modes of the policies, in rounds of their own, and not the
+                samples from which they learn.
+
+        Returns:
+            `[K + 1, M, R, E]`; see `Adaptation.returns`.
+        """
+        if not tasks:
+            raise ValueError("tasks must not be empty")
+        timesteps, G = self.timesteps, self.tasks_per_epoch
+        returns = []
+        for first in range(0, len(tasks), G):
+            chunk = list(tasks[first : first + G])
+            filled = (chunk * G)[:G]  # every row plays
+            adaptation = self.adapt(env, filled, steps, seed, deterministic)
+            returns.append(adaptation.returns[:, : len(chunk)])
+        self.timesteps = timesteps
+        return torch.cat(returns, 1).double().numpy()
+
+    def adapt(
+        self,
+        env: TaskEnvironment,
+        tasks: Sequence[Task],
+        steps: int,
+        seed: int,
+        deterministic: bool = False,
+    ) -> Adaptation:
+        """Takes gradient steps in each of `tasks_per_epoch` tasks.
+
+        Args:
+            env: The environment.
+            tasks: A task for each row group, `G`.
+            steps: `K`, each on a round played with the weights before it.
+            seed: Of the first round's environments; the rounds after it count up.
+            deterministic: Return what the modes of the policies earn, in rounds of their own.
+
+        Raises:
+            FloatingPointError: An inner step leads to weights that are not finite.
+        """
+        self._check_env(env)
+        self._set_tasks(env, tasks)
+        rates = {name: rate.detach() for name, rate in self.rates.items()}
+        weights = self.shared_weights(self.tasks_per_epoch)
+        returns, rounds = [], []
+        for k in range(steps + 1):
+            played = self.collect(env, weights, seed + k)
+            measured = played
+            if deterministic:
+                measured = self.collect(env, weights, seed + k, deterministic=True)
+            returns.append(measured.episode_returns)
+            rounds.append(self._batch(played))
+            if k < steps:
+                with torch.no_grad():
+                    weights, _ = inner_update(self._inner_loss, weights, rounds[-1], rates)
+                _check_weights(weights, k)
+        return Adaptation(torch.stack(returns), weights, rounds)
+
+    def shared_weights(self, tasks: int) -> Weights:
+        """The shared weights, once for each task: `[G, ...]` by name."""
+        return {name: p.detach().expand(tasks, *p.shape) for name, p in self._shared.items()}
+
+    def collect(
+        self, env: TaskEnvironment, weights: Weights, seed: int, deterministic: bool = False
+    ) -> Trajectories:
+        """Plays a round from a reset on: `R` rows of each task, with the weights of the task.
+
+        Args:
+            env: The environment; row `g R + r` belongs to task `g`.
+            weights: `[G, ...]` by name.
+            seed: Of the environments.
+            deterministic: Take the mode of the policy.
+
+        Raises:
+            FloatingPointError: A policy, an observation or a reward is not finite.
+        """
+        policies = TaskPolicies(self.model, weights)
+        B, T = env.batch_size, self._steps_of(env)
+        G, E = policies.tasks, env.episodes if isinstance(env, TrialEnvironment) else 1
+        dtype = next(self.model.parameters()).dtype
+        observations = np.empty((B, T, env.input_dim), dtype=np.float32)  # [B, T, I]
+        rewards = np.empty((B, T))  # [B, T]
+        terminated, truncated, reset = np.empty((3, B, T), dtype=np.bool_)  # [B, T]
+        actions: list[Tensor] = []  # T of [G, R, K] or [G, R]
+        log_probs: list[Tensor] = []  # T of [G, R]
+        returns = np.zeros((B, E))  # [B, E]
+        running, rows = np.ones(B, dtype=np.bool_), np.arange(B)  # [B]
+        observation, _ = env.reset(seed=seed)
+        first = np.ones(B, dtype=np.bool_)  # [B]
+        state = None
+        for t in range(T):
+            x = torch.from_numpy(observation).to(self.device, dtype).view(G, B // G, -1)
+            starts = torch.from_numpy(first).to(self.device).view(G, -1)  # [G, R]
+            action, log_prob, _, state = policies.get_action(x, state, deterministic, starts)
+            if not bool(torch.isfinite(log_prob).all()):
+                g, r = torch.isfinite(log_prob).logical_not().nonzero()[0].tolist()
+                raise FloatingPointError(
+                    f"step {t}: {env.env_name}: the policy of task {g} is not finite in its row {r}"
+                )
+            actions.append(action)
+            log_probs.append(log_prob)
+            observations[:, t], reset[:, t] = observation, first
+            try:
+                step = env.step(action.flatten(0, 1).cpu().numpy())
+            except FloatingPointError as error:
+                raise FloatingPointError(f"step {t}: {error}") from error
+            observation, reward, ends, cut, info = step
+            rewards[:, t], terminated[:, t], truncated[:, t] = reward, ends, cut
+            returns[rows, info.get("episode_index", 0)] += np.where(running, reward, 0.0)
+            first = ends | cut
+            running &= ~first
+        self.timesteps += B * T
+
+        def split(x: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(x).to(self.device).view(G, B // G, *x.shape[1:])
+
+        return Trajectories(
+            split(observations).to(dtype),
+            torch.stack(actions, 2),
+            torch.stack(log_probs, 2),
+            split(rewards).to(dtype),
+            split(terminated),
+            split(truncated),
+            split(reset),
+            split(info["final_obs"]).to(dtype),
+            split(returns),
+        )
+
+    # Learning
+
+    def update(self, rounds: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+        """Moves the shared weights by the rounds of an `Adaptation`.
+
+        Returns:
+            `meta_loss` and `grad_norm`, means over the minibatches.
+
+        Raises:
+            FloatingPointError: A gradient is not finite. The weights are as before the minibatch.
+        """
+        figures = []
+        for _ in range(self.outer_epochs):
+            order = torch.randperm(self.tasks_per_epoch)
+            for tasks in order.split(self.tasks_per_minibatch):  # type: ignore[no-untyped-call]
+                batches = [{name: x[tasks] for name, x in batch.items()} for batch in rounds]
+                loss = self._outer_loss(batches)
+                gradients = torch.autograd.grad(
+                    loss, self._learnt, allow_unused=True, materialize_grads=True
+                )
+                for p, gradient in zip(self._learnt, gradients, strict=True):
+                    p.grad = gradient
+                norm = nn.utils.clip_grad_norm_(self._learnt, self.max_grad_norm)
+                if not bool(torch.isfinite(norm)):
+                    raise FloatingPointError(
+                        f"meta-loss {float(loss.detach())}, gradient norm {float(norm)}"
+                    )
+                self.optimizer.step()
+                figures.append(torch.stack([loss.detach(), norm]))
+        if self.learn_inner_lr:
+            with torch.no_grad():
+                for rate in self.rates.values():
+                    rate.clamp_(min=0.0)  # a step uphill is never meant
+        means = torch.stack(figures).mean(0).tolist()
+        return dict(zip(("meta_loss", "grad_norm"), means, strict=True))
+
+    def _outer_loss(self, rounds: Sequence[dict[str, Tensor]]) -> Tensor:
+        """The mean surrogate of the rounds after each inner step."""
+        G, K = len(rounds[0]["rewards"]), len(rounds) - 1
+        weights: Weights = {name: p.expand(G, *p.shape) for name, p in self._shared.items()}
+        losses = []
+        for k, batch in enumerate(rounds):
+            if k > 0 or K == 0:
+                losses.append(task_losses(self._surrogate, weights, batch))  # [G]
+            if k < K:
+                weights, _ = inner_update(
+                    self._inner_loss, weights, batch, self.rates, self.first_order
+                )
+        return torch.stack(losses).mean()
+
+    def _batch(self, played: Trajectories) -> dict[str, Tensor]:
+        return {
+            "observations": played.observations,
+            "actions": played.actions,
+            "log_probs": played.log_probs,
+            "reset": played.reset,
+            "rewards": played.rewards,
+            "advantages": compute_advantages(played, self.gamma, self.gae_lambda),
+        }
+
+    def _log_prob(self, weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
+        """`[R, T]` of one task."""
+        inputs = batch["observations"], None, batch["reset"]
+        mean, log_std, _, _ = functional_call(self.model, weights, inputs)
+        if log_std is None:
+            taken = batch["actions"].unsqueeze(-1)  # [R, T, 1]
+            return mean.log_softmax(-1).gather(-1, taken).squeeze(-1)  # type: ignore[no-any-return]
+        return gaussian_log_prob(batch["actions"], mean, log_std)
+
+    def _inner_loss(self, weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
+        ratio = (self._log_prob(weights, batch) - batch["log_probs"]).exp()  # [R, T]
+        return -(ratio * batch["advantages"]).mean()
+
+    def _surrogate(self, weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
+        """PPO's clipped surrogate of one task's policy, to be minimised."""
+        ratio = (self._log_prob(weights, batch) - batch["log_probs"]).exp()  # [R, T]
+        clipped = ratio.clamp(1.0 - self.clip_epsilon, 1.0 + self.clip_epsilon)
+        advantages = batch["advantages"]
+        return -torch.minimum(ratio * advantages, clipped * advantages).mean()
+
+    # Checks and saving
+
+    def _check_env(self, env: TaskEnvironment) -> None:
+        if not isinstance(env, (Environment, TrialEnvironment)):
+            raise TypeError(
+                f"env must be an Environment or a TrialEnvironment, got {type(env).__name__}"
+            )
+        if env.family is None:
+            raise ValueError(f"{env.env_name} must have tasks: it is no task family")
+        if env.batch_size % self.tasks_per_epoch:
+            raise ValueError(
+                f"env must have as many rows for each of {self.tasks_per_epoch} tasks, "
+                f"got {env.batch_size}"
+            )
+        self._steps_of(env)
+        for name, size, expected in (
+            ("observations", env.input_dim, self.model.input_dim),
+            ("actions", env.action_dim, self.model.action_dim),
+            ("discrete", env.discrete, self.model.discrete),
+        ):
+            if size != expected:
+                raise ValueError(
+                    f"{name} of {env.env_name} must be {expected} as in the model, got {size}"
+                )
+
+    def _set_tasks(self, env: TaskEnvironment, tasks: Sequence[Task]) -> None:
+        if len(tasks) != self.tasks_per_epoch:
+            raise ValueError(f"tasks must have {self.tasks_per_epoch} entries, got {len(tasks)}")
+        rows = env.batch_size // self.tasks_per_epoch
+        env.set_tasks([task for task in tasks for _ in range(rows)])
+
+    def _steps_of(self, env: TaskEnvironment) -> int:
+        steps = self.num_steps or env.max_episode_steps
+        if steps is None:
+            raise ValueError(f"num_steps is needed: {env.env_name} has no time limit")
+        return steps
+
+    def _cuda_devices(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of a run depends on."""
+        return {
+            "version": _STATE_VERSION,
+            "settings": {name: getattr(self, name) for name in _SETTINGS},
+            "batch_size": self._batch_size,
+            "model": self.model.state_dict(),
+            "rates": {name: rate.detach() for name, rate in self.rates.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "iteration": self.iteration,
+            "timesteps": self.timesteps,
+            "first_iteration": self._first_iteration,
+            "seconds": self._seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state of `state_dict`.
+
+        Raises:
+            ValueError: It belongs to other settings or another model, or is incomplete.
+        """
+        try:
+            if state["version"] != _STATE_VERSION:
+                raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
+            stored = {**state["settings"], "batch_size": state["batch_size"]}
+            current = {name: getattr(self, name) for name in _SETTINGS}
+            current["batch_size"] = self._batch_size or stored["batch_size"]
+            for name, value in current.items():
+                if stored[name] != value:
+                    raise ValueError(
+                        f"{name} must be {stored[name]!r} as in the run that is resumed, "
+                        f"got {value!r}"
+                    )
+            weights = check_tensors("model", state["model"], self.model.state_dict())
+            rates = check_tensors("rate", state["rates"], self.rates)
+            load_adam(self.optimizer, state["optimizer"])
+            self.model.load_state_dict(weights)
+            with torch.no_grad():
+                for name, rate in self.rates.items():
+                    rate.copy_(rates[name])
+            self.iteration = read_count(state, "iteration")
+            self.timesteps = read_count(state, "timesteps")
+            self._first_iteration = read_count(state, "first_iteration")
+            self._batch_size = read_count(state, "batch_size")
+            self._seconds = float(state["seconds"])
+        except (
+            *(KeyError, IndexError, TypeError, ValueError),
+            *(AttributeError, RuntimeError, OverflowError),
+        ) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"training state does not fit: {reason}") from error
+
+    def _checkpoint(self, run: RunDirectory, env: TaskEnvironment) -> None:
+        def write_model(path: Path) -> None:
+            save_model(path, self.model, env.policy_metadata())
+
+        run.save_checkpoint(self.iteration, self.state_dict(), write_model)
+
+    def _resume(self, run: RunDirectory) -> None:
+        checkpoint = run.latest_checkpoint()
+        if checkpoint is not None:
+            try:
+                self.load_state_dict(checkpoint.state)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: {error}") from error
+        run.drop_checkpoints_after(self.iteration)
+        run.truncate_rows(self.iteration)
+
+
+def _check_weights(weights: Weights, step: int) -> None:
+    """Raises for the first task whose weights are not finite after an inner step."""
+    for name, weight in weights.items():
+        bad = (~torch.isfinite(weight)).flatten(1).any(1).nonzero()
+        if len(bad) > 0:
+            raise FloatingPointError(
+                f"task {int(bad[0])}: inner step {step} leads to a {name} that is not finite"
+            )

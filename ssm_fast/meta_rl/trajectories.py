@@ -1,0 +1,113 @@
+"""What the policies of several tasks did in one round, and what its steps were worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssm_fast import ops
+
+_RIDGE = 1e-5  # of the baseline's regression
+_FITS = 2  # of the baseline where episodes are cut off: the later one bootstraps with the first
+_TIME_UNIT = 100.0  # steps, so that the powers of time stay of order one
+_SMALLEST_DEVIATION = 1e-3  # of advantages, in largest returns: what lies below is the fit's error
+_FEATURE_CLIP = 10.0  # of the observations that the baseline sees
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """`T` steps in `R` rows of each of `G` tasks, from the first step of an episode on.
+
+    A row whose episode ends starts its next one. Where the environment plays trials, a trial stands
+    for an episode, except in `episode_returns`.
+
+    Attributes:
+        observations: `[G, R, T, I]`, not normalised.
+        actions: `[G, R, T, K]`, not clipped; `[G, R, T]` int64 of a discrete policy.
+        log_probs: `[G, R, T]`, of the policy that acted.
+        rewards: `[G, R, T]`.
+        terminated: `[G, R, T]` bool, the episode ended in a terminal state.
+        truncated: `[G, R, T]` bool, the episode was cut short.
+        reset: `[G, R, T]` bool, the observation is the first of an episode.
+        last_observations: `[G, R, I]`, what the last step led to.
+        episode_returns: `[G, R, E]`, of the first episode of each row, or of the `E` episodes of
+            its first trial; what was earned until the end where it did not finish. Later episodes
+            of a row are not counted: those that fit into `T` steps are the short ones.
+    """
+
+    observations: Tensor
+    actions: Tensor
+    log_probs: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    reset: Tensor
+    last_observations: Tensor
+    episode_returns: Tensor
+
+    def steps_into_episode(self) -> Tensor:
+        """Steps of the same episode before each step: `[G, R, T]`."""
+        T = self.rewards.shape[-1]
+        t = torch.arange(T, device=self.rewards.device).expand_as(self.rewards)
+        return t - torch.where(self.reset, t, 0).cummax(-1).values
+
+
+def compute_advantages(trajectories: Trajectories, gamma: float, gae_lambda: float) -> Tensor:
+    """Generalised advantages over a baseline of each task, normalised per task.
+
+    The baseline is the ridge regression of the discounted returns on the observation, its square
+    and powers of the time in the episode (Duan et al. 2016, arXiv 1604.06778), fitted to the task's
+    own steps: tasks differ in what a state is worth, which a critic that they share cannot know. A
+    time limit ends the return, as it does in the objective. An episode that goes on beyond the last
+    step is bootstrapped with the baseline.
+
+    Args:
+        trajectories: The steps.
+        gamma: Discount factor.
+        gae_lambda: Weight of longer returns.
+
+    Returns:
+        `[G, R, T]`, of mean 0 and deviation 1 in each task; close to 0 where every step is worth
+        the same.
+    """
+    time = trajectories.steps_into_episode()  # [G, R, T]
+    features = _features(trajectories.observations, time)  # [G, R, T, F]
+    beyond = _features(trajectories.last_observations, time[..., -1] + 1)  # [G, R, F]
+    ends = trajectories.terminated | trajectories.truncated  # [G, R, T]
+    cut = torch.zeros_like(ends)
+    cut[..., -1] = ~ends[..., -1]
+    next_values = torch.zeros_like(trajectories.rewards)  # [G, R, T]
+    for _ in range(_FITS if bool(cut.any()) else 1):
+        returns = ops.discounted_returns(trajectories.rewards, ends, cut, gamma, next_values)
+        weights = _ridge(features, returns)  # [G, F, 1]
+        values = _predict(features, weights)  # [G, R, T]
+        next_values[..., :-1] = values[..., 1:]
+        next_values[..., -1] = _predict(beyond, weights)
+    advantages, _ = ops.gae(trajectories.rewards, values, next_values, ends, cut, gamma, gae_lambda)
+    mean = advantages.mean((1, 2), keepdim=True)
+    deviation = advantages.std((1, 2), keepdim=True, correction=0)
+    floor = _SMALLEST_DEVIATION * returns.abs().amax((1, 2), keepdim=True)
+    return (advantages - mean) / torch.maximum(deviation, floor + 1e-8)
+
+
+def _features(observations: Tensor, time: Tensor) -> Tensor:
+    """`[..., I]` and `[...]` to `[..., 2 I + 4]`."""
+    x = observations.clamp(-_FEATURE_CLIP, _FEATURE_CLIP)
+    t = (time / _TIME_UNIT).to(x.dtype).unsqueeze(-1)
+    return torch.cat([x, x.square(), t, t**2, t**3, torch.ones_like(t)], -1)
+
+
+def _ridge(features: Tensor, targets: Tensor) -> Tensor:
+    """Regression of each task, in float64: features `[G, R, T, F]`, targets `[G, R, T]`."""
+    X = features.flatten(1, 2).double()  # [G, R T, F]
+    y = targets.flatten(1, 2).double().unsqueeze(-1)  # [G, R T, 1]
+    damping = _RIDGE * torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    weights: Tensor = torch.linalg.solve(X.mT @ X + damping, X.mT @ y)
+    return weights
+
+
+def _predict(features: Tensor, weights: Tensor) -> Tensor:
+    values = features.flatten(1, -2).double() @ weights  # [G, ..., 1]
+    return values.view(features.shape[:-1]).to(features.dtype)

@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+
+from ssm_fast.core import ImprovedSSM
+from ssm_fast.env_runner import Environment, TrialEnvironment, get_family
+from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
+from ssm_fast.meta_rl.run import RunDirectory
+
+pytestmark = pytest.mark.isa_independent
+
+CARTPOLE = "ssm_fast/CartPoleFamily-v0"
+CHEETAH = "ssm_fast/HalfCheetahDir-v0"
+G, R = 3, 4
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small for two, and two wait for each other where cores are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def environment(name=CARTPOLE, trial=1, rows=G * R, limit=None):
+    env = Environment(name, rows, limit, seed=0)
+    return env if trial == 1 else TrialEnvironment(env, trial)
+
+
+def trainer_for(env, dtype=torch.float32, normalize=True, **options):
+    torch.manual_seed(0)
+    model = ImprovedSSM(
+        env.input_dim,
+        env.action_dim,
+        state_dim=8,
+        hidden_dim=12,
+        num_layers=1,
+        discrete=env.discrete,
+        normalize_observations=normalize,
+    ).to(dtype)
+    settings = {"tasks_per_epoch": G, "num_steps": 20, "seed": 5, "evaluation_interval": 2}
+    return MetaRLTrainer(model, **(settings | options))
+
+
+def tasks_of(env, count=G):
+    return env.family.sample(count, 0)
+
+
+# Playing
+
+
+@pytest.mark.parametrize(("name", "trial"), [(CARTPOLE, 1), (CARTPOLE, 2), (CHEETAH, 1)])
+def test_collect(name, trial):
+    env = environment(name, trial, limit=None if name == CARTPOLE else 12)
+    trainer = trainer_for(env, torch.float64, num_steps=60)
+    env.set_tasks([task for task in tasks_of(env) for _ in range(R)])
+    weights = {name: w + 0.3 * torch.randn_like(w) for name, w in trainer.shared_weights(G).items()}
+    played = trainer.collect(env, weights, seed=7)
+    E = trial
+    assert played.observations.shape == (G, R, 60, env.input_dim)
+    assert played.episode_returns.shape == (G, R, E)
+    assert trainer.timesteps == G * R * 60
+    ends = played.terminated | played.truncated
+    assert torch.equal(played.reset[..., 1:], ends[..., :-1])
+    assert played.reset[..., 0].all()
+    for g in range(G):
+        model = copy.deepcopy(trainer.model)
+        model.load_state_dict({n: w[g] for n, w in weights.items()}, strict=False)
+        with torch.no_grad():
+            log_probs, _, _ = model.evaluate_actions(
+                played.observations[g], played.actions[g], reset=played.reset[g]
+            )
+        torch.testing.assert_close(played.log_probs[g], log_probs, rtol=1e-9, atol=1e-9)
+        for r in range(R):
+            stops = [-1, *np.flatnonzero(ends[g, r]), 59]
+            if trial == 1:
+                expected = [played.rewards[g, r, : stops[1] + 1].sum()]
+            else:  # a trial of two episodes: the input says where the first one ended
+                first = played.rewards[g, r, : stops[1] + 1]
+                over = played.observations[g, r, : stops[1] + 1, -1].nonzero().flatten().tolist()
+                cut = over[0] if over else len(first)
+                expected = [first[:cut].sum(), first[cut:].sum()]
+            np.testing.assert_allclose(played.episode_returns[g, r], expected, rtol=1e-9)
+
+
+def test_collect_is_seeded():
+    env = environment()
+    trainer = trainer_for(env)
+    env.set_tasks([task for task in tasks_of(env) for _ in range(R)])
+    rounds = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(0)
+        rounds.append(trainer.collect(env, trainer.shared_weights(G), seed))
+    assert torch.equal(rounds[0].observations, rounds[1].observations)
+    assert torch.equal(rounds[0].actions, rounds[1].actions)
+    assert not torch.equal(rounds[0].observations, rounds[2].observations)
+
+
+def policy_gradient_loss(model, weights, batch, g):
+    """The inner loss of task g, written out."""
+    inputs = batch["observations"][g], None, batch["reset"][g]
+    mean, log_std, _, _ = functional_call(model, weights, inputs)
+    if log_std is None:
+        log_prob = torch.distributions.Categorical(logits=mean).log_prob(batch["actions"][g])
+    else:
+        normal = torch.distributions.Normal(mean, log_std.exp())
+        log_prob = normal.log_prob(batch["actions"][g]).sum(-1)
+    return (log_prob - batch["log_probs"][g]).exp(), batch["advantages"][g]
+
+
+def adapted_by_hand(model, rates, rounds, g, weights):
+    """Weights of task g after a step on each of the rounds, and the graph to the shared ones."""
+    for batch in rounds:
+        ratio, advantages = policy_gradient_loss(model, weights, batch, g)
+        loss = -(ratio * advantages).mean()
+        names = list(weights)
+        found = torch.autograd.grad(
+            loss, [weights[n] for n in names], create_graph=True, allow_unused=True
+        )
+        weights = {
+            n: weights[n] if d is None else weights[n] - rates[n] * d
+            for n, d in zip(names, found, strict=True)
+        }
+    return weights
+
+
+@pytest.mark.parametrize("name", [CARTPOLE, CHEETAH])
+def test_adapt(name):
+    env = environment(name)
+    trainer = trainer_for(env, torch.float64)
+    before = copy.deepcopy(trainer.model.state_dict())
+    adaptation = trainer.adapt(env, tasks_of(env), 2, seed=3)
+    assert adaptation.returns.shape == (3, G, R, 1)
+    shared = {n: p for n, p in trainer.model.named_parameters() if not n.startswith("critic.")}
+    for g in range(G):
+        expected = adapted_by_hand(trainer.model, trainer.rates, adaptation.rounds[:2], g, shared)
+        for n, weight in expected.items():
+            torch.testing.assert_close(adaptation.weights[n][g], weight, rtol=1e-8, atol=1e-10)
+    assert all(torch.equal(x, before[n]) for n, x in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(("name", "K"), [(CARTPOLE, 1), (CARTPOLE, 2), (CHEETAH, 1), (CHEETAH, 0)])
+def test_update(name, K, first_order):
+    """One step of plain gradient descent, against a loop over tasks."""
+    env = environment(name)
+    trainer = trainer_for(
+        env,
+        torch.float64,
+        inner_steps=K,
+        first_order=first_order,
+        outer_epochs=1,
+        tasks_per_minibatch=G,
+        max_grad_norm=1e9,
+    )
+    rounds = trainer.adapt(env, tasks_of(env), K, seed=3).rounds
+    shared = {n: p for n, p in trainer.model.named_parameters() if not n.startswith("critic.")}
+    losses = []
+    for g in range(G):
+        for k in range(min(K, 1), K + 1):
+            weights = adapted_by_hand(trainer.model, trainer.rates, rounds[:k], g, shared)
+            if first_order:
+                weights = {n: shared[n] + (w - shared[n]).detach() for n, w in weights.items()}
+            ratio, advantages = policy_gradient_loss(trainer.model, weights, rounds[k], g)
+            clipped = ratio.clamp(0.7, 1.3)
+            losses.append(-torch.minimum(ratio * advantages, clipped * advantages).mean())
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(shared.values()))
+    before = {n: p.detach().clone() for n, p in shared.items()}
+    trainer.optimizer = torch.optim.SGD(list(shared.values()), lr=1.0)
+    figures = trainer.update(rounds)
+    for (n, p), gradient in zip(shared.items(), expected, strict=True):
+        torch.testing.assert_close(before[n] - p.detach(), gradient, rtol=1e-7, atol=1e-9)
+    norm = math.sqrt(sum(float(d.square().sum()) for d in expected))
+    assert figures["grad_norm"] == pytest.approx(norm, rel=1e-6)
+
+
+def test_learnt_rates():
+    env = environment()
+    trainer = trainer_for(env, learn_inner_lr=True, outer_lr=0.05)
+    assert float(trainer.rates["layers.0.A"].detach().mean()) == pytest.approx(0.1)
+    assert float(trainer.rates["actor.weight"].detach().mean()) == pytest.approx(1.0)
+    before = {n: rate.detach().clone() for n, rate in trainer.rates.items()}
+    trainer.update(trainer.adapt(env, tasks_of(env), 1, seed=0).rounds)
+    moved = [n for n, rate in trainer.rates.items() if not torch.equal(rate.detach(), before[n])]
+    assert {"actor.weight", "layers.0.A", "encoder.weight"} <= set(moved)
+    assert all(bool((rate >= 0).all()) for rate in trainer.rates.values())
+
+
+def test_evaluate():
+    env = environment()
+    trainer = trainer_for(env, num_steps=500)
+    before = copy.deepcopy(trainer.model.state_dict())
+    tasks = tasks_of(env, 5)  # three and two
+    returns = trainer.evaluate(env, tasks, 1, seed=9)
+    assert returns.shape == (2, 5, R, 1)
+    assert trainer.timesteps == 0
+    assert all(torch.equal(x, before[n]) for n, x in trainer.model.state_dict().items())
+    modes = trainer.evaluate(env, tasks[:3], 0, seed=9, deterministic=True)
+    assert np.array_equal(modes, trainer.evaluate(env, tasks[:3], 0, seed=9, deterministic=True))
+    with pytest.raises(ValueError, match="tasks must not be empty"):
+        trainer.evaluate(env, ())
+
+
+# Training
+
+
+def test_learns_to_adapt():
+    """The sign of the force is known to no policy before it has played."""
+    env = environment(rows=8 * 10)
+    trainer = trainer_for(env, tasks_per_epoch=8, num_steps=100)
+    trainer.train(env, 6, test_tasks=())
+    before, after = trainer.evaluate(env, env.family.test_tasks[:16], 1).mean((1, 2, 3))
+    assert before < 60
+    assert after > 80
+
+
+@pytest.mark.parametrize("trial", [1, 2])
+def test_resumed_equals_uninterrupted(trial, tmp_path):
+    def train(folder, epochs, resume=False):
+        with environment(trial=trial) as env, RunDirectory(folder, resume=resume) as run:
+            trainer = trainer_for(env, learn_inner_lr=True, anneal_lr=False)
+            result = trainer.train(env, epochs, run=run, resume=resume)
+            return trainer, result, run.read_rows()
+
+    whole, result, rows = train(tmp_path / "whole", 4)
+    assert len(result.metrics) == result.iterations == 4
+    assert result.timesteps == whole.timesteps == (4 * 2 + 1) * G * R * 20
+    assert len(result.episode_returns) == 4 * G * R
+    train(tmp_path / "parts", 2)
+    resumed, result, again = train(tmp_path / "parts", 4, resume=True)
+    assert result.iterations == 4
+    again_weights = resumed.model.state_dict()
+    for n, x in whole.model.state_dict().items():
+        assert torch.equal(x, again_weights[n])
+    timing = {"seconds", "steps_per_second", "playing"}
+    for a, b in zip(rows, again, strict=True):
+        assert {k: v for k, v in a.items() if k not in timing} == pytest.approx(
+            {k: v for k, v in b.items() if k not in timing}, rel=0, abs=0, nan_ok=True
+        )
+    assert math.isnan(rows[0]["test_return_1"])
+    assert rows[1]["test_return_1"] > 0
+    policy = ImprovedSSM.load(tmp_path / "parts" / "policy.safetensors")
+    assert torch.equal(policy.encoder.weight, resumed.model.encoder.weight)
+
+
+def test_rl2_learns_without_gradient_steps():
+    env = environment(trial=2)
+    trainer = trainer_for(env, inner_steps=0, evaluation_steps=0, normalize=False)
+    result = trainer.train(env, 2)
+    assert "test_return_0" in result.metrics[0]
+    assert "test_return_1" not in result.metrics[0]
+    assert result.metrics[0]["return_0"] == result.metrics[0]["episode_return"]
+    assert result.metrics[0]["grad_norm"] > 0
+
+
+def test_callback_stops():
+    env = environment()
+    trainer = trainer_for(env)
+    seen = []
+    trainer.train(env, 5, test_tasks=(), callback=lambda metrics: seen.append(metrics) or False)
+    assert len(seen) == 1
+    assert trainer.iteration == 1
+
+
+def test_global_generator_is_left_alone():
+    env = environment()
+    trainer = trainer_for(env)
+    before = torch.get_rng_state()
+    trainer.train(env, 1, test_tasks=())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# Mistakes
+
+
+def test_inner_steps_that_diverge():
+    env = environment(CHEETAH)
+    trainer = trainer_for(env, inner_lr=1e38)
+    before = copy.deepcopy(trainer.model.state_dict())
+    with pytest.raises(FloatingPointError, match=r"epoch 0: .*task \d"):
+        trainer.train(env, 1)
+    norm = "obs_norm"
+    for n, x in trainer.model.state_dict().items():
+        assert n.startswith(norm) or torch.equal(x, before[n])
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+def test_nan_of_an_environment(what, monkeypatch):
+    env = environment()
+    trainer = trainer_for(env)
+    step = env._vector.step
+
+    def broken(actions):
+        obs, rewards, *rest = step(actions)
+        (rewards if what == "reward" else obs)[2] = math.nan
+        return obs, rewards, *rest
+
+    monkeypatch.setattr(env._vector, "step", broken)
+    with pytest.raises(FloatingPointError, match=f"epoch 0: step 0: .*environment 2.*{what}"):
+        trainer.train(env, 1)
+
+
+def test_weights_that_are_not_finite():
+    env = environment()
+    trainer = trainer_for(env)
+    weights = trainer.shared_weights(G)
+    weights["actor.bias"] = weights["actor.bias"].clone()
+    weights["actor.bias"][1] = math.nan
+    with pytest.raises(FloatingPointError, match=r"step 0: .* task 1 is not finite in its row 0"):
+        trainer.collect(env, weights, 0)
+    rounds = trainer.adapt(env, tasks_of(env), 1, seed=0).rounds
+    rounds[1]["advantages"][0, 0, 0] = math.nan
+    before = trainer.model.actor.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="meta-loss nan"):
+        trainer.update(rounds)
+    assert torch.equal(trainer.model.actor.weight, before) or trainer.optimizer.state
+
+
+def test_episodes_that_end_at_once():
+    """Where nothing can be told apart, nothing is learnt: rounding is not blown up."""
+    env = environment(limit=1)
+    trainer = trainer_for(env, num_steps=3)
+    adaptation = trainer.adapt(env, tasks_of(env), 1, seed=0)
+    assert all(float(batch["advantages"].abs().max()) < 0.01 for batch in adaptation.rounds)
+    for n, weight in adaptation.weights.items():
+        torch.testing.assert_close(weight, trainer.shared_weights(G)[n], rtol=0, atol=1e-3)
+    assert adaptation.returns.eq(1.0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_lr": -1.0}, "inner_lr must be finite and at least 0, got -1.0"),
+        ({"outer_lr": math.nan}, "outer_lr must be finite and positive, got nan"),
+        ({"inner_steps": -1}, "inner_steps must be finite and at least 0, got -1"),
+        ({"tasks_per_epoch": 0}, "tasks_per_epoch must be finite and at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps must be finite and at least 1"),
+        ({"gamma": 1.1}, r"gamma must be finite and in \[0, 1\], got 1.1"),
+    ],
+)
+def test_settings_out_of_range(options, message):
+    with environment() as env, pytest.raises(ValueError, match=message):
+        trainer_for(env, **options)
+
+
+def test_environments_that_do_not_fit():
+    env = environment()
+    trainer = trainer_for(env, num_steps=None)
+    with pytest.raises(ValueError, match="CartPole-v1 must have tasks"):
+        trainer.train(Environment("CartPole-v1", G), 1)
+    with pytest.raises(TypeError, match="env must be an Environment or a TrialEnvironment"):
+        trainer.train("CartPole-v1", 1)
+    with pytest.raises(ValueError, match="as many rows for each of 3 tasks, got 4"):
+        trainer.train(environment(rows=4), 1)
+    with pytest.raises(ValueError, match=r"observations of .*HalfCheetah.* must be 4"):
+        trainer.train(environment(CHEETAH), 1)
+    with pytest.raises(ValueError, match=r"observations of .* must be 4 as in the model, got 8"):
+        trainer.train(environment(trial=2), 1)
+    with pytest.raises(ValueError, match="train_tasks must not be empty"):
+        trainer.train(env, 1, train_tasks=())
+    with pytest.raises(ValueError, match="tasks must have 3 entries, got 2"):
+        trainer.adapt(env, tasks_of(env, 2), 1, seed=0)
+    with pytest.raises(ValueError, match="total_epochs must be at least 1, got 0"):
+        trainer.train(env, 0)
+    with pytest.raises(ValueError, match="resume needs the run"):
+        trainer.train(env, 1, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inner_lr": 0.5}, "inner_lr must be 1.0 as in the run that is resumed, got 0.5"),
+        ({"tasks_per_epoch": 2}, "tasks_per_epoch must be 3"),
+        ({"seed": 6}, "seed must be 5"),
+    ],
+)
+def test_load_state_dict_of_other_settings(change, message):
+    env = environment()
+    state = trainer_for(env).state_dict()
+    with pytest.raises(ValueError, match=f"training state does not fit: {message}"):
+        trainer_for(env, **change).load_state_dict(state)
+
+
+@pytest.mark.parametrize("broken", ["rates", "model", "optimizer", "iteration", "version"])
+def test_load_state_dict_of_a_damaged_state(broken):
+    env = environment()
+    trainer = trainer_for(env)
+    state = trainer.state_dict()
+    del state[broken]
+    with pytest.raises(ValueError, match="training state does not fit"):
+        trainer.load_state_dict(state)
+
+
+def test_family_tasks_are_held_out():
+    family = get_family(CARTPOLE)
+    assert not set(family.train_tasks) & set(family.test_tasks)
