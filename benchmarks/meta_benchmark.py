@@ -1,0 +1,310 @@
+"""Meta-train by every method and seed, adapt to held-out tasks, and compare.
+
+python benchmarks/meta_benchmark.py --env dir --seeds 3
+
+Each run leaves a file of its own in the folder, and what is there is not run again; the table, the plots and the
+summary are made of all files that are there. An entry of a table is the interquartile mean over tasks and
+seeds with a 95 % interval of the stratified bootstrap (Agarwal et al. 2021, arXiv 2108.13264, by rliable).
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+import torch
+import tyro
+from rliable import library as rly
+from rliable import metrics
+
+from ssm_fast.core import ImprovedSSM
+from ssm_fast.env_runner import Environment, TrialEnvironment, get_family
+from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
+
+mpl.use("agg")
+from matplotlib import pyplot as plt
+
+METHODS = ("maml", "rl2", "both", "pretrained")
+LABELS = {
+    "maml": "gradient steps (ProMP)",
+    "rl2": "recurrent state (RL²)",
+    "both": "both",
+    "pretrained": "one policy for all tasks",
+}
+STEPS = 3
+SEED = 4_000_000_000  # of the evaluations
+BOOTSTRAP = 2000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a family is trained in: what the methods share."""
+
+    env: str
+    epochs: int
+    bar: dict[int, float]  # the return that is to be beaten after so many gradient steps
+    trial_episodes: int = 2
+    model: dict[str, Any] = field(
+        default_factory=lambda: {"state_dim": 64, "hidden_dim": 64, "num_layers": 1}
+    )
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+SETTINGS = {
+    "cartpole": Setting("ssm_fast/CartPoleFamily-v0", 30, {3: 475.0}),
+    "dir": Setting("ssm_fast/HalfCheetahDir-v0", 150, {1: 293.0, 3: 330.0}),
+    "vel": Setting("ssm_fast/HalfCheetahVel-v0", 150, {1: -79.0, 3: -60.0}),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Meta-train by every method and seed, adapt to held-out tasks, and compare."""
+
+    env: Literal["cartpole", "dir", "vel"] = "cartpole"
+    """The family of tasks."""
+    methods: tuple[Literal["maml", "rl2", "both", "pretrained"], ...] = METHODS
+    """What to compare."""
+    seeds: int = 3
+    """Seeds 0, 1, ... of each method."""
+    first_seed: int = 0
+    epochs: int | None = None
+    """Instead of the setting's."""
+    out: Path = Path("benchmarks/results/meta")
+    """The folder of the runs' files, the table and the plots."""
+    only_summary: bool = False
+    """Run nothing."""
+    threads: int = 1
+    """Threads of torch; the models are too small to gain from more."""
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    setting = SETTINGS[options.env]
+    options.out.mkdir(parents=True, exist_ok=True)
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
+        for method in options.methods:
+            path = options.out / f"{options.env}-{method}-seed{seed}.json"
+            if path.exists() or options.only_summary:
+                continue
+            result = run(setting, method, seed, options.epochs or setting.epochs)
+            path.write_text(json.dumps(result) + "\n")
+            say(f"{path}: {describe(np.array(result['test_tasks']))}")
+    summarise(options, setting)
+
+
+def run(setting: Setting, method: str, seed: int, epochs: int) -> dict[str, Any]:
+    """Trains and evaluates one policy."""
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    options = {"tasks_per_epoch": 8, **setting.trainer, "seed": seed}
+    rows = 20 * options["tasks_per_epoch"]  # 20 trajectories a gradient step
+    adapts = method in ("maml", "both")
+    env: Environment | TrialEnvironment = Environment(setting.env, rows)
+    if method in ("rl2", "both"):
+        env = TrialEnvironment(env, setting.trial_episodes)
+    model = ImprovedSSM(
+        env.input_dim,
+        env.action_dim,
+        discrete=env.discrete,
+        normalize_observations=True,
+        **setting.model,
+    )
+    if not adapts:
+        options["inner_steps"] = 0
+    trainer = MetaRLTrainer(model, **options)
+    family = get_family(setting.env)
+
+    def show(metrics: dict[str, float]) -> None:
+        if metrics["iteration"] % 10 == 0:
+            known = [f"{x:.1f}" for k, x in metrics.items() if k.startswith("test_return")]
+            say(f"{method}, seed {seed}: {metrics['iteration']:.0f} epochs, {' '.join(known)}")
+
+    curve = trainer.train(env, epochs, callback=show).metrics
+    seconds = time.perf_counter() - start
+    if method == "pretrained":
+        tune_inner_lr(trainer, env)
+    returns = {
+        what: trainer.evaluate(env, getattr(family, what), STEPS, SEED).mean(2).tolist()
+        for what in ("test_tasks", "out_of_range_tasks")
+    }
+    modes = trainer.evaluate(env, family.test_tasks, STEPS, SEED, deterministic=True)
+    env.close()
+    return {
+        "env": setting.env,
+        "method": method,
+        "seed": seed,
+        "epochs": epochs,
+        "timesteps": trainer.timesteps,
+        "seconds": seconds,
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "torch": torch.__version__,
+        "trainer": {k: v for k, v in options.items() if k != "seed"},
+        **returns,  # [K + 1, M, E], means over 20 trajectories
+        "test_tasks_modes": modes.mean(2).tolist(),
+        "curve": {
+            name: [row[name] for row in curve]
+            for name in curve[0]
+            if name in ("timesteps", "seconds", "return_0", "episode_return")
+            or name.startswith("test_return")
+        },
+    }
+
+
+def tune_inner_lr(trainer: MetaRLTrainer, env: Environment | TrialEnvironment) -> None:
+    """Gives the steps of a policy that was not trained for them the best length, on training tasks."""
+    assert env.family is not None
+    tasks = env.family.train_tasks[: trainer.tasks_per_epoch]
+    rates = dict(trainer.rates)
+    scores = {}
+    for scale in (0.03, 0.1, 0.3, 1.0):
+        trainer.rates = {name: scale * rate for name, rate in rates.items()}
+        scores[scale] = trainer.evaluate(env, tasks, STEPS, SEED - 1)[-1].mean()
+    best = max(scores, key=lambda scale: scores[scale])
+    trainer.rates = {name: best * rate for name, rate in rates.items()}
+
+
+# What the runs say together
+
+
+def summarise(options: Options, setting: Setting) -> None:
+    runs = load(options.out, options.env)
+    if not runs:
+        say("no runs")
+        return
+    table = {
+        method: [{"gradient_steps": k, **interval(scores[:, k])} for k in range(scores.shape[1])]
+        for method, scores in of_methods(runs, "test_tasks").items()
+    }
+    lines = [
+        f"# {setting.env}",
+        "",
+        f"Made by `python benchmarks/meta_benchmark.py --env {options.env}`. Return on {np.array(runs[0]['test_tasks']).shape[1]} held-out "
+        "tasks, of sampled actions, after 0 to 3 gradient steps of 20 trajectories each (mean over tasks and seeds, then the "
+        "interquartile mean with its 95 % interval); of a trial, that of its last episode.",
+        "",
+        "| method | seeds | steps | wall time | "
+        + " | ".join(f"{k}" for k in range(STEPS + 1))
+        + " |",
+        "|---" * (STEPS + 5) + "|",
+    ]
+    for method, row in table.items():
+        own = [r for r in runs if r["method"] == method]
+        minutes = np.mean([r["seconds"] for r in own]) / 60
+        steps = np.mean([r["timesteps"] for r in own]) / 1e6
+        cells = [
+            f"{x['mean']:.1f} ({x['iqm']:.1f}, {x['low']:.1f} to {x['high']:.1f})" for x in row
+        ]
+        lines.append(
+            f"| {LABELS[method]} | {len(own)} | {steps:.1f}M | {minutes:.0f} min | {' | '.join(cells)} |"
+        )
+    bars = ", ".join(f"above {value:g} after {k}" for k, value in setting.bar.items())
+    lines += ["", f"To be beaten: {bars}.", ""]
+    (options.out / f"{options.env}.md").write_text("\n".join(lines))
+    (options.out / f"{options.env}.json").write_text(
+        json.dumps({"env": setting.env, "bar": setting.bar, "methods": table}, indent=2) + "\n"
+    )
+    plot_steps(options, setting, runs)
+    plot_curves(options, setting, runs)
+    say("\n".join(lines))
+
+
+def load(folder: Path, env: str) -> list[dict[str, Any]]:
+    paths = sorted(folder.glob(f"{env}-*-seed*.json"))
+    runs = [json.loads(path.read_text()) for path in paths]
+    return sorted(runs, key=lambda r: (METHODS.index(r["method"]), r["seed"]))
+
+
+def of_methods(runs: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
+    """Returns of the last episode by method: `[seeds, K + 1, M]`."""
+    scores: dict[str, list[np.ndarray]] = {}
+    for found in runs:
+        scores.setdefault(found["method"], []).append(np.array(found[what])[..., -1])
+    return {method: np.stack(each) for method, each in scores.items()}
+
+
+def interval(scores: np.ndarray) -> dict[str, float]:
+    """Of `[seeds, M]`: the mean, and the interquartile mean with its bootstrap interval."""
+    points, limits = rly.get_interval_estimates(
+        {"all": scores},
+        lambda x: np.array([metrics.aggregate_iqm(x)]),
+        reps=BOOTSTRAP,
+        random_state=np.random.RandomState(0),
+    )
+    (low,), (high,) = limits["all"]
+    return {
+        "mean": float(scores.mean()),
+        "iqm": float(points["all"][0]),
+        "low": float(low),
+        "high": float(high),
+    }
+
+
+def plot_steps(options: Options, setting: Setting, runs: list[dict[str, Any]]) -> None:
+    figure, axes = plt.subplots(figsize=(6.0, 4.0), layout="constrained")
+    for method, scores in of_methods(runs, "test_tasks").items():
+        rows = [interval(scores[:, k]) for k in range(STEPS + 1)]
+        (line,) = axes.plot([row["iqm"] for row in rows], marker="o", label=LABELS[method])
+        axes.fill_between(
+            range(STEPS + 1),
+            [row["low"] for row in rows],
+            [row["high"] for row in rows],
+            color=line.get_color(),
+            alpha=0.2,
+        )
+    for k, value in setting.bar.items():
+        axes.plot([k - 0.15, k + 0.15], [value, value], color="black")
+    axes.set_xticks(range(STEPS + 1))
+    axes.set_xlabel("gradient steps, 20 trajectories each")
+    axes.set_ylabel("return on held-out tasks")
+    axes.set_title(f"{setting.env} (interquartile mean, 95 % interval)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(options.out / f"{options.env}-steps.png", dpi=110)
+    plt.close(figure)
+
+
+def plot_curves(options: Options, setting: Setting, runs: list[dict[str, Any]]) -> None:
+    figure, axes = plt.subplots(figsize=(6.0, 4.0), layout="constrained")
+    colors: dict[str, Any] = {}
+    for found in runs:
+        method, curve = found["method"], found["curve"]
+        (line,) = axes.plot(
+            np.array(curve["timesteps"]) / 1e6,
+            curve["episode_return"],
+            color=colors.get(method),
+            label=None if method in colors else LABELS[method],
+        )
+        colors[method] = line.get_color()
+    axes.set_xlabel("million environment steps")
+    axes.set_ylabel("return of the adapted policy on training tasks")
+    axes.set_title(setting.env)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(options.out / f"{options.env}-curves.png", dpi=110)
+    plt.close(figure)
+
+
+def describe(returns: np.ndarray) -> str:
+    """Of `[K + 1, M, E]`."""
+    return "after 0, 1, ... gradient steps " + ", ".join(
+        f"{x:.1f}" for x in returns[..., -1].mean(1)
+    )
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
