@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,8 +58,8 @@ class Setting:
 
 
 SETTINGS = {
-    "cartpole": Setting("ssm_fast/CartPoleFamily-v0", 30, {3: 475.0}),
-    "dir": Setting("ssm_fast/HalfCheetahDir-v0", 150, {1: 293.0, 3: 330.0}),
+    "cartpole": Setting("ssm_fast/CartPoleFamily-v0", 20, {3: 475.0}, trainer={"inner_steps": 2}),
+    "dir": Setting("ssm_fast/HalfCheetahDir-v0", 80, {1: 293.0, 3: 330.0}),
     "vel": Setting("ssm_fast/HalfCheetahVel-v0", 150, {1: -79.0, 3: -60.0}),
 }
 
@@ -185,16 +185,18 @@ def summarise(options: Options, setting: Setting) -> None:
         method: [{"gradient_steps": k, **interval(scores[:, k])} for k in range(scores.shape[1])]
         for method, scores in of_methods(runs, "test_tasks").items()
     }
+    count = np.array(runs[0]["test_tasks"]).shape[1]
+    numbers = " | ".join(str(k) for k in range(STEPS + 1))
     lines = [
         f"# {setting.env}",
         "",
-        f"Made by `python benchmarks/meta_benchmark.py --env {options.env}`. Return on {np.array(runs[0]['test_tasks']).shape[1]} held-out "
-        "tasks, of sampled actions, after 0 to 3 gradient steps of 20 trajectories each (mean over tasks and seeds, then the "
-        "interquartile mean with its 95 % interval); of a trial, that of its last episode.",
+        (
+            f"Made by `python benchmarks/meta_benchmark.py --env {options.env}`. Return on {count} held-out tasks, "
+            "of sampled actions, after 0 to 3 gradient steps of 20 trajectories each: the mean over tasks and seeds, and in "
+            "parentheses the interquartile mean with its 95 % interval. Of a trial, that of its last episode."
+        ),
         "",
-        "| method | seeds | steps | wall time | "
-        + " | ".join(f"{k}" for k in range(STEPS + 1))
-        + " |",
+        f"| method | seeds | steps | wall time | {numbers} |",
         "|---" * (STEPS + 5) + "|",
     ]
     for method, row in table.items():

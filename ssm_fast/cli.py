@@ -232,7 +232,7 @@ class Train:
     ] = None
     """Iterations between checkpoints. In improved, all environments are reset there: at least five
     episodes of the time limit lie between two of them."""
-    gae_lambda: Annotated[float | None, _default("improved: 0.95, meta_rl: 1", "FLOAT")] = None
+    gae_lambda: Annotated[float | None, _default("0.95; improved and meta_rl", "FLOAT")] = None
     """Weight of longer returns in the advantages."""
     clip_epsilon: Annotated[float | None, _default("improved: 0.2, meta_rl: 0.3", "FLOAT")] = None
     """PPO's clipping range."""

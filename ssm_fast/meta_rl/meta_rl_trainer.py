@@ -82,9 +82,9 @@ class MetaRLTrainer:
 
     The gradient of `L` is the policy gradient, and its second derivative has a low variance (the
     paper's equation 9). Then `θ` takes `outer_epochs` passes of Adam over minibatches of tasks, on
-    PPO's clipped surrogate of the rounds after each step, 1 to `K`, differentiated through the
-    steps. A loss on every step and not on the last alone keeps later steps from undoing the first
-    (MAML++, Antoniou et al. 2019, arXiv 1810.09502).
+    PPO's clipped surrogate of all `K + 1` rounds, differentiated through the steps. A loss on every
+    round and not on the last alone keeps later steps from undoing the first (MAML++, Antoniou et
+    al. 2019, arXiv 1810.09502), and lets what tasks share be learnt before the first.
 
     With `inner_steps=0` and a `TrialEnvironment`, this is RL²: PPO on whole trials, in which the
     policy adapts by its recurrent state. With a `TrialEnvironment` and inner steps, it does both.
@@ -103,8 +103,7 @@ class MetaRLTrainer:
         outer_lr: Learning rate of Adam, at the start.
         inner_steps: `K`.
         gamma: Discount factor.
-        gae_lambda: Weight of longer returns in the advantages. A fitted baseline is a crude one,
-            which 1 trusts least.
+        gae_lambda: Weight of longer returns in the advantages.
         clip_epsilon: PPO's clipping range in the outer surrogate.
         tasks_per_epoch: `G`. The environment has a multiple of it as rows: 20 rows a task are 20
             trajectories a gradient step.
@@ -136,7 +135,7 @@ class MetaRLTrainer:
         outer_lr: float = 1e-3,
         inner_steps: int = 1,
         gamma: float = 0.99,
-        gae_lambda: float = 1.0,
+        gae_lambda: float = 0.95,
         clip_epsilon: float = 0.3,
         *,
         tasks_per_epoch: int = 8,
@@ -544,13 +543,12 @@ class MetaRLTrainer:
         return dict(zip(("meta_loss", "grad_norm"), means, strict=True))
 
     def _outer_loss(self, rounds: Sequence[dict[str, Tensor]]) -> Tensor:
-        """The mean surrogate of the rounds after each inner step."""
+        """The mean surrogate of the rounds before and after each inner step."""
         G, K = len(rounds[0]["rewards"]), len(rounds) - 1
         weights: Weights = {name: p.expand(G, *p.shape) for name, p in self._shared.items()}
         losses = []
         for k, batch in enumerate(rounds):
-            if k > 0 or K == 0:
-                losses.append(task_losses(self._surrogate, weights, batch))  # [G]
+            losses.append(task_losses(self._surrogate, weights, batch))  # [G]
             if k < K:
                 weights, _ = inner_update(
                     self._inner_loss, weights, batch, self.rates, self.first_order

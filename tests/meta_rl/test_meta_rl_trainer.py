@@ -164,7 +164,7 @@ def test_update(name, K, first_order):
     shared = {n: p for n, p in trainer.model.named_parameters() if not n.startswith("critic.")}
     losses = []
     for g in range(G):
-        for k in range(min(K, 1), K + 1):
+        for k in range(K + 1):
             weights = adapted_by_hand(trainer.model, trainer.rates, rounds[:k], g, shared)
             if first_order:
                 weights = {n: shared[n] + (w - shared[n]).detach() for n, w in weights.items()}
