@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     AnyEnvironment = (
         Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any]
     )
+
+_RECORDED = tuple(field.name for field in fields(Experience) if field.name != "initial_state")
 
 Temperature = Callable[[Tensor], Tensor]
 """Of features ``[B, H]``: the temperature ``[B]`` to act with."""
@@ -138,8 +141,8 @@ class Player:
                 self._count(info)
                 if self.is_done:
                     break
-        fields = [torch.stack(parts, 1).to(weight.device) for parts in zip(*record, strict=True)]
-        return Experience(*fields, start)
+        columns = [torch.stack(column, 1).to(weight.device) for column in zip(*record, strict=True)]
+        return Experience(**dict(zip(_RECORDED, columns, strict=True)), initial_state=start)
 
     def _draw(self, policy: ActionDistribution, deterministic: bool) -> Tensor:
         """Actions ``[B, K]``, or ``[B]``, from the player's own generator."""
