@@ -347,9 +347,9 @@ def first_output(model: nn.Module, x: Any, hidden_state: Tensor | None) -> Tenso
 def check_batch(x: Any, y: Any) -> None:
     """Raises ValueError where a batch is empty or holds numbers that are not finite."""
     for name, part in (("x", x), ("y", y)):
-        leaves = part.items() if isinstance(part, Mapping) else [(name, part)]
-        for key, leaf in leaves:
-            where = name if key == name else f"{name}[{key!r}]"
+        named = isinstance(part, Mapping)
+        for key, leaf in part.items() if named else [("", part)]:
+            where = f"{name}[{key!r}]" if named else name
             if not isinstance(leaf, Tensor):
                 continue  # a loss_fn may take anything
             if leaf.numel() == 0:

@@ -154,9 +154,10 @@ class TestPolicyObjective:
         log_probs, values, _ = other.evaluate_actions(e.observations, e.actions, state, e.reset)
         ratio = (log_probs - e.log_probs).exp()
         assert bool((ratio.log().abs() > 0.1).any()), "some ratios must be clipped"
-        want = -torch.min(
-            ratio * y["advantages"], ratio.clamp(0.9, 1.1) * y["advantages"]
-        ).mean() + 0.3 * ((values - y["returns"]) ** 2).mean()
+        want = (
+            -torch.min(ratio * y["advantages"], ratio.clamp(0.9, 1.1) * y["advantages"]).mean()
+            + 0.3 * ((values - y["returns"]) ** 2).mean()
+        )
         torch.testing.assert_close(loss, want)
 
     def test_gradient_is_the_policy_gradient(self) -> None:
