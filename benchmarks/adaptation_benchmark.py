@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import mujoco
@@ -36,7 +37,7 @@ WITHOUT = {"sampled": False, "deterministic": True}
 REPETITIONS = 5000
 
 
-def test_time(model: ImprovedSSM, env: Environment, seed: int, use_uncertainty: bool = True):
+def by_test_time(model: ImprovedSSM, env: Environment, seed: int, use_uncertainty: bool = True):
     adapter = TestTimeAdapter(
         model,
         adaptation_lr=1e-4,
@@ -51,11 +52,7 @@ def test_time(model: ImprovedSSM, env: Environment, seed: int, use_uncertainty: 
     return adapter.model, stats
 
 
-def test_time_at_temperature_1(model: ImprovedSSM, env: Environment, seed: int):
-    return test_time(model, env, seed, use_uncertainty=False)
-
-
-def hybrid(model: ImprovedSSM, env: Environment, seed: int):
+def by_hybrid(model: ImprovedSSM, env: Environment, seed: int):
     config = HybridAdaptationConfig(
         learning_rate=1e-4,
         num_steps=20,
@@ -70,9 +67,9 @@ def hybrid(model: ImprovedSSM, env: Environment, seed: int):
 
 
 ADAPTERS = {
-    "TestTimeAdapter": test_time,
-    "TestTimeAdapter, temperature 1": test_time_at_temperature_1,
-    "HybridAdapter": hybrid,
+    "TestTimeAdapter": by_test_time,
+    "TestTimeAdapter, temperature 1": partial(by_test_time, use_uncertainty=False),
+    "HybridAdapter": by_hybrid,
 }
 
 
@@ -91,7 +88,9 @@ def pretrain(steps: int, seed: int, out: Path) -> None:
     print(f"{steps} steps in {time.perf_counter() - start:.0f} s: {out}")
 
 
-def run(policy: Path, rows: list[int], seeds: list[int], num_tasks: int, out: Path) -> None:
+def run(
+    policy: Path, rows: list[int], seeds: list[int], num_tasks: int, adapters: list[str], out: Path
+) -> None:
     """Every arm on every task, seed by seed."""
     model = ImprovedSSM.load(policy)
     tasks = get_family(FAMILY).test_tasks[:num_tasks]
@@ -102,20 +101,23 @@ def run(policy: Path, rows: list[int], seeds: list[int], num_tasks: int, out: Pa
             for B in rows:
                 if (B, seed, i) in done:
                     continue
-                results.append({"rows": B, "seed": seed, "task": i, **_arms(model, task, B, seed)})
+                arms = _arms(model, task, B, seed, adapters)
+                results.append({"rows": B, "seed": seed, "task": i, **arms})
                 out.write_text(json.dumps(results) + "\n")
 
 
-def _arms(model: ImprovedSSM, task, B: int, seed: int) -> dict[str, dict[str, object]]:
+def _arms(
+    model: ImprovedSSM, task, B: int, seed: int, adapters: list[str]
+) -> dict[str, dict[str, object]]:
     first = 10_000 * (seed + 1)
     returns, after, seconds = {}, {}, {}
     with Environment(FAMILY, B, HORIZON, tasks=[task] * B) as env:
         for name, deterministic in WITHOUT.items():
             returns[name] = play_episodes(model, env, EPISODES, first, deterministic)
         after["none"] = play_episodes(model, env, AFTER, first + 5000, True)
-        for name, adapt in ADAPTERS.items():
+        for name in adapters:
             start = time.perf_counter()
-            adapted, stats = adapt(model, env, first)
+            adapted, stats = ADAPTERS[name](model, env, first)
             seconds[name] = time.perf_counter() - start
             returns[name] = stats["episode_returns"]
             after[name] = play_episodes(adapted, env, AFTER, first + 5000, True)
@@ -127,8 +129,8 @@ def report(path: Path) -> None:
     results = json.loads(path.read_text())
     for B in sorted({r["rows"] for r in results}):
         mine = [r for r in results if r["rows"] == B]
-        returns = {arm: _scores(mine, "returns", arm) for arm in (*WITHOUT, *ADAPTERS)}
-        after = {arm: _scores(mine, "after", arm) for arm in ("none", *ADAPTERS)}
+        returns = {arm: _scores(mine, "returns", arm) for arm in mine[0]["returns"]}
+        after = {arm: _scores(mine, "after", arm) for arm in mine[0]["after"]}
         seeds, tasks = after["none"].shape
         print(f"\n{B} rows, {tasks} tasks, {seeds} seeds, {EPISODES} episodes a row")
         print("| arm | return | last episode | against sampled | against deterministic |")
@@ -179,6 +181,7 @@ def main() -> None:
     play.add_argument("--rows", type=int, nargs="+", default=[8, 1])
     play.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     play.add_argument("--tasks", type=int, default=40)
+    play.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
     play.add_argument("--out", type=Path, required=True)
     show = commands.add_parser("report")
     show.add_argument("path", type=Path)
@@ -188,7 +191,14 @@ def main() -> None:
     if options.command == "pretrain":
         pretrain(options.steps, options.seed, options.out)
     elif options.command == "run":
-        run(options.policy, options.rows, options.seeds, options.tasks, options.out)
+        run(
+            options.policy,
+            options.rows,
+            options.seeds,
+            options.tasks,
+            options.adapters,
+            options.out,
+        )
     else:
         report(options.path)
 

@@ -18,7 +18,6 @@ from ssm_fast.adaptation.policy_objective import (
     Experience,
     PolicyObjective,
     check_count,
-    distribution_of,
     policy_batch,
 )
 from ssm_fast.adaptation.standard_adapter import StandardAdapter
@@ -232,7 +231,7 @@ def adapt_to_environment(
             if isinstance(adapter, HybridAdapter):
                 adapter.reward_scale = scale
         batch = policy_batch(model, experience, gamma, gae_lambda, reward_scale=scale)
-        adapter.update_step(*batch, loss_fn=value_loss)
+        adapter.update_step(*batch, loss_fn=PolicyObjective(value_coef=1.0, policy_coef=0.0))
         batch = policy_batch(model, experience, gamma, gae_lambda, reward_scale=scale)
         loss, steps = adapter.update_step(*batch, loss_fn=objective)
         if isinstance(adapter, HybridAdapter):
@@ -241,13 +240,6 @@ def adapt_to_environment(
             stats[name].append(value)
     stats["episode_returns"], stats["episode_lengths"] = player.returns, player.lengths
     return episode_means(player.returns), stats
-
-
-def value_loss(model: Any, x: Any, y: Any, hidden_state: Tensor | None) -> Tensor:
-    """Mean squared error of the values, of a batch of `policy_batch`."""
-    _, values = distribution_of(model, x, hidden_state)
-    returns: Tensor = y["returns"]
-    return (values - returns).square().mean()
 
 
 def features_of(

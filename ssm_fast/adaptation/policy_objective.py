@@ -126,22 +126,27 @@ class Experience:
 class PolicyObjective:
     """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), as a ``loss_fn``.
 
-    ``-mean min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â) + c mean (V - R)²`` with ``ρ`` the probability of each
+    ``-p mean min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â) + c mean (V - R)²`` with ``ρ`` the probability of each
     action over that by which it was taken, whoever took it: of replayed steps it is their
     importance ratio. `policy_batch` makes its ``x``, ``y`` and state.
 
     Args:
         clip_epsilon: ``ε``.
         value_coef: ``c``.
+        policy_coef: ``p``; with 0 the values alone learn.
 
     Raises:
         ValueError: A number is out of its range.
     """
 
-    def __init__(self, clip_epsilon: float = 0.2, value_coef: float = 0.5) -> None:
+    def __init__(
+        self, clip_epsilon: float = 0.2, value_coef: float = 0.5, policy_coef: float = 1.0
+    ) -> None:
         check_number("clip_epsilon", clip_epsilon, above=0.0)
         check_number("value_coef", value_coef, at_least=0.0)
+        check_number("policy_coef", policy_coef, at_least=0.0)
         self.clip_epsilon = clip_epsilon
+        self.policy_coef = policy_coef
         self.value_coef = value_coef
 
     def __call__(self, model: nn.Module, x: Any, y: Any, hidden_state: Tensor | None) -> Tensor:
@@ -157,7 +162,8 @@ class PolicyObjective:
         log_ratio = now.log_prob(y["actions"]) - y["log_probs"]  # [B, T]
         ratio = log_ratio.clamp(max=math.log(_LARGEST_RATIO)).exp()
         clipped = ratio.clamp(1.0 - self.clip_epsilon, 1.0 + self.clip_epsilon)
-        loss = -torch.minimum(ratio * y["advantages"], clipped * y["advantages"]).mean()
+        surrogate = torch.minimum(ratio * y["advantages"], clipped * y["advantages"])
+        loss = -self.policy_coef * surrogate.mean()
         if self.value_coef:
             loss = loss + self.value_coef * (values - y["returns"]).square().mean()
         return loss

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from aim import Aim, aims
+from gymnasium.vector import SyncVectorEnv
 from torch import Tensor, nn
 
 from ssm_fast.adaptation.test_time_adapter import TestTimeAdapter
@@ -43,9 +44,9 @@ class TestAdaptOnline:
         before = weights_of(model)
         test_time = adapter(model, use_uncertainty=use_uncertainty)
         env = Aim(discrete=discrete)
-        rewards, stats = test_time.adapt_online(env, 30, 20, compare=True)
+        rewards, stats = test_time.adapt_online(env, 20, 20, compare=True)
         without = np.mean(stats["episode_returns_without"], 0)
-        assert len(rewards) == 30
+        assert len(rewards) == 20
         assert rewards == pytest.approx(stats["episode_returns"][0])
         assert stats["improvement"] == pytest.approx(np.mean(rewards) - np.mean(without))
         gain = np.mean(rewards[-5:]) - np.mean(without[-5:])
@@ -76,11 +77,7 @@ class TestAdaptOnline:
 
     def test_rows_and_episodes_of_different_lengths(self) -> None:
         lengths = [5, 9]
-        env = Environment.wrap(
-            __import__("gymnasium").vector.SyncVectorEnv(
-                [lambda n=n: Aim(horizon=n) for n in lengths]
-            )
-        )
+        env = SyncVectorEnv([lambda n=n: Aim(horizon=n) for n in lengths])  # type: ignore[misc]
         rewards, stats = adapter(policy()).adapt_online(env, 3, 4)
         assert stats["episode_lengths"] == [[5] * 3, [9] * 3]
         assert rewards == pytest.approx(np.mean(stats["episode_returns"], 0))
@@ -112,26 +109,24 @@ class TestAdaptOnline:
         assert test_time.adapt_online(aims(1), 4, 20)[0] == one
 
     def test_difficulty_sets_the_step_size(self) -> None:
-        # a critic that tells what is to come, and one that does not
-        rates = []
-        for familiar in (True, False):
-            model = policy()
-            with torch.no_grad():
-                nn.init.zeros_(model.actor.weight)
-                nn.init.zeros_(model.critic.weight)
-            test_time = adapter(model, adaptation_lr=1e-3)
-            if familiar:  # make the meta-critic the one that fits this task
-                test_time.adapt_online(aims(4), 10, 200)
-                heads = test_time.ensemble._heads
-                assert heads is not None
-                test_time._critic = heads.mean(0).float()
-                test_time._forget_steps(4)
-            _, stats = test_time.adapt_online(aims(4), 4, 80)
-            rates.append(stats["learning_rate"][0])
-            d = stats["difficulty"][0]
-            assert rates[-1] == pytest.approx(1e-3 * 2.0 ** (2.0 * d - 1.0))
-            assert 0.5e-3 <= rates[-1] <= 2e-3
-        assert rates[0] < 0.95 * rates[1]
+        # rewards that the features tell, under a meta-critic that does so and one that does not
+        test_time = adapter(policy(), adaptation_lr=1e-3, gamma=0.0, buffer_size=400)
+        figures = []
+        for _ in range(2):
+            for _ in range(400):
+                x = torch.randn(3)
+                test_time.store_transition(x, torch.zeros(2), float(x[1]), x, False)
+            figures.append(test_time.adapt())
+            heads = test_time.ensemble._heads
+            assert heads is not None
+            test_time._critic = heads.mean(0).float()
+        for figure in figures:
+            want = 1e-3 * 2.0 ** (2.0 * figure["difficulty"] - 1.0)
+            assert figure["learning_rate"] == pytest.approx(want)
+        unfamiliar, familiar = figures
+        assert unfamiliar["difficulty"] > 0.6
+        assert familiar["difficulty"] < 0.3
+        assert familiar["learning_rate"] < 0.7 * unfamiliar["learning_rate"]
 
     def test_temperature_follows_uncertainty(self) -> None:
         test_time = adapter(policy(), min_temperature=0.3)
@@ -215,7 +210,7 @@ class TestErrors:
 
     def test_an_environment_that_does_not_fit(self) -> None:
         test_time = adapter(policy())
-        with pytest.raises(ValueError, match="has discrete actions|must have size"):
+        with pytest.raises(ValueError, match="actions of Aim must have size 2"):
             test_time.adapt_online(Aim(discrete=True))
         with pytest.raises(ValueError, match="observations of CartPole-v1 must have size 3"):
             test_time.adapt_online(Environment("CartPole-v1"))
@@ -226,7 +221,7 @@ class TestErrors:
                 test_time.adapt_online(Aim(), **option)
 
     def test_options(self) -> None:
-        for option in (
+        options: tuple[dict[str, Any], ...] = (
             {"adaptation_lr": 0.0},
             {"adaptation_steps": 0},
             {"buffer_size": 0},
@@ -237,8 +232,9 @@ class TestErrors:
             {"min_temperature": 0.0},
             {"sequence_length": 0},
             {"num_heads": 1},
-        ):
+        )
+        for option in options:
             with pytest.raises(ValueError, match=next(iter(option))):
-                TestTimeAdapter(policy(), **option)  # type: ignore[arg-type]
+                TestTimeAdapter(policy(), **option)
         with pytest.raises(TypeError, match="model must be an ImprovedSSM, got StateSpaceModel"):
             TestTimeAdapter(StateSpaceModel())  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ class TestFit:
         ensemble = ValueEnsemble(16, block_length=20)
         ensemble.fit(features, returns, torch.zeros(H + 1))
         error = (ensemble.values(features) - true).square().mean().sqrt()
-        assert float(error) < 0.3 < float(true.std())
+        assert float(error) < 0.1 * float(true.std())
 
     def test_without_information_it_is_the_scaled_critic(self) -> None:
         # one step cannot say much: the heads stay at 5 times the critic, as the returns ask
@@ -63,7 +63,7 @@ class TestFit:
         assert torch.equal(nothing.uncertainty(torch.randn(3, H)), torch.ones(3))
         near = torch.randn(200, H, dtype=torch.float64)
         levels = []
-        for T in (40, 400, 4000):
+        for T in (200, 2000, 20000):
             features, returns, _ = task(T)
             features[..., -1] = 0.01 * features[..., -1]  # a direction that was hardly seen
             ensemble = ValueEnsemble(16, block_length=20)
@@ -72,9 +72,9 @@ class TestFit:
             seen[:, -1], unseen[:, :-1] = 0.0, 0.0
             unseen[:, -1] *= 20.0
             levels.append(float(ensemble.uncertainty(seen).mean()))
-            assert float(ensemble.uncertainty(unseen).mean()) > 1.5 * levels[-1]
+            assert float(ensemble.uncertainty(unseen).mean()) > 1.3 * levels[-1]
             assert 0.0 <= levels[-1] <= 1.0
-        assert levels[0] > 1.5 * levels[1] > 2.0 * levels[2]
+        assert levels[0] > 1.5 * levels[1] > 3.0 * levels[2]
 
     def test_same_seed_same_heads(self) -> None:
         features, returns, _ = task(100)
