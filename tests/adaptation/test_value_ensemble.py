@@ -74,6 +74,7 @@ class TestFit:
             levels.append(float(ensemble.uncertainty(seen).mean()))
             assert float(ensemble.uncertainty(unseen).mean()) > 1.3 * levels[-1]
             assert 0.0 <= levels[-1] <= 1.0
+        assert 0.25 < levels[0] < 0.6, "10 blocks tell little of 7 weights"
         assert levels[0] > 1.5 * levels[1] > 3.0 * levels[2]
 
     def test_same_seed_same_heads(self) -> None:
