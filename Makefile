@@ -74,5 +74,5 @@ $(VENV)/.installed-dev: $(BIN)/python $(SOURCES)
 	@touch $@ $(VENV)/.installed-rl
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
-	$(PIP) ".[peers]"
+	$(PIP) ".[bench,peers]"
 	@touch $@

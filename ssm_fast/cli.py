@@ -1,4 +1,4 @@
-"""The command line `ssm-fast`: train, evaluate, info."""
+"""The command line `ssm-fast`: train, evaluate, adapt, info."""
 
 from __future__ import annotations
 
@@ -36,12 +36,21 @@ try:
         TimeRemainingColumn,
     )
 
-    from ssm_fast.checkpoint import read_metadata, save_model, write_atomic
+    from ssm_fast.adaptation import (
+        HybridAdaptationConfig,
+        HybridAdapter,
+        StandardAdaptationConfig,
+        StandardAdapter,
+        TestTimeAdapter,
+    )
+    from ssm_fast.adaptation.online import adapt_to_environment, episode_means, play_episodes
+    from ssm_fast.checkpoint import load_model, read_metadata, save_model, write_atomic
     from ssm_fast.core.improved_ssm import ImprovedSSM
     from ssm_fast.core.ssm import StateSpaceModel
     from ssm_fast.env_runner import (
         Environment,
         Evaluation,
+        Task,
         TrialEnvironment,
         evaluate,
         get_family,
@@ -290,6 +299,47 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Adapt:
+    """Adapt a trained policy to a task while it plays it.
+
+    Prints each episode's return beside that of the policy as it was, from the same first states, and
+    then the deterministic returns of both. The adapted policy is written for `ssm-fast evaluate` and
+    `ssm_fast.load_policy`.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A policy.safetensors of PPO, or a run folder."""
+    env: str | None = None
+    """Gymnasium id; by default the one that the policy was trained in."""
+    task: int | None = None
+    """Number of the task in the task family of the environment; by default what it plays anyway."""
+    split: Literal["train", "test", "out_of_range"] = "test"
+    """Which tasks of the family --task counts."""
+    method: Literal["standard", "hybrid", "test_time"] = "test_time"
+    """standard: the last stretch. hybrid: with replay of those before. test_time: value ensemble,
+    exploration by uncertainty, step size by difficulty."""
+    episodes: int = 5
+    """Episodes to adapt in."""
+    rows: int = 1
+    """Copies of the task that are played side by side and learnt from together."""
+    adapt_every: int = 500
+    """Steps of every row between two updates."""
+    lr: float = 1e-4
+    """Learning rate."""
+    steps: int = 20
+    """Gradient steps of an update."""
+    max_kl: float = 0.03
+    """Largest KL divergence of the policy after an update from that before; with test_time, from
+    those that acted."""
+    max_episode_steps: int | None = None
+    """Truncate episodes here; by default where the environment does."""
+    seed: int = 0
+    """Seed of the environment and of the actions."""
+    out: Path = Path("adapted.safetensors")
+    """File of the adapted policy."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions, instruction sets, threads and GPUs."""
 
@@ -301,13 +351,13 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The arguments; `sys.argv[1:]` by default.
 
     Returns:
-        The exit code: 0, 1 when training or an evaluation broke down on NaN or infinity, 2 for a mistake in the
+        The exit code: 0, 1 when training, an adaptation or an evaluation broke down on NaN or infinity, 2 for a mistake in the
         input, 130 after Ctrl-C.
     """
     options = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "evaluate": Evaluate, "info": Info},
+        {"train": Train, "evaluate": Evaluate, "adapt": Adapt, "info": Info},
         prog="ssm-fast",
-        description="State-space-model policies: training and evaluation.",
+        description="State-space-model policies: training, evaluation and adaptation.",
         args=args,
     )
     with warnings.catch_warnings():
@@ -317,12 +367,15 @@ def main(args: Sequence[str] | None = None) -> int:
                 _train(options)
             elif isinstance(options, Evaluate):
                 _evaluate(options)
+            elif isinstance(options, Adapt):
+                _adapt(options)
             else:
                 _info()
         except (ValueError, OSError) as error:
             return _fail(2, _sentence(error))
         except FloatingPointError as error:
-            stopped = "training" if isinstance(options, Train) else "evaluation"
+            names = {Train: "training", Adapt: "adaptation"}
+            stopped = names.get(type(options), "evaluation")
             return _fail(1, f"{stopped} stopped: {_sentence(error)}")
         except KeyboardInterrupt as interrupt:
             return _fail(130, _sentence(interrupt) or "interrupted")
@@ -721,6 +774,89 @@ def _describe(env_id: str, result: Evaluation, deterministic: bool) -> str:
         f"return {result.mean:.1f} +- {result.std:.1f} "
         f"(min {result.returns.min():.1f}, max {result.returns.max():.1f})"
     )
+
+
+# adapt
+
+
+def _adapt(options: Adapt) -> None:
+    path = options.path / "policy.safetensors" if options.path.is_dir() else options.path
+    model = load_model(path, ImprovedSSM)
+    env_id = options.env
+    if env_id is None:
+        env_id = read_metadata(path).get("env_id")
+        if env_id is None:
+            raise ValueError(f"{path} does not say which environment it is for: give --env")
+        _refuse_import(env_id, path)
+    _check_option("seed", options.seed, 0, EVALUATION_SEED - 1)
+    _check_option("rows", options.rows, 1, 2**16)
+    _check_option("episodes", options.episodes, 1, 2**31)
+    _check_option("adapt_every", options.adapt_every, 1, 2**31)
+    _route_mujoco_warnings(env_id)
+    torch.set_num_threads(1)
+    task = _task(env_id, options)
+    tasks = None if task is None else [task] * options.rows
+    with Environment(env_id, options.rows, options.max_episode_steps, tasks=tasks) as env:
+        if env.max_episode_steps is None:
+            raise ValueError(f"--max_episode_steps is needed: {env_id} has no time limit")
+        adapter = _adapter(options, model)
+        episodes, seed = options.episodes, options.seed
+        without = episode_means(play_episodes(model, env, episodes, seed))
+        if isinstance(adapter, TestTimeAdapter):
+            returns, _ = adapter.adapt_online(env, episodes, options.adapt_every, seed=seed)
+        else:
+            returns, _ = adapt_to_environment(
+                adapter, env, episodes, options.adapt_every, seed=seed
+            )
+        metadata = env.policy_metadata()
+        if task is not None:
+            metadata["task"] = json.dumps(task.as_dict())
+        save_model(options.out, adapter.model, metadata)
+        _say(f"{'episode':>14} {'without':>10} {'adapting':>10}")
+        for i, row in enumerate(zip(without, returns, strict=True)):
+            _say(f"{i + 1:>14} {row[0]:>10.1f} {row[1]:>10.1f}")
+        means = [sum(column) / episodes for column in (without, returns)]
+        _say(f"{'mean':>14} {means[0]:>10.1f} {means[1]:>10.1f}")
+        played = [
+            sum(episode_means(play_episodes(policy, env, episodes, EVALUATION_SEED, True)))
+            for policy in (model, adapter.model)
+        ]
+        _say(f"{'deterministic':>14} {played[0] / episodes:>10.1f} {played[1] / episodes:>10.1f}")
+    _say(f"adapted to {env_id} by {options.method}, seed {options.seed}; policy {options.out}")
+
+
+def _task(env_id: str, options: Adapt) -> Task | None:
+    """The task that --task asks for."""
+    if options.task is None:
+        return None
+    tasks = getattr(get_family(env_id), f"{options.split}_tasks")
+    if not 0 <= options.task < len(tasks):
+        raise ValueError(
+            f"--task must lie in [0, {len(tasks)}) of the {options.split} tasks, got {options.task}"
+        )
+    chosen: Task = tasks[options.task]
+    return chosen
+
+
+def _adapter(options: Adapt, model: ImprovedSSM) -> StandardAdapter:
+    if options.method == "test_time":
+        return TestTimeAdapter(
+            model,
+            options.lr,
+            options.steps,
+            buffer_size=1000 * options.rows,
+            max_kl=options.max_kl,
+            seed=options.seed,
+        )
+    shared: dict[str, Any] = {
+        "learning_rate": options.lr,
+        "num_steps": options.steps,
+        "grad_clip_norm": 0.5,
+        "trust_region_eps": options.max_kl,
+    }
+    if options.method == "hybrid":
+        return HybridAdapter(model, HybridAdaptationConfig(**shared))
+    return StandardAdapter(model, StandardAdaptationConfig(**shared))
 
 
 # info

@@ -18,7 +18,7 @@ import torch
 
 import ssm_fast
 from ssm_fast import cli
-from ssm_fast.checkpoint import load_model
+from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner import Environment, evaluate, get_family
@@ -249,6 +249,81 @@ class TestTrain:
         plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
         assert "━" in plain
         assert "12/12 episodes" in plain
+
+
+class TestAdapt:
+    @pytest.mark.parametrize("method", ["standard", "hybrid", "test_time"])
+    def test_writes_the_adapted_policy(
+        self, method: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        torch.manual_seed(0)
+        ImprovedSSM(4, 2, 4, 8, 1, discrete=True).save("policy.safetensors")
+        before = Path("policy.safetensors").read_bytes()
+        args = ["adapt", "policy.safetensors", "--env", "ssm_fast/CartPoleFamily-v0"]
+        args += ["--task", "3", "--method", method, "--episodes", "6", "--rows", "2"]
+        args += ["--lr", "1e-2", "--adapt-every", "20", "--max_kl", "0.1", "--seed", "5"]
+        texts = []
+        for out in ("one.safetensors", "two.safetensors"):
+            assert cli.main([*args, "--out", out]) == 0
+            texts.append(capsys.readouterr().out.replace(out, ""))
+        assert texts[0] == texts[1]
+        lines = texts[0].splitlines()
+        assert lines[0].split() == ["episode", "without", "adapting"]
+        rows = [[float(x) for x in line.split()[1:]] for line in lines[1:7]]
+        assert [float(x) for x in lines[7].split()[1:]] == pytest.approx(np.mean(rows, 0), abs=0.06)
+        assert re.fullmatch(r" *deterministic +\d+\.\d +\d+\.\d", lines[8])
+        assert lines[9].startswith(f"adapted to ssm_fast/CartPoleFamily-v0 by {method}, seed 5")
+        assert Path("policy.safetensors").read_bytes() == before
+        old, new = load_model("policy.safetensors"), load_model("one.safetensors")
+        assert not torch.equal(old.state_dict()["actor.weight"], new.state_dict()["actor.weight"])
+        family = get_family("ssm_fast/CartPoleFamily-v0")
+        task = json.loads(read_metadata("one.safetensors")["task"])
+        assert family.task_type(**task) == family.test_tasks[3]
+        assert cli.main(["evaluate", "one.safetensors", "--episodes", "2"]) == 0
+
+    def test_any_environment(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*PPO, "--steps", "160", "--out", "run"]) == 0
+        capsys.readouterr()
+        assert cli.main(["adapt", "run", "--episodes", "1"]) == 0
+        text = capsys.readouterr().out
+        assert "adapted to Pendulum-v1 by test_time, seed 0; policy adapted.safetensors" in text
+        assert ssm_fast.load_policy("adapted.safetensors").action_low is not None
+
+    def test_nan(self, capsys: pytest.CaptureFixture[str]) -> None:
+        ImprovedSSM(4, 2, 4, 8, 1, discrete=True).save("policy.safetensors")
+        args = ["adapt", "policy.safetensors", "--env", "Breaks-v0", "--episodes", "20"]
+        assert cli.main([*args, "--max_episode_steps", "30"]) == 1
+        assert capsys.readouterr().err.startswith("ssm-fast: adaptation stopped: Breaks-v0: ")
+        assert not Path("adapted.safetensors").exists()
+
+    @pytest.mark.parametrize(
+        ("args", "text"),
+        [
+            (["--env", "CartPole-v1", "--task", "1"], "'CartPole-v1' is no task family"),
+            (["--env", "ssm_fast/CartPoleFamily-v0", "--task", "40"], "--task must lie in [0, 40)"),
+            (["--env", "Pendulum-v1"], "observations of Pendulum-v1 must have size 4"),
+            (["--env", "Endless-v0"], "--max_episode_steps is needed"),
+            (["--env", "Nope-v0"], "'Nope-v0' cannot be made"),
+            (["--env", "CartPole-v1", "--episodes", "0"], "--episodes must be at least 1"),
+            (["--env", "CartPole-v1", "--rows", "0"], "--rows must be at least 1"),
+            (["--env", "CartPole-v1", "--lr", "0"], "adaptation_lr must be finite"),
+            (["--env", "CartPole-v1", "--seed", "-1"], "--seed must be at least 0"),
+            ([], "does not say which environment it is for: give --env"),
+        ],
+    )
+    def test_a_mistake_is_one_sentence(
+        self, args: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        ImprovedSSM(4, 2, 4, 8, 1, discrete=True).save("policy.safetensors")
+        assert cli.main(["adapt", "policy.safetensors", *args]) == 2
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
+
+    def test_another_kind_of_model(self, capsys: pytest.CaptureFixture[str]) -> None:
+        StateSpaceModel().save("policy.safetensors")
+        assert cli.main(["adapt", "policy.safetensors", "--env", "CartPole-v1"]) == 2
+        assert "it holds a StateSpaceModel, not ImprovedSSM" in capsys.readouterr().err
 
 
 class TestErrors:

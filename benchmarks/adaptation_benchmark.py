@@ -1,0 +1,208 @@
+"""Does adapting pay? Returns on held-out bodies of HalfCheetah, with adaptation and without.
+
+    python benchmarks/adaptation_benchmark.py pretrain --out runs/body.safetensors
+    python benchmarks/adaptation_benchmark.py run --policy runs/body.safetensors --out result.json
+    python benchmarks/adaptation_benchmark.py report result.json
+
+`pretrain` trains one recurrent policy on the 100 training tasks at once. `run` plays 5 episodes of
+1000 steps of each test task, from the same first states in every arm: without adapting, sampled and
+deterministic, with `TestTimeAdapter`, and with `HybridAdapter`; `--rows` copies of the task share
+what they learn. The result is written after every task, and `run` goes on where a file ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from functools import partial
+from pathlib import Path
+
+import mujoco
+import numpy as np
+import torch
+
+from ssm_fast.adaptation import HybridAdaptationConfig, HybridAdapter, TestTimeAdapter
+from ssm_fast.adaptation.online import adapt_to_environment, play_episodes
+from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.env_runner import Environment, get_family
+from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
+
+FAMILY = "ssm_fast/HalfCheetahBody-v0"
+HORIZON, EPISODES = 1000, 5
+ADAPT_EVERY = 500
+LEARNING_RATE = {1: 5e-5}  # chosen on training tasks: fewer steps a call say less
+AFTER = 2  # deterministic episodes of the adapted policy, from other first states
+WITHOUT = {"sampled": False, "deterministic": True}
+REPETITIONS = 5000
+
+
+def by_test_time(model: ImprovedSSM, env: Environment, seed: int, use_uncertainty: bool = True):
+    adapter = TestTimeAdapter(
+        model,
+        adaptation_lr=LEARNING_RATE.get(env.batch_size, 1e-4),
+        adaptation_steps=20,
+        buffer_size=HORIZON * env.batch_size,
+        batch_size=64,
+        use_uncertainty=use_uncertainty,
+        max_kl=0.3 if use_uncertainty else 0.03,
+        seed=seed,
+    )
+    _, stats = adapter.adapt_online(env, EPISODES, ADAPT_EVERY, seed=seed)
+    return adapter.model, stats
+
+
+def by_hybrid(model: ImprovedSSM, env: Environment, seed: int):
+    config = HybridAdaptationConfig(
+        learning_rate=LEARNING_RATE.get(env.batch_size, 1e-4),
+        num_steps=20,
+        grad_clip_norm=0.5,
+        trust_region_eps=0.03,
+        experience_batch_size=64,
+        experience_weight=0.5,
+    )
+    adapter = HybridAdapter(model, config)
+    _, stats = adapt_to_environment(adapter, env, EPISODES, ADAPT_EVERY, seed=seed)
+    return adapter.model, stats
+
+
+ADAPTERS = {
+    "TestTimeAdapter": by_test_time,
+    "TestTimeAdapter, temperature 1": partial(by_test_time, use_uncertainty=False),
+    "HybridAdapter": by_hybrid,
+}
+
+
+def pretrain(steps: int, seed: int, out: Path) -> None:
+    """Recurrent PPO on all training tasks side by side."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    family = get_family(FAMILY)
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    tasks = family.train_tasks
+    with Environment(FAMILY, len(tasks), HORIZON, seed=seed, tasks=tasks) as env:
+        model = ImprovedSSM(env.input_dim, env.action_dim, normalize_observations=True)
+        trainer = PPOTrainer(model, num_steps=32, seed=seed, checkpoint_interval=10**6)
+        trainer.train(env, steps)
+        model.save(out, env.policy_metadata())
+    print(f"{steps} steps in {time.perf_counter() - start:.0f} s: {out}")
+
+
+def run(
+    policy: Path, rows: list[int], seeds: list[int], num_tasks: int, adapters: list[str], out: Path
+) -> None:
+    """Every arm on every task, seed by seed."""
+    model = ImprovedSSM.load(policy)
+    tasks = get_family(FAMILY).test_tasks[:num_tasks]
+    results = json.loads(out.read_text()) if out.exists() else []
+    done = {(r["rows"], r["seed"], r["task"]) for r in results}
+    for seed in seeds:
+        for i, task in enumerate(tasks):
+            for B in rows:
+                if (B, seed, i) in done:
+                    continue
+                arms = _arms(model, task, B, seed, adapters)
+                results.append({"rows": B, "seed": seed, "task": i, **arms})
+                out.write_text(json.dumps(results) + "\n")
+
+
+def _arms(
+    model: ImprovedSSM, task, B: int, seed: int, adapters: list[str]
+) -> dict[str, dict[str, object]]:
+    first = 10_000 * (seed + 1)
+    returns, after, seconds = {}, {}, {}
+    with Environment(FAMILY, B, HORIZON, tasks=[task] * B) as env:
+        for name, deterministic in WITHOUT.items():
+            returns[name] = play_episodes(model, env, EPISODES, first, deterministic)
+        after["none"] = play_episodes(model, env, AFTER, first + 5000, True)
+        for name in adapters:
+            start = time.perf_counter()
+            adapted, stats = ADAPTERS[name](model, env, first)
+            seconds[name] = time.perf_counter() - start
+            returns[name] = stats["episode_returns"]
+            after[name] = play_episodes(adapted, env, AFTER, first + 5000, True)
+    return {"returns": returns, "after": after, "seconds": seconds}
+
+
+def report(path: Path) -> None:
+    """Means and improvements, with 95 % intervals of a bootstrap over tasks and seeds."""
+    results = json.loads(path.read_text())
+    for B in sorted({r["rows"] for r in results}):
+        mine = [r for r in results if r["rows"] == B]
+        returns = {arm: _scores(mine, "returns", arm) for arm in mine[0]["returns"]}
+        after = {arm: _scores(mine, "after", arm) for arm in mine[0]["after"]}
+        seeds, tasks = after["none"].shape
+        print(f"\n{B} rows, {tasks} tasks, {seeds} seeds, {EPISODES} episodes a row")
+        print("| arm | return | last episode | against sampled | against deterministic |")
+        print("|---|---|---|---|---|")
+        for arm, scores in returns.items():
+            last = np.mean([np.array(r["returns"][arm])[:, -1].mean() for r in mine])
+            gains = [_improvement(scores - returns[other]) for other in WITHOUT]
+            print(f"| {arm} | {scores.mean():.0f} | {last:.0f} | {' | '.join(gains)} |")
+        print("\n| then, deterministic, not adapting any more | return | improvement |")
+        print("|---|---|---|")
+        for arm, scores in after.items():
+            print(f"| {arm} | {scores.mean():.0f} | {_improvement(scores - after['none'])} |")
+
+
+def _scores(results: list[dict], what: str, arm: str) -> np.ndarray:
+    """Mean returns `[seeds, tasks]`, of the tasks that every seed has."""
+    seeds = sorted({r["seed"] for r in results})
+    tasks = [i for i in range(40) if {r["seed"] for r in results if r["task"] == i} == set(seeds)]
+    means = {(r["seed"], r["task"]): np.mean(r[what][arm]) for r in results}
+    return np.array([[means[seed, task] for task in tasks] for seed in seeds])
+
+
+def _improvement(differences: np.ndarray) -> str:
+    from rliable import library
+
+    if not differences.any():
+        return "0"
+    point, interval = library.get_interval_estimates(
+        {"arm": differences},
+        lambda x: np.array([x.mean()]),
+        reps=REPETITIONS,
+        task_bootstrap=True,
+        random_state=np.random.RandomState(0),
+    )
+    low, high = interval["arm"][:, 0]
+    return f"{point['arm'][0]:+.0f} [{low:+.0f}, {high:+.0f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("pretrain")
+    train.add_argument("--steps", type=int, default=1_000_000)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--out", type=Path, required=True)
+    play = commands.add_parser("run")
+    play.add_argument("--policy", type=Path, required=True)
+    play.add_argument("--rows", type=int, nargs="+", default=[8, 1])
+    play.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    play.add_argument("--tasks", type=int, default=40)
+    play.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
+    play.add_argument("--out", type=Path, required=True)
+    show = commands.add_parser("report")
+    show.add_argument("path", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    mujoco.set_mju_user_warning(lambda _: None)
+    if options.command == "pretrain":
+        pretrain(options.steps, options.seed, options.out)
+    elif options.command == "run":
+        run(
+            options.policy,
+            options.rows,
+            options.seeds,
+            options.tasks,
+            options.adapters,
+            options.out,
+        )
+    else:
+        report(options.path)
+
+
+if __name__ == "__main__":
+    main()

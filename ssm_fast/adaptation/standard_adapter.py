@@ -1,0 +1,359 @@
+"""Adaptation by gradient steps on what a task gives, held near the policy that it started from."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_fast.adaptation.policy_objective import (
+    ActionDistribution,
+    check_count,
+    check_number,
+    distribution_of,
+)
+from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.meta_rl.flat_parameters import FlatParameters
+
+LossFn: TypeAlias = Callable[[nn.Module, Any, Any, "Tensor | None"], Tensor]
+"""Of the model, ``x``, ``y`` and the state before ``x``: a scalar."""
+
+_HALVINGS = 10  # of a step that leaves the trust region; then it is not taken
+
+
+@dataclass(frozen=True)
+class StandardAdaptationConfig:
+    """How `StandardAdapter` adapts.
+
+    Attributes:
+        learning_rate: Of Adam.
+        num_steps: Gradient steps of a call.
+        grad_clip_norm: Gradients are scaled down to this norm; None leaves them.
+        trust_region_eps: Largest mean KL divergence of the policy before the call from the policy
+            after it, over the steps of the call. The step that would pass it is halved until it
+            does not, and ends the call. None leaves the policy free.
+        ema_decay: Keep an average of the weights, ``average <- d average + (1 - d) weights`` after
+            every step, from the weights of the start on; None keeps none.
+        entropy_weight: Weight of the mean entropy of the policy, which is added to the objective.
+        max_steps_per_call: Bound on the work of a call: gradient steps and the halvings of the trust
+            region together. A step that cannot be halved any more is not taken. None sets no bound.
+
+    Raises:
+        ValueError: A number is out of its range.
+        TypeError: A count is no integer.
+    """
+
+    learning_rate: float = 3e-4
+    num_steps: int = 5
+    grad_clip_norm: float | None = 1.0
+    trust_region_eps: float | None = None
+    ema_decay: float | None = None
+    entropy_weight: float = 0.0
+    max_steps_per_call: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("learning_rate", self.learning_rate, above=0.0)
+        check_count("num_steps", self.num_steps)
+        if self.grad_clip_norm is not None:
+            check_number("grad_clip_norm", self.grad_clip_norm, above=0.0)
+        if self.trust_region_eps is not None:
+            check_number("trust_region_eps", self.trust_region_eps, above=0.0)
+        if self.ema_decay is not None:
+            check_number("ema_decay", self.ema_decay, at_least=0.0, at_most=1.0)
+        check_number("entropy_weight", self.entropy_weight, at_least=0.0)
+        if self.max_steps_per_call is not None:
+            check_count("max_steps_per_call", self.max_steps_per_call)
+
+
+class StandardAdapter:
+    """Adapts a copy of a model by gradient steps on each batch that it is given.
+
+    A call either ends with finite weights or leaves weights, optimizer and average as they were and
+    raises. Statistics of observations (`obs_norm`) do not move.
+
+    Args:
+        model: Where adaptation starts from, an `ImprovedSSM`, a `StateSpaceModel` or any module
+            ``forward(x, hidden_state) -> output or (output, ...)``. It is copied and never changed.
+        config: How to adapt.
+
+    Attributes:
+        model: The adapted copy.
+        learning_rate: Of the next step; ``config.learning_rate`` until somebody sets it.
+
+    Raises:
+        TypeError: The model is no ``nn.Module``.
+        ValueError: It has nothing to train, or a weight of it is not finite.
+    """
+
+    def __init__(self, model: nn.Module, config: StandardAdaptationConfig | None = None) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("model must have parameters that require gradients")
+        for name, parameter in model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise ValueError(f"{name} of the model must be finite, got NaN or infinity")
+        self.config = StandardAdaptationConfig() if config is None else config
+        self.model: Any = copy.deepcopy(model)
+        self.learning_rate = self.config.learning_rate
+        self._meta = {name: x.clone() for name, x in self.model.state_dict().items()}
+        self._weights = FlatParameters(self.model)
+        self._reset_optimizer()
+
+    def update_step(
+        self,
+        x: Any,
+        y: Any,
+        hidden_state: Tensor | None = None,
+        loss_fn: LossFn | None = None,
+    ) -> tuple[float, int]:
+        """Take the gradient steps of one batch.
+
+        Args:
+            x: What the model sees: ``[B, T, I]`` or ``[B, I]``, or the arguments of ``forward`` by
+                name, such as ``{"x": x, "reset": reset}``.
+            y: The target: a tensor, or anything that ``loss_fn`` takes.
+            hidden_state: The state before ``x``; the model's own if None.
+            loss_fn: ``(model, x, y, hidden_state) -> scalar``. By default the mean squared error of
+                the model's (first) output, or the cross entropy where ``y`` holds integers;
+                `PolicyObjective` for reinforcement learning.
+
+        Returns:
+            The loss before the first step, without the entropy, and the number of steps taken.
+
+        Raises:
+            ValueError: A shape does not fit, or the batch is empty.
+            TypeError: A dtype does not fit.
+            FloatingPointError: A loss, gradient or weight is not finite. Nothing has changed then.
+        """
+        check_batch(x, y)
+        chosen = supervised_loss if loss_fn is None else loss_fn
+        return self._descend(
+            lambda _: chosen(self.model, x, y, hidden_state),
+            lambda: self._distribution(x, y, hidden_state),
+        )
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The average of the weights by name, for ``model.load_state_dict``.
+
+        Raises:
+            ValueError: ``ema_decay`` is None.
+        """
+        if self._average is None:
+            raise ValueError("ema_decay must be set to average the weights")
+        names = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        sizes = [self.model.get_parameter(name).numel() for name in names]
+        parts = torch.split(self._average, sizes)
+        own: dict[str, Tensor] = {n: t.clone() for n, t in self.model.state_dict().items()}
+        for name, part in zip(names, parts, strict=True):
+            own[name] = part.view_as(own[name]).clone()
+        return own
+
+    def take_average(self) -> None:
+        """Put the average in the place of the weights.
+
+        Raises:
+            ValueError: ``ema_decay`` is None.
+        """
+        self.model.load_state_dict(self.averaged_weights())
+
+    def reset_to_meta(self) -> None:
+        """Go back to the weights of the start, bitwise, with a new optimizer and average."""
+        self.model.load_state_dict(self._meta)
+        self.learning_rate = self.config.learning_rate
+        self._reset_optimizer()
+
+    def _reset_optimizer(self) -> None:
+        self._weights.read()
+        self._optimizer = torch.optim.Adam(
+            [self._weights.vector], lr=self.learning_rate, eps=1e-5, fused=True
+        )
+        decay = self.config.ema_decay
+        self._average = None if decay is None else self._weights.vector.detach().clone()
+
+    def _descend(
+        self,
+        loss_of: Callable[[int], Tensor],
+        distribution: Callable[[], ActionDistribution],
+        kl: Callable[[], Tensor] | None = None,
+    ) -> tuple[float, int]:
+        """Take the steps of one call, or none and raise.
+
+        Args:
+            loss_of: The loss at the weights of the model, of each step.
+            distribution: Of the actions, at the weights of the model.
+            kl: What the trust region bounds; by default the divergence from the policy before.
+        """
+        self._weights.read()
+        before = self._weights.vector.detach().clone()  # [P]
+        optimizer = copy.deepcopy(self._optimizer.state_dict())
+        average = None if self._average is None else self._average.clone()
+        try:
+            return self._take_steps(loss_of, distribution, kl)
+        except BaseException:
+            self._set(before)
+            self._optimizer.load_state_dict(optimizer)
+            self._average = average
+            raise
+
+    def _take_steps(
+        self,
+        loss_of: Callable[[int], Tensor],
+        distribution: Callable[[], ActionDistribution],
+        kl: Callable[[], Tensor] | None,
+    ) -> tuple[float, int]:
+        config = self.config
+        eps, budget = config.trust_region_eps, config.max_steps_per_call or math.inf
+        if eps is not None and kl is None:
+            with torch.no_grad():
+                old = distribution().detach()
+
+            def kl() -> Tensor:
+                return old.kl(distribution()).mean()
+
+        first, steps = math.nan, 0
+        while steps < config.num_steps and budget >= 1:
+            loss = loss_of(steps)
+            if not isinstance(loss, Tensor) or loss.shape != ():
+                raise ValueError("the loss must be a scalar tensor")
+            if steps == 0:
+                first = float(loss.detach())
+            objective = loss
+            if config.entropy_weight:
+                objective = loss - config.entropy_weight * distribution().entropy().mean()
+            start = self._weights.vector.detach().clone()  # [P]
+            self._step(objective, f"step {steps}")
+            budget -= 1
+            halvings: int | None = 0
+            if eps is not None and kl is not None:
+                halvings = self._backtrack(start, kl, eps, budget)
+                if halvings is None:
+                    break
+            steps += 1
+            self._move_average()
+            if halvings:
+                break
+        return first, steps
+
+    def _step(self, loss: Tensor, where: str) -> None:
+        """One step of Adam."""
+        clip = math.inf if self.config.grad_clip_norm is None else self.config.grad_clip_norm
+        norm = float(self._weights.backward(loss, clip))
+        if not (math.isfinite(norm) and math.isfinite(float(loss.detach()))):
+            raise FloatingPointError(
+                f"{where}: loss {float(loss.detach())}, gradient norm {norm}; the weights are "
+                "those before the call"
+            )
+        self._optimizer.param_groups[0]["lr"] = self.learning_rate
+        self._optimizer.step()
+        self._weights.write()
+        if not bool(torch.isfinite(self._weights.vector).all()):
+            raise FloatingPointError(
+                f"{where}: a weight is not finite; the weights are those before the call"
+            )
+
+    @torch.no_grad()
+    def _backtrack(
+        self, start: Tensor, kl: Callable[[], Tensor], eps: float, budget: float
+    ) -> int | None:
+        """Halve the step from ``start`` until the policy is in the trust region.
+
+        Returns:
+            How often, or None where it was not to be had and the weights are those of ``start``.
+        """
+        change = self._weights.vector.detach() - start  # [P]
+        for halvings in range(int(min(budget, _HALVINGS)) + 1):
+            if halvings > 0:
+                self._set(start + 0.5**halvings * change)
+            if float(kl()) <= eps:
+                return halvings
+        self._set(start)
+        return None
+
+    def _distribution(self, x: Any, y: Any, hidden_state: Tensor | None) -> ActionDistribution:
+        """Of an `ImprovedSSM` its own; of another model what its output and the target stand for.
+
+        That is a categorical distribution where the target holds integers, and else a Gaussian of
+        deviation 1, whose entropy does not depend on the model.
+        """
+        if isinstance(self.model, ImprovedSSM):
+            return distribution_of(self.model, x, hidden_state)[0]
+        output = first_output(self.model, x, hidden_state)
+        if isinstance(y, Tensor) and not y.is_floating_point():
+            return ActionDistribution(output, None)
+        if self.config.entropy_weight:
+            raise ValueError(
+                "entropy_weight must be 0 where the model gives no distribution of actions"
+            )
+        return ActionDistribution(output, torch.zeros_like(output))
+
+    def _move_average(self) -> None:
+        if self._average is not None and self.config.ema_decay is not None:
+            self._average.lerp_(self._weights.vector.detach(), 1.0 - self.config.ema_decay)
+
+    @torch.no_grad()
+    def _set(self, vector: Tensor) -> None:
+        self._weights.vector.copy_(vector)
+        self._weights.write()
+
+
+def supervised_loss(model: nn.Module, x: Any, y: Any, hidden_state: Tensor | None) -> Tensor:
+    """Mean squared error of the model's first output, or cross entropy of integer targets.
+
+    Raises:
+        ValueError: The shapes of output and target do not fit, or an integer is out of range.
+        TypeError: The target is no tensor, or of another floating dtype.
+    """
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y must be a tensor where loss_fn is None, got {type(y).__name__}")
+    output = first_output(model, x, hidden_state)  # [..., K]
+    if y.is_floating_point():
+        if y.shape != output.shape:
+            raise ValueError(
+                f"y must have the output's shape {list(output.shape)}, got {list(y.shape)}"
+            )
+        if y.dtype != output.dtype:
+            raise TypeError(f"y must have the output's dtype {output.dtype}, got {y.dtype}")
+        return F.mse_loss(output, y)
+    K = output.shape[-1]
+    if y.shape != output.shape[:-1]:
+        raise ValueError(
+            f"y must have shape {list(output.shape[:-1])}, the output's without its classes, "
+            f"got {list(y.shape)}"
+        )
+    if int(y.min()) < 0 or int(y.max()) >= K:
+        raise ValueError(f"y must lie in [0, {K}), got {int(y.min())} to {int(y.max())}")
+    return F.cross_entropy(output.reshape(-1, K), y.reshape(-1).long())
+
+
+def first_output(model: nn.Module, x: Any, hidden_state: Tensor | None) -> Tensor:
+    """What ``forward`` returns, or the first of what it returns."""
+    arguments = dict(x) if isinstance(x, Mapping) else None
+    positional = () if arguments is not None else (x,)
+    named = arguments or {}
+    if hidden_state is not None:
+        named = {**named, "hidden_state": hidden_state}
+    output = model(*positional, **named)
+    first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return first
+
+
+def check_batch(x: Any, y: Any) -> None:
+    """Raises ValueError where a batch is empty or holds numbers that are not finite."""
+    for name, part in (("x", x), ("y", y)):
+        named = isinstance(part, Mapping)
+        for key, leaf in part.items() if named else [("", part)]:
+            where = f"{name}[{key!r}]" if named else name
+            if not isinstance(leaf, Tensor):
+                continue  # a loss_fn may take anything
+            if leaf.numel() == 0:
+                raise ValueError(f"{where} is empty, its shape is {list(leaf.shape)}")
+            if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+                index = (~torch.isfinite(leaf)).nonzero()[0].tolist()
+                raise ValueError(f"{where} must be finite, got NaN or infinity at {index}")

@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import Categorical, kl_divergence
+
+from ssm_fast.adaptation.policy_objective import distribution_of
+from ssm_fast.adaptation.standard_adapter import StandardAdaptationConfig, StandardAdapter
+from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.core.ssm import StateSpaceModel
+
+pytestmark = pytest.mark.isa_independent
+
+
+def regression() -> tuple[StateSpaceModel, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return StateSpaceModel(4, 3, 2, 8), torch.randn(5, 7, 3), torch.randn(5, 7, 2)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+class TestUpdateStep:
+    def test_equals_adam_by_hand(self) -> None:
+        model, x, y = regression()
+        config = StandardAdaptationConfig(1e-2, num_steps=3, grad_clip_norm=0.1)
+        adapter = StandardAdapter(model, config)
+        other = copy.deepcopy(model)
+        adam = torch.optim.Adam(other.parameters(), lr=1e-2, eps=1e-5)
+        for _ in range(2):
+            losses = []
+            for _ in range(3):
+                adam.zero_grad()
+                loss = nn.functional.mse_loss(other(x)[0], y)
+                losses.append(float(loss.detach()))
+                loss.backward()
+                nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+                adam.step()
+            loss, steps = adapter.update_step(x, y)
+            assert (loss, steps) == (pytest.approx(losses[0], rel=1e-5), 3)
+        torch.testing.assert_close(weights_of(adapter.model), weights_of(other))
+
+    def test_state_and_reset_reach_the_model(self) -> None:
+        model, x, y = regression()
+        state, reset = torch.randn(5, 4), torch.rand(5, 7) < 0.3
+        for given, hidden in (({"x": x, "reset": reset}, state), ({"x": x, "reset": reset}, None)):
+            loss, _ = StandardAdapter(model).update_step(given, y, hidden)
+            want = nn.functional.mse_loss(model(x, hidden, reset)[0], y)
+            assert loss == pytest.approx(want.item(), rel=1e-6)
+
+    def test_integers_are_classes(self) -> None:
+        model, x, _ = regression()
+        y = torch.randint(2, (5, 7))
+        adapter = StandardAdapter(model, StandardAdaptationConfig(1e-2, 60))
+        first, _ = adapter.update_step(x, y)
+        logits = model(x)[0]
+        want = nn.functional.cross_entropy(logits.reshape(-1, 2), y.reshape(-1))
+        assert first == pytest.approx(want.item(), rel=1e-5)
+        assert adapter.update_step(x, y)[0] < 0.8 * first
+
+    def test_any_module_and_loss(self) -> None:
+        linear = nn.Linear(3, 1)
+        adapter = StandardAdapter(linear, StandardAdaptationConfig(0.1, 100))
+        x = torch.randn(20, 3)
+        adapter.update_step(x, None, None, lambda m, x, y, h: (m(x) - 2.0).square().mean())
+        assert (adapter.model(x) - 2.0).square().mean().item() < 0.1
+
+
+class TestConfig:
+    @pytest.mark.parametrize("num_steps", [1, 4])
+    def test_num_steps_and_learning_rate(self, num_steps: int) -> None:
+        model, x, y = regression()
+        config = StandardAdaptationConfig(1e-3, num_steps, grad_clip_norm=None)
+        adapter = StandardAdapter(model, config)
+        assert adapter.update_step(x, y)[1] == num_steps
+        change = (adapter.model.A - model.A).abs().max()
+        # a step of Adam moves a weight by about its rate
+        assert 0.5e-3 * num_steps < change.item() < 1.01e-3 * num_steps
+
+    def test_grad_clip_norm(self) -> None:
+        # clipped far below Adam's eps, gradients hardly move anything
+        model, x, y = regression()
+        changes = []
+        for clip in (None, 1e-8):
+            config = StandardAdaptationConfig(1e-3, 1, grad_clip_norm=clip)
+            adapter = StandardAdapter(model, config)
+            adapter.update_step(x, y)
+            changes.append((adapter.model.A - model.A).abs().max().item())
+        assert changes[1] < 0.01 * changes[0]
+
+    @pytest.mark.parametrize("eps", [1e-4, 1e-2])
+    def test_trust_region(self, eps: float) -> None:
+        torch.manual_seed(0)
+        model = ImprovedSSM(3, 2, 4, 8, discrete=True, orthogonal_init=False)
+        x, y = torch.randn(5, 7, 3), torch.randint(2, (5, 7))
+        config = StandardAdaptationConfig(0.1, 50, trust_region_eps=eps)
+        adapter = StandardAdapter(model, config)
+        for _ in range(3):
+            before = copy.deepcopy(adapter.model)
+            _, steps = adapter.update_step(x, y)
+            with torch.no_grad():
+                old, new = (Categorical(logits=m(x)[0]) for m in (before, adapter.model))
+            kl = float(kl_divergence(old, new).mean())
+            assert 0.1 * eps < kl <= eps
+            assert 1 <= steps < 50
+        free = StandardAdapter(model, StandardAdaptationConfig(0.1, 50))
+        assert free.update_step(x, y)[1] == 50
+        now, then = distribution_of(free.model, x, None)[0], distribution_of(model, x, None)[0]
+        assert then.kl(now).mean().item() > 1e-2
+
+    def test_trust_region_of_a_regression_is_that_of_unit_gaussians(self) -> None:
+        model, x, y = regression()
+        config = StandardAdaptationConfig(0.1, 9, trust_region_eps=1e-3)
+        adapter = StandardAdapter(model, config)
+        adapter.update_step(x, y)
+        with torch.no_grad():
+            moved = (adapter.model(x)[0] - model(x)[0]).square().sum(-1).mean()
+        assert 1e-4 < 0.5 * float(moved) <= 1e-3
+
+    def test_ema_decay(self) -> None:
+        model, x, y = regression()
+        adapter = StandardAdapter(model, StandardAdaptationConfig(1e-2, 1, ema_decay=0.9))
+        average = weights_of(model)
+        for _ in range(4):
+            adapter.update_step(x, y)
+            now = weights_of(adapter.model)
+            average = {n: 0.9 * a + 0.1 * now[n] for n, a in average.items()}
+        torch.testing.assert_close(adapter.averaged_weights(), average)
+        adapter.take_average()
+        torch.testing.assert_close(weights_of(adapter.model), average)
+        adapter.reset_to_meta()
+        assert_equal(adapter.averaged_weights(), weights_of(model))
+        with pytest.raises(ValueError, match="ema_decay must be set"):
+            StandardAdapter(model).averaged_weights()
+
+    def test_entropy_weight(self) -> None:
+        torch.manual_seed(0)
+        model = ImprovedSSM(3, 2, 4, 8, discrete=True, orthogonal_init=False)
+        x, y = torch.randn(5, 7, 3), torch.zeros(5, 7, dtype=torch.int64)
+        entropies = []
+        for weight in (0.0, 1.0):
+            config = StandardAdaptationConfig(1e-2, 40, entropy_weight=weight)
+            adapter = StandardAdapter(model, config)
+            adapter.update_step(x, y)
+            entropies.append(
+                float(distribution_of(adapter.model, x, None)[0].entropy().mean().detach())
+            )
+        assert entropies[0] < 0.7 * entropies[1]
+
+        model, x, y = regression()
+        adapter = StandardAdapter(model, StandardAdaptationConfig(entropy_weight=0.1))
+        with pytest.raises(ValueError, match="entropy_weight must be 0"):
+            adapter.update_step(x, y)
+
+    def test_max_steps_per_call(self) -> None:
+        model, x, y = regression()
+        config = StandardAdaptationConfig(1e-3, num_steps=10, max_steps_per_call=4)
+        assert StandardAdapter(model, config).update_step(x, y)[1] == 4
+        # a step far out of the region needs more halvings than there are left
+        config = StandardAdaptationConfig(1.0, 10, trust_region_eps=1e-3, max_steps_per_call=3)
+        adapter = StandardAdapter(model, config)
+        assert adapter.update_step(x, y)[1] == 0
+        assert_equal(weights_of(adapter.model), weights_of(model))
+        config = StandardAdaptationConfig(1.0, 10, trust_region_eps=1e-3)
+        assert StandardAdapter(model, config).update_step(x, y)[1] == 1
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            {"learning_rate": 0.0},
+            {"learning_rate": float("nan")},
+            {"num_steps": 0},
+            {"grad_clip_norm": 0.0},
+            {"trust_region_eps": -1.0},
+            {"ema_decay": 1.5},
+            {"entropy_weight": -0.1},
+            {"max_steps_per_call": 0},
+        ],
+    )
+    def test_ranges(self, option: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=next(iter(option))):
+            StandardAdaptationConfig(**option)
+
+
+class TestMetaWeights:
+    def test_never_change(self) -> None:
+        model, x, y = regression()
+        before = weights_of(model)
+        adapter = StandardAdapter(model, StandardAdaptationConfig(1e-2))
+        adapter.update_step(x, y)
+        assert_equal(weights_of(model), before)
+        first = weights_of(adapter.model)
+        assert not torch.equal(first["A"], before["A"])
+        adapter.reset_to_meta()
+        assert_equal(weights_of(adapter.model), before)
+        adapter.update_step(x, y)  # the optimizer starts anew, too
+        assert_equal(weights_of(adapter.model), first)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("at", [0, 2])
+    def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(self, at: int) -> None:
+        model, x, y = regression()
+        adapter, other = (
+            StandardAdapter(model, StandardAdaptationConfig(1e-2, ema_decay=0.5)) for _ in range(2)
+        )
+        adapter.update_step(x, y)
+        other.update_step(x, y)
+        before, calls = weights_of(adapter.model), iter(range(9))
+
+        def loss_fn(model: nn.Module, x: Any, y: Any, state: Any) -> Tensor:
+            loss = nn.functional.mse_loss(model(x)[0], y)
+            return loss * torch.nan if next(calls) == at else loss
+
+        with pytest.raises(FloatingPointError, match=f"step {at}: loss nan"):
+            adapter.update_step(x, y, None, loss_fn)
+        assert_equal(weights_of(adapter.model), before)
+        adapter.update_step(x, y)
+        other.update_step(x, y)
+        assert_equal(weights_of(adapter.model), weights_of(other.model))
+        assert_equal(adapter.averaged_weights(), other.averaged_weights())
+
+    def test_a_divergence(self) -> None:
+        model, x, y = regression()
+        adapter = StandardAdapter(model, StandardAdaptationConfig(1e30, 5))
+        with pytest.raises(FloatingPointError, match=r"step \d: "):
+            adapter.update_step(x, y)
+        assert_equal(weights_of(adapter.model), weights_of(model))
+
+    def test_batches(self) -> None:
+        model, x, y = regression()
+        adapter = StandardAdapter(model)
+        for bad_x, bad_y, text in (
+            (x[:0], y[:0], "x is empty"),
+            (x[:, :0], y[:, :0], "x is empty"),
+            (x * torch.nan, y, r"x must be finite, got NaN or infinity at \[0, 0, 0\]"),
+            ({"x": x * torch.inf}, y, r"x\['x'\] must be finite"),
+            (x, y / 0.0, "y must be finite"),
+            (x, y[:, :3], "y must have the output's shape"),
+            (x, torch.full((5, 7), 2), r"y must lie in \[0, 2\)"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                adapter.update_step(bad_x, bad_y)
+        with pytest.raises(TypeError, match="y must have the output's dtype"):
+            adapter.update_step(x, y.double())
+        assert_equal(weights_of(adapter.model), weights_of(model))
+
+    def test_models(self) -> None:
+        with pytest.raises(TypeError, match=r"model must be an nn.Module"):
+            StandardAdapter(lambda x: x)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="must have parameters"):
+            StandardAdapter(nn.Identity())
+        broken = nn.Linear(2, 2)
+        nn.init.constant_(broken.bias, torch.nan)
+        with pytest.raises(ValueError, match="bias of the model must be finite"):
+            StandardAdapter(broken)
