@@ -11,6 +11,7 @@ from ssm_fast.kernels.recurrence import (
     OPTIONS,
     Plan,
     accumulator,
+    chunk_length,
     flags_of,
     matrix_of,
     multiply,
@@ -124,11 +125,6 @@ def dense_scan(
     else:
         launch("whole", u, A, s0, reset, reverse, s, chosen)
     return s
-
-
-def chunk_length(T: int) -> int:
-    """The power of two that about minimises the dependent steps, ``2 L + T / L``."""
-    return 1 << (max(1, T // 2).bit_length() // 2)
 
 
 def chunked(

@@ -93,6 +93,88 @@ def test_many_columns_equal_few(device, canaries, monkeypatch):
     assert torch.equal(linear_scan(a, b, h0), expected)
 
 
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Chunks of eight steps wherever there is more than one."""
+    monkeypatch.setattr(kernels, "CHUNKED_STEPS", 2)
+    monkeypatch.setattr(kernels, "chunk_length", lambda _: 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", [(1, 9, 1), (2, 16, 1), (1, 17, 2)])
+def test_chunks_equal_loop(device, canaries, in_chunks, shape, reverse, dtype):
+    a, b, h0 = problem(shape, device=device, dtype=dtype)
+    a[:, 11 % shape[1]] = 0  # as at the start of an episode
+    for initial in (h0, None):
+        h = linear_scan(a, b, initial, reverse)
+        torch.testing.assert_close(h.cpu(), loop(a, b, initial, reverse), rtol=1e-12, atol=1e-12)
+
+
+def test_more_chunks_than_are_read_at_once(device, canaries, in_chunks):
+    a, b, h0 = problem((1, 81), device=device)
+    h = linear_scan(a, b, h0)
+    torch.testing.assert_close(h.cpu(), loop(a, b, h0, False), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_shifted_chunks_equal_loop(device, canaries, in_chunks, reverse):
+    a, b, _ = problem((2, 19, 3), device=device)
+    shifted = a.roll(-1 if reverse else 1, dims=1)
+    h = torch.ops.ssm_fast.linear_scan(a, b, None, reverse, True)
+    torch.testing.assert_close(h.cpu(), loop(shifted, b, None, reverse), rtol=1e-12, atol=1e-12)
+
+
+def test_growing_products_do_not_cancel(device, in_chunks):
+    a, b = (torch.full((1, 27), x, device=device) for x in (2.0, -1.0))
+    one = torch.ones(1, device=device)
+    assert torch.equal(linear_scan(a, b, one), torch.ones_like(b))
+    turned = torch.complex(torch.zeros_like(a), a)  # h_t = 2i h - (1 + 2i): 1 becomes -1, and so on
+    h = linear_scan(turned, -torch.ones_like(turned) - turned, torch.complex(one, one * 0))
+    expected = linear_scan(
+        turned, -torch.ones_like(turned) - turned, torch.complex(one, one * 0), impl="reference"
+    )
+    assert torch.equal(h, expected)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy, interpreting
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("where", [1, 7, 8, 13, 26])
+@pytest.mark.parametrize("what", ["a", "b"])
+def test_what_is_not_finite_spreads_over_chunks_as_in_the_loop(
+    device, in_chunks, what, where, value
+):
+    a, b, _ = problem((1, 27), device=device)
+    inputs = {"a": a.abs() + 0.01, "b": b}
+    inputs[what][0, where] = value
+    expected = loop(inputs["a"], inputs["b"], None, False)
+    actual = linear_scan(inputs["a"], inputs["b"]).cpu()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_a_product_that_underflows_and_grows_again_takes_the_sequential_path(device, in_chunks):
+    a, b = torch.ones(1, 17, device=device), torch.zeros(1, 17, device=device)
+    a[0, 9:11], a[0, 13:15] = (
+        1e-30,
+        1e30,
+    )  # the product of all is one, that of the first two is lost
+    h0 = torch.full((1,), 1e30, device=device)
+    torch.testing.assert_close(linear_scan(a, b, h0)[:, 8], h0)
+    torch.testing.assert_close(linear_scan(a, b, h0).cpu(), loop(a, b, h0, False))
+
+
+def test_long_sequences_of_few_columns_are_cut_into_chunks(device, monkeypatch):
+    passes = []
+    monkeypatch.setattr(kernels, "launch", lambda *a: passes.append(a[0]))
+    for B, T in ((1, 511), (1, 512), (kernels.MANY_COLUMNS - 1, 512), (kernels.MANY_COLUMNS, 512)):
+        x = torch.zeros(1, device=device).expand(B, T)
+        linear_scan(x, x)
+    assert passes == ["whole", "ends", "fix", "ends", "fix", "whole"]
+    assert [kernels.chunk_length(T) for T in (512, 1024, 4096)] == [16, 32, 64]
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy, interpreting
 def test_products_of_coefficients_may_overflow(device):
     a, b = torch.full((1, 9, 1), 1e200, device=device, dtype=torch.float64), torch.zeros(1, 9, 1)
