@@ -97,6 +97,8 @@ def kernel(
             cut = cut_1
             cut_1 = cut_2
         h = multiply(h, W, p_A, A_row, A_col, N, BN, BB, PRODUCT, ACC) + u.to(ACC)
+        if N < BN:  # an infinite state makes NaN of the zeros beside it, which would come back
+            h = tl.where(inside, h, 0.0)
         if PASS != "ends":
             tl.store(p_s, h.to(p_s.dtype.element_ty), mask=inside)
             p_s += step * s_t
