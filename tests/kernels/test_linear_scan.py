@@ -28,8 +28,8 @@ def loop(a, b, h0, reverse, dim=1):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 1), (2, 8, 3), (1, 9, 5), (2, 33)])
-def test_equals_loop(device, canaries, shape, reverse, dtype):
-    a, b, h0 = problem(shape, device=device, dtype=dtype)
+def test_equals_loop(backend, canaries, shape, reverse, dtype):
+    a, b, h0 = problem(shape, device=backend, dtype=dtype)
     for initial in (h0, None):
         h = linear_scan(a, b, initial, reverse)
         torch.testing.assert_close(h.cpu(), loop(a, b, initial, reverse), rtol=1e-12, atol=1e-12)
@@ -60,8 +60,8 @@ def test_error_of_each_dtype(device, canaries, dtype, bound):
 @pytest.mark.parametrize(
     ("dtype", "reverse"), [(torch.float64, False), (torch.float64, True), (torch.complex128, True)]
 )
-def test_gradcheck_and_gradgradcheck(device, dtype, reverse):
-    leaves = [x.requires_grad_() for x in problem((1, 3, 2), device=device, dtype=dtype)]
+def test_gradcheck_and_gradgradcheck(backend, dtype, reverse):
+    leaves = [x.requires_grad_() for x in problem((1, 3, 2), device=backend, dtype=dtype)]
     assert gradcheck(
         lambda *x: linear_scan(*x, reverse),
         leaves,
@@ -71,8 +71,8 @@ def test_gradcheck_and_gradgradcheck(device, dtype, reverse):
     assert gradgradcheck(lambda *x: linear_scan(*x, reverse), leaves, fast_mode=True)
 
 
-def test_layouts_and_broadcasting(device):
-    a, b, h0 = problem((3, 5, 4), device=device, dtype=torch.complex128)
+def test_layouts_and_broadcasting(backend):
+    a, b, h0 = problem((3, 5, 4), device=backend, dtype=torch.complex128)
     expected = linear_scan(a, b, h0)
     for view in (
         b.transpose(0, 1).contiguous().transpose(0, 1),
@@ -125,9 +125,9 @@ def test_shifted_chunks_equal_loop(device, canaries, in_chunks, reverse):
     torch.testing.assert_close(h.cpu(), loop(shifted, b, None, reverse), rtol=1e-12, atol=1e-12)
 
 
-def test_growing_products_do_not_cancel(device, in_chunks):
-    a, b = (torch.full((1, 27), x, device=device) for x in (2.0, -1.0))
-    one = torch.ones(1, device=device)
+def test_growing_products_do_not_cancel(backend, in_chunks):
+    a, b = (torch.full((1, 27), x, device=backend) for x in (2.0, -1.0))
+    one = torch.ones(1, device=backend)
     assert torch.equal(linear_scan(a, b, one), torch.ones_like(b))
     turned = torch.complex(torch.zeros_like(a), a)  # h_t = 2i h - (1 + 2i): 1 becomes -1, and so on
     h = linear_scan(turned, -torch.ones_like(turned) - turned, torch.complex(one, one * 0))
@@ -176,15 +176,15 @@ def test_long_sequences_of_few_columns_are_cut_into_chunks(device, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy, interpreting
-def test_products_of_coefficients_may_overflow(device):
-    a, b = torch.full((1, 9, 1), 1e200, device=device, dtype=torch.float64), torch.zeros(1, 9, 1)
+def test_products_of_coefficients_may_overflow(backend):
+    a, b = torch.full((1, 9, 1), 1e200, device=backend, dtype=torch.float64), torch.zeros(1, 9, 1)
     b = b.to(a)
     b[:, -1] = 1.0
     assert torch.equal(linear_scan(a, b), b)
 
 
-def test_float32_error_of_gradients(device):
-    inputs = problem((2, 20, 3), device=device)
+def test_float32_error_of_gradients(backend):
+    inputs = problem((2, 20, 3), device=backend)
     results = []
     for dtype, impl in ((torch.float32, "auto"), (torch.float64, "reference")):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
