@@ -19,7 +19,7 @@ def problem(shape, *, device="cpu", dtype=torch.float64, seed=0):
     return [x.to(device, dtype) for x in tensors]
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 16), (70, 33), (2, 1000)])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 16), (10, 33), (2, 1000)])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("tanh", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
