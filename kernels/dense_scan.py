@@ -11,6 +11,7 @@ from ssm_fast.kernels.recurrence import (
     OPTIONS,
     Plan,
     accumulator,
+    chunk_length,
     flags_of,
     matrix_of,
     multiply,
@@ -96,6 +97,8 @@ def kernel(
             cut = cut_1
             cut_1 = cut_2
         h = multiply(h, W, p_A, A_row, A_col, N, BN, BB, PRODUCT, ACC) + u.to(ACC)
+        if N < BN:  # an infinite state makes NaN of the zeros beside it, which would come back
+            h = tl.where(inside, h, 0.0)
         if PASS != "ends":
             tl.store(p_s, h.to(p_s.dtype.element_ty), mask=inside)
             p_s += step * s_t
@@ -124,11 +127,6 @@ def dense_scan(
     else:
         launch("whole", u, A, s0, reset, reverse, s, chosen)
     return s
-
-
-def chunk_length(T: int) -> int:
-    """The power of two that about minimises the dependent steps, ``2 L + T / L``."""
-    return 1 << (max(1, T // 2).bit_length() // 2)
 
 
 def chunked(

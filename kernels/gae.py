@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssm_fast.kernels.linear_scan import MANY_COLUMNS, STEPS, steps_of
 from ssm_fast.kernels.recurrence import OPTIONS, accumulator, only_if
+from ssm_fast.ops.gae import empty_targets
 
 _SIZES = ("stride_m", "stride_t", "stride_c", "M", "T", "C")
 
@@ -93,7 +94,7 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """The op ``ssm_fast::gae``: advantages and returns, [M, T, C]."""
     inputs = (rewards, values, next_values, terminated, truncated)
-    advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
+    advantages, returns = empty_targets(rewards), empty_targets(rewards)
     launch(gae_kernel, inputs, (advantages, returns), gamma=gamma, gae_lambda=gae_lambda)
     return advantages, returns
 
@@ -102,7 +103,7 @@ def discounted_returns(
     rewards: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
 ) -> Tensor:
     """The op ``ssm_fast::discounted_returns``: [M, T, C]."""
-    returns = torch.empty_like(rewards)
+    returns = empty_targets(rewards)
     inputs = (rewards, next_values, terminated, truncated)
     launch(returns_kernel, inputs, (returns,), gamma=gamma)
     return returns
@@ -116,11 +117,13 @@ def launch(
 ) -> None:
     """One launch, all tensors in the layout of the outputs."""
     like = outputs[0]
-    M, T, C = like.shape
+    M, T, C = M_T_C = like.shape
     if like.numel() == 0:
         return
     laid_out = [
-        x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
+        x
+        if x.stride() == like.stride()
+        else torch.empty_strided(M_T_C, like.stride(), dtype=x.dtype, device=x.device).copy_(x)
         for x in inputs
     ]
     columns, warps = (128, 4) if M * C >= MANY_COLUMNS else (32, 1)

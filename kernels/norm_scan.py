@@ -30,7 +30,7 @@ _SIZES = (
 @triton.jit
 def mean_of(x, N: tl.constexpr):
     """The mean of each row, [BB, 1]."""
-    return (tl.sum(x, axis=1) / N)[:, None]
+    return (tl.sum(x, axis=1) * (1.0 / N))[:, None]
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def kernel(
         x = multiply(h, W, p_A, A_row, A_col, N, BN, BB, PRODUCT, ACC) + u.to(ACC)
         if FORWARD:
             centred = tl.where(columns, x - mean_of(x, N), 0.0)
-            scale = 1.0 / tl.sqrt(mean_of(centred * centred, N) + eps)  # [BB, 1]
+            scale = tl.rsqrt(mean_of(centred * centred, N) + eps)  # [BB, 1]
             normalised = centred * scale
             h = normalised * weight + bias
             if p_n is not None:

@@ -14,7 +14,9 @@ MAX_FEATURES = 8192
 TILE = 2048  # elements of a tile of rows
 PARTS = 256  # programs a group, at most, that the sums of the backward are split over
 
-_SIZES = ("z_g", "z_m", "weight_g", "bias_g", "residual_g", "residual_m", "grad_g", "grad_m", "M")
+_SIZES = (
+    "z_g", "z_m", "weight_g", "bias_g", "residual_g", "residual_m", "grad_g", "grad_m", "M", "parts",
+)  # fmt: skip
 
 
 @triton.jit
@@ -33,7 +35,7 @@ def tanh(x):
 @triton.jit
 def mean_of(x, H: tl.constexpr):
     """The mean of each row, [BM, 1]."""
-    return (tl.sum(x, axis=1) / H)[:, None]
+    return (tl.sum(x, axis=1) * (1.0 / H))[:, None]
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -58,7 +60,7 @@ def kernel(
         bias = tl.load(p_bias + i_g * bias_g + o_h, mask=columns, other=0.0).to(ACC)
         mean = mean_of(y, H)
         centred = tl.where(columns[None, :], y - mean, 0.0)
-        rstd = 1.0 / tl.sqrt(mean_of(centred * centred, H) + eps)
+        rstd = tl.rsqrt(mean_of(centred * centred, H) + eps)
         y = centred * rstd * weight[None, :] + bias[None, :]
         if p_mean is not None:
             tl.store(p_mean + row[:, None], mean.to(p_mean.dtype.element_ty), mask=in_rows[:, None])
@@ -75,11 +77,11 @@ def kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def grad_kernel(
     p_grad, p_z, p_weight, p_bias, p_mean, p_rstd, p_grad_z, p_parts,
-    grad_g, grad_m, z_g, z_m, weight_g, bias_g, M,
+    grad_g, grad_m, z_g, z_m, weight_g, bias_g, M, parts,
     H: tl.constexpr, BH: tl.constexpr, BM: tl.constexpr, TANH: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    i_part, parts = tl.program_id(0), tl.num_programs(0)
-    i_g = tl.program_id(1).to(tl.int64)
+    i_part = tl.program_id(0) % parts
+    i_g = (tl.program_id(0) // parts).to(tl.int64)
     o_h = tl.arange(0, BH)
     columns = o_h < H
     if p_weight is not None:
@@ -170,9 +172,9 @@ def output_norm_grad(
     count = min(PARTS, triton.cdiv(M, tile))
     state = torch.float64 if z.dtype == torch.float64 else torch.float32
     parts = None if weight is None else z.new_empty(G, count, 2, H, dtype=state)
-    grad_kernel[(count, G)](
+    grad_kernel[(count * G,)](
         grads, rows, weight, bias, mean.contiguous(), rstd.contiguous(), grad_z, parts,
-        *strides(grads, 2), *strides(rows, 2), group_stride(weight), group_stride(bias), M,
+        *strides(grads, 2), *strides(rows, 2), group_stride(weight), group_stride(bias), M, count,
         H=H, BH=features, BM=tile, TANH=tanh, ACC=accumulator(z.dtype), num_warps=warps, **OPTIONS,
     )  # fmt: skip
     if parts is None:

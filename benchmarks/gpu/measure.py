@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bars
 import torch
 import triton
 from references import dense_scan_loop, norm_scan_loop, relative_rms
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import ssm_fast
 from ssm_fast.kernels import dense_scan as dense_kernels
+from ssm_fast.kernels import linear_scan as linear_kernels
 from ssm_fast.kernels.recurrence import Plan
 from ssm_fast.ops import dense_scan, linear_scan, norm_scan
 
@@ -154,32 +156,71 @@ def norm() -> dict[str, Any]:
 
 
 def recurrent() -> dict[str, Any]:
-    """Forward and backward beside cuDNN and an eager loop of the same width."""
+    """Forward and backward beside recurrent layers of the same width, input projection included."""
     rows = {}
     for B in (16, 256, 4096):
         T, N = 256, 64
-        inputs = problem(B, T, N)
+        x, *rest = problem(B, T, N)
+        weight = torch.randn(N, N, device="cuda") / 8
         contenders: Contenders = {
-            "norm_scan": backward(norm_scan, *inputs),
-            "dense_scan": backward(dense_scan, *inputs[:2]),
+            "norm_scan": backward(lambda x, W, *rest: norm_scan(x @ W.T, *rest), x, weight, *rest),
+            "dense_scan": backward(lambda x, W, A: dense_scan(x @ W.T, A), x, weight, rest[0]),
         }
         for module in (nn.GRU, nn.LSTM, nn.RNN):
             peer = module(N, N, batch_first=True).cuda()
-            contenders[f"cuDNN {module.__name__}"] = module_backward(peer, inputs[0])
+            contenders[f"cuDNN {module.__name__}"] = module_backward(peer, x)
         if B == 16:
-            contenders["eager loop"] = backward(norm_scan_loop, *inputs)
-        rows[f"forward and backward, B{B} T{T} N{N}"] = {"ms": contest(contenders)}
-    inputs = problem(16, 32, 64)
-    compiled = torch.compile(norm_scan_loop)
-    rows["forward and backward, B16 T32 N64"] = {
-        "ms": contest(
-            {
-                "norm_scan": backward(norm_scan, *inputs),
-                "compiled loop": backward(compiled, *inputs),
-            }
-        )
-    }
+            contenders["eager loop"] = backward(
+                lambda x, W, *rest: norm_scan_loop(x @ W.T, *rest), x, weight, *rest
+            )
+        for name, peer in (("TorchRL gru_triton", torchrl_gru), ("FlashRNN LSTM", flash_lstm)):
+            run = peer(x)
+            if run is not None:
+                contenders[name] = run
+        rows[bars.WIDTH.format(B)] = {"ms": contest(contenders)}
     return rows
+
+
+def torchrl_gru(x: Tensor) -> Callable[[], Any] | None:
+    """TorchRL's fused GRU, with resets, in float32; None where it is not installed."""
+    peer = getattr(importable("torchrl.modules.tensordict_module._rnn_triton"), "gru_triton", None)
+    if peer is None:
+        return None
+    B, T, N = x.shape
+    w_ih, w_hh = (torch.randn(3 * N, N, device="cuda") / 8 for _ in range(2))
+    b_ih, b_hh = (torch.zeros(3 * N, device="cuda") for _ in range(2))
+    hidden = torch.zeros(B, T, N, device="cuda")
+    starts = torch.zeros(B, T, dtype=torch.bool, device="cuda")
+    return backward(
+        lambda *leaves: peer(leaves[0], hidden, *leaves[1:], starts)[0], x, w_ih, w_hh, b_ih, b_hh
+    )
+
+
+def flash_lstm(x: Tensor) -> Callable[[], Any] | None:
+    """FlashRNN's LSTM in Triton, one head, bfloat16 as it is published; None where not installed."""
+    peer = getattr(importable("flashrnn"), "flashrnn", None)
+    if peer is None:
+        return None
+    N = x.shape[-1]
+    half: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    weight, bias = torch.randn(4 * N, N, **half) / 8, torch.zeros(4, 1, N, **half)
+    R = torch.randn(4, 1, N, N, **half) / 8
+
+    def run(x: Tensor, weight: Tensor, R: Tensor, bias: Tensor) -> Tensor:
+        gates = (x @ weight.T).unflatten(-1, (4, 1, N))
+        return peer(gates, R, bias, function="lstm", backend="triton_fused")[0]
+
+    return backward(run, x.to(torch.bfloat16), weight, R, bias)
+
+
+def compiled() -> dict[str, Any]:
+    """The eager loop under torch.compile, at a length where that takes seconds and not minutes."""
+    inputs = problem(16, 16, 64)
+    contenders = {
+        "norm_scan": backward(norm_scan, *inputs),
+        "compiled loop": backward(torch.compile(norm_scan_loop), *inputs),
+    }
+    return {"forward and backward, B16 T16 N64": {"ms": contest(contenders)}}
 
 
 def module_backward(module: nn.RNNBase, x: Tensor) -> Callable[[], Any]:
@@ -204,14 +245,36 @@ def elementwise() -> dict[str, Any]:
         contenders["accelerated-scan"] = lambda: peer.scan(gates, tokens)
     ms = contest(contenders)
     share = ms["copy of the same bytes"] / ms["linear_scan"]
-    return {"linear_scan B64 T1024 C1280, forward": {"ms": ms, "share_of_copy_bandwidth": share}}
+    rows: dict[str, Any] = {
+        "linear_scan B64 T1024 C1280, forward": {
+            "ms": ms,
+            "share_of_copy_bandwidth": share,
+            "copy_TB_per_s": 3 * a.nbytes / ms["copy of the same bytes"] / 1e9,
+        }
+    }
+    for B, T in ((1, 65536), (64, 4096)):
+        a, b = (torch.rand(B, T, 64, device="cuda") for _ in range(2))
+        ms = contest({"one sweep": one_sweep(a, b), "chosen": lambda a=a, b=b: linear_scan(a, b)})
+        rows[f"linear_scan B{B} T{T} C64, forward"] = {"ms": ms}
+    return rows
+
+
+def one_sweep(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
+    """linear_scan through all of time, never in chunks."""
+
+    def run() -> Tensor:
+        h = torch.empty_like(b)
+        linear_kernels.launch("whole", a, b, None, h, None, b.shape[1], 1, False, False)
+        return h
+
+    return run
 
 
 def importable(name: str) -> Any:
     """A peer, or None where it is not installed."""
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except Exception:  # noqa: BLE001 - one that breaks on this machine is as good as absent
         return None
 
 
@@ -306,20 +369,22 @@ def main() -> None:
     rows: dict[str, Any] = {}
     # Products of torch's own run in float32, as those of the kernels do.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    for suite in (accuracy, dense, norm, elementwise, groups, recurrent, orders, plans):
+    for suite in (accuracy, dense, norm, elementwise, groups, recurrent, orders, plans, compiled):
         if time.perf_counter() - start > arguments.seconds:
             rows[suite.__name__] = {"error": "no time left"}
             continue
         try:
             rows |= suite()
         except Exception as error:  # noqa: BLE001 - the other suites still have something to say
-            rows[suite.__name__] = {"error": f"{type(error).__name__}: {error}"}
+            rows[suite.__name__] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            torch.cuda.empty_cache()
         payload = {"machine": machine(), "rows": rows}
         (arguments.results / "gpu.json").write_text(json.dumps(payload, indent=2) + "\n")
         head = ", ".join(f"{k} {v}" for k, v in machine().items())
-        text = ["# GPU benchmarks", "", f"`benchmarks/gpu.sh` on: {head}", "", *table(rows)]
+        text = ["# GPU benchmarks", "", f"`benchmarks/gpu.sh` on: {head}", ""]
+        text += [*bars.table(rows), "", *table(rows)]
         (arguments.results / "gpu.md").write_text("\n".join(text) + "\n")
-    print("\n".join(table(rows)))
+    print("\n".join([*bars.table(rows), "", *table(rows)]))
 
 
 if __name__ == "__main__":

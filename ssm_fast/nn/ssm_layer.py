@@ -262,6 +262,10 @@ def check_norm(norm: str | None) -> None:
 
 
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
-    """Raise unless ``x`` has the dtype of the parameters."""
-    if x.dtype != weight.dtype:
+    """Raise unless ``x`` has the dtype of the parameters, or autocast chooses the dtypes."""
+    if x.dtype != weight.dtype and not (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and x.device.type in ("cpu", "cuda")
+        and torch.is_autocast_enabled(x.device.type)
+    ):
         raise TypeError(f"{name} must have the parameters' dtype {weight.dtype}, got {x.dtype}")

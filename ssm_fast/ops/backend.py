@@ -160,6 +160,16 @@ def check_tensors(**values: object) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def promoted(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors; under `torch.autocast`, which runs recurrences in float32, no halves among them."""
+    for x in tensors:
+        if x is not None and x.device.type in ("cpu", "cuda"):
+            if not torch.is_autocast_enabled(x.device.type):
+                return tensors
+            break
+    return tuple(x if x is None or x.dtype not in _HALF else x.float() for x in tensors)
+
+
 def check_reset(reset: Tensor, batch: Tensor, symbols: str, shape: Sequence[int]) -> Tensor:
     """Validate episode starts and return them as booleans."""
     check_tensors(reset=reset)

@@ -22,6 +22,7 @@ from ssm_fast.ops.backend import (
     last_contiguous,
     native_kernel,
     needs_autograd,
+    promoted,
 )
 from ssm_fast.ops.weight_grad import incoming, weight_grad
 
@@ -184,6 +185,7 @@ def dense_scan(
         TypeError: a dtype is not supported, or the dtypes differ.
     """
     check_tensors(u=u, A=A, s0=s0)
+    u, A, s0 = promoted(u, A, s0)
     if u.dim() not in (3, 4):
         raise ValueError(f"u must have shape [B, T, N] or [G, B, T, N], got {list(u.shape)}")
     chosen = choose("dense_scan", impl, u.device)

@@ -74,24 +74,24 @@ LIBRARY.define(
 
 @torch.library.register_fake("ssm_fast::gae")
 def _(rewards: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty(rewards), _empty(rewards)
+    return empty_targets(rewards), empty_targets(rewards)
 
 
 @torch.library.register_fake("ssm_fast::discounted_returns")
 def _(rewards: Tensor, *_: Any) -> Tensor:
-    return _empty(rewards)
+    return empty_targets(rewards)
 
 
 @cpu_kernel("gae")
 def _gae(*arguments: Any) -> tuple[Tensor, Tensor]:
-    outputs = _empty(arguments[0]), _empty(arguments[0])
+    outputs = empty_targets(arguments[0]), empty_targets(arguments[0])
     _run("gae", arguments[:5], outputs, *arguments[5:])
     return outputs
 
 
 @cpu_kernel("discounted_returns", "gae")
 def _discounted_returns(*arguments: Any) -> Tensor:
-    returns = _empty(arguments[0])
+    returns = empty_targets(arguments[0])
     _run("discounted_returns", arguments[:4], (returns,), *arguments[4:])
     return returns
 
@@ -113,7 +113,7 @@ def _time_major(rewards: Tensor) -> bool:
     return C == 1 and rewards.stride()[:2] == (1, M) and M > 1 and T > 1
 
 
-def _empty(rewards: Tensor) -> Tensor:
+def empty_targets(rewards: Tensor) -> Tensor:
     """Memory for an output in the layout of ``rewards``: time-major if they are, else batch-major."""
     if _time_major(rewards):
         return rewards.new_empty(*reversed(rewards.shape)).transpose(0, 2)

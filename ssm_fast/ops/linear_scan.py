@@ -19,6 +19,7 @@ from ssm_fast.ops.backend import (
     direct_apply,
     native_kernel,
     needs_autograd,
+    promoted,
 )
 
 
@@ -209,6 +210,7 @@ def linear_scan(
         TypeError: a dtype is not supported, or the dtypes differ.
     """
     check_tensors(a=a, b=b, h0=h0)
+    a, b, h0 = promoted(a, b, h0)
     chosen = choose("linear_scan", impl, b.device)
     check_dtype("linear_scan", {"b": b, "a": a, "h0": h0}, complex_too=True)
     if not -b.dim() <= dim < b.dim():

@@ -25,6 +25,7 @@ from ssm_fast.ops.backend import (
     needs_autograd,
     normalised,
     project_norm,
+    promoted,
 )
 from ssm_fast.ops.weight_grad import incoming, weight_grad
 
@@ -570,6 +571,7 @@ def norm_scan(
         TypeError: a dtype is not supported, or the dtypes differ.
     """
     check_tensors(u=u, A=A, weight=weight, bias=bias, s0=s0)
+    u, A, weight, bias, s0 = promoted(u, A, weight, bias, s0)
     if u.dim() not in (3, 4):
         raise ValueError(f"u must have shape [B, T, N] or [G, B, T, N], got {list(u.shape)}")
     chosen = choose("norm_scan", impl, u.device)

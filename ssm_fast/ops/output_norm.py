@@ -21,6 +21,7 @@ from ssm_fast.ops.backend import (
     needs_autograd,
     normalised,
     project_norm,
+    promoted,
 )
 
 
@@ -357,6 +358,8 @@ def output_norm(
         raise ValueError(f"eps must be positive, got {eps}")
     tensors = {"z": z, "weight": weight, "bias": bias, "residual": residual}
     check_tensors(**{name: x for name, x in tensors.items() if name == "z" or x is not None})
+    z, weight, bias, residual = promoted(z, weight, bias, residual)
+    tensors = {"z": z, "weight": weight, "bias": bias, "residual": residual}
     chosen = choose("output_norm", impl, z.device)
     check_dtype("output_norm", tensors)
     if z.dim() < 1:
@@ -384,6 +387,7 @@ def fused_output(
     tanh: bool,
 ) -> Tensor:
     """`output_norm` by the kernel, for layers: only what could crash it is checked."""
+    z, weight, bias, residual = promoted(z, weight, bias, residual)
     if torch.compiler.is_compiling():
         y, _, _ = _run(z, weight, bias, residual, eps, tanh, True)
     elif needs_autograd(z, weight, bias, residual):

@@ -12,14 +12,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+from ssm_fast.kernels.recurrence import Plan, plan
+
+CUOBJDUMP = triton.knobs.nvidia.cuobjdump.path
 TYPES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -68,7 +69,7 @@ def resources(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(
         r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text
@@ -77,15 +78,14 @@ def resources(cubin):
 
 
 def problem(op, dtype, N, B, T, G=2):
-    """Arguments of ``op``; the sizes other than N do not reach the compiler."""
+    """Arguments of ``op``; of sizes other than N, only whether strides need 64 bits matters."""
 
     def real(*shape):
-        return torch.zeros(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     x, rstd = real(G, B, T, N), real(G, B, T)
     A, weight, s0 = real(G, N, N), real(G, N), real(G, B, N)
-    reset = torch.zeros(G, B, T, dtype=torch.bool)
-    flag = torch.zeros(B, T, N, dtype=torch.bool)
+    reset, flag = (torch.empty(s, dtype=torch.bool, device="meta") for s in ((G, B, T), (B, T, N)))
     return {
         "dense_scan": (x, A, s0, reset, False),
         "norm_scan": (x, A, weight, weight, s0, reset, 1e-5, True),
@@ -107,9 +107,13 @@ MODULES = {
 }
 
 
-def launches(op, dtype, N, B, T):
-    """The launches of one call of ``op``: kernel, arguments, options."""
+def launches(op, dtype, N, B, T, *chosen):
+    """The launches of one call of ``op``, by the plan ``chosen`` or its own."""
     module = importlib.import_module(f"ssm_fast.kernels.{MODULES.get(op, op)}")
+    if chosen:
+        module.plan = lambda *_: Plan(*chosen)
+    elif hasattr(module, "plan"):
+        module.plan = plan
     recorders = {
         name: Recorder(value)
         for name, value in vars(module).items()
@@ -125,8 +129,8 @@ def launches(op, dtype, N, B, T):
 
 def main(cases):
     for case in cases:
-        op, dtype, N, B, T, capability = case
-        for kernel, args, options in launches(op, getattr(torch, dtype), N, B, T):
+        op, dtype, N, B, T, capability, *chosen = case
+        for kernel, args, options in launches(op, getattr(torch, dtype), N, B, T, *chosen):
             print(json.dumps({"case": case} | compile_launch(kernel, args, options, capability)))
 
 

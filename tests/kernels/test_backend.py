@@ -41,39 +41,3 @@ def test_impl_triton_takes_tensors_of_the_cpu_inside_the_interpreter_alone(monke
     assert launched == ["whole"]
     with pytest.raises(ValueError, match="impl='triton' of dense_scan cannot run on cpu"):
         dense_scan(u, A, impl="triton")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_new_batch_size_compiles_nothing():
-    from ssm_fast.kernels.dense_scan import kernel
-
-    def variants():
-        return sum(len(cache[0]) for cache in kernel.device_caches.values())
-
-    A = torch.zeros(8, 8, device="cuda")
-    dense_scan(torch.zeros(1, 1, 8, device="cuda"), A)
-    before = variants()
-    for B, T in ((2, 3), (16, 16), (7, 100), (100, 5), (32, 1)):
-        dense_scan(torch.zeros(B, T, 8, device="cuda"), A)
-    assert variants() == before
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_training_step_is_captured_in_a_graph():
-    u = torch.randn(4, 300, 16, device="cuda", requires_grad=True)
-    A = (0.1 * torch.randn(16, 16, device="cuda")).requires_grad_()
-
-    def step():
-        return torch.autograd.grad(dense_scan(u, A).square().sum(), (u, A))
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            expected = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        actual = step()
-    graph.replay()
-    for x, y in zip(actual, expected, strict=True):
-        torch.testing.assert_close(x, y)

@@ -19,8 +19,8 @@ def problem(shape, *, device="cpu", dtype=torch.float64, seed=0):
     ("shape", "dim"), [((1, 1), -1), ((3, 17), -1), ((16, 2), 0), ((2, 5, 3), 1)]
 )
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(0.99, 0.95), (1.0, 1.0), (0.9, 0.0)])
-def test_gae_equals_reference(device, canaries, shape, dim, gamma, gae_lambda):
-    reals, flags = problem(shape, device=device)
+def test_gae_equals_reference(backend, canaries, shape, dim, gamma, gae_lambda):
+    reals, flags = problem(shape, device=backend)
     actual, expected = (
         gae(*reals, *flags, gamma, gae_lambda, dim=dim, impl=impl) for impl in ("auto", "reference")
     )
@@ -32,8 +32,8 @@ def test_gae_equals_reference(device, canaries, shape, dim, gamma, gae_lambda):
     ("shape", "dim"), [((1, 1), -1), ((3, 17), -1), ((16, 2), 0), ((2, 5, 3), 1)]
 )
 @pytest.mark.parametrize("bootstrap", [False, True])
-def test_discounted_returns_equal_reference(device, canaries, shape, dim, bootstrap):
-    (rewards, _, next_values), flags = problem(shape, device=device)
+def test_discounted_returns_equal_reference(backend, canaries, shape, dim, bootstrap):
+    (rewards, _, next_values), flags = problem(shape, device=backend)
     next_values = next_values if bootstrap else None
     actual, expected = (
         discounted_returns(rewards, *flags, 0.97, next_values, dim=dim, impl=impl)
@@ -53,8 +53,8 @@ def test_error_of_each_dtype(device, canaries, dtype):
         torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance)
 
 
-def test_a_value_that_is_not_used_may_be_anything(device):
-    (rewards, values, next_values), (terminated, truncated) = problem((1, 9), device=device)
+def test_a_value_that_is_not_used_may_be_anything(backend):
+    (rewards, values, next_values), (terminated, truncated) = problem((1, 9), device=backend)
     terminated[:] = truncated[:] = False
     terminated[0, 4] = True
     values[0, 6] = float("nan")
@@ -64,8 +64,8 @@ def test_a_value_that_is_not_used_may_be_anything(device):
     assert advantages[0, 5].isnan()
 
 
-def test_views_equal_copies(device):
-    reals, flags = problem((4, 6), device=device)
+def test_views_equal_copies(backend):
+    reals, flags = problem((4, 6), device=backend)
     expected = gae(*reals, *flags, 0.99, 0.95)
     views = [x.T.contiguous().T for x in (*reals, *flags)]
     for x, y in zip(gae(*views, 0.99, 0.95), expected, strict=True):

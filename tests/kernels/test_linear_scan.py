@@ -28,8 +28,8 @@ def loop(a, b, h0, reverse, dim=1):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 1), (2, 8, 3), (1, 9, 5), (2, 33)])
-def test_equals_loop(device, canaries, shape, reverse, dtype):
-    a, b, h0 = problem(shape, device=device, dtype=dtype)
+def test_equals_loop(backend, canaries, shape, reverse, dtype):
+    a, b, h0 = problem(shape, device=backend, dtype=dtype)
     for initial in (h0, None):
         h = linear_scan(a, b, initial, reverse)
         torch.testing.assert_close(h.cpu(), loop(a, b, initial, reverse), rtol=1e-12, atol=1e-12)
@@ -60,8 +60,9 @@ def test_error_of_each_dtype(device, canaries, dtype, bound):
 @pytest.mark.parametrize(
     ("dtype", "reverse"), [(torch.float64, False), (torch.float64, True), (torch.complex128, True)]
 )
-def test_gradcheck_and_gradgradcheck(device, dtype, reverse):
-    leaves = [x.requires_grad_() for x in problem((1, 3, 2), device=device, dtype=dtype)]
+def test_gradcheck_and_gradgradcheck(backend, dtype, reverse):
+    shape = (1, 2) if dtype.is_complex else (1, 3, 2)
+    leaves = [x.requires_grad_() for x in problem(shape, device=backend, dtype=dtype)]
     assert gradcheck(
         lambda *x: linear_scan(*x, reverse),
         leaves,
@@ -71,8 +72,8 @@ def test_gradcheck_and_gradgradcheck(device, dtype, reverse):
     assert gradgradcheck(lambda *x: linear_scan(*x, reverse), leaves, fast_mode=True)
 
 
-def test_layouts_and_broadcasting(device):
-    a, b, h0 = problem((3, 5, 4), device=device, dtype=torch.complex128)
+def test_layouts_and_broadcasting(backend):
+    a, b, h0 = problem((3, 5, 4), device=backend, dtype=torch.complex128)
     expected = linear_scan(a, b, h0)
     for view in (
         b.transpose(0, 1).contiguous().transpose(0, 1),
@@ -93,16 +94,93 @@ def test_many_columns_equal_few(device, canaries, monkeypatch):
     assert torch.equal(linear_scan(a, b, h0), expected)
 
 
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Chunks of eight steps wherever there is more than one."""
+    monkeypatch.setattr(kernels, "CHUNKED_STEPS", 2)
+    monkeypatch.setattr(kernels, "chunk_length", lambda _: 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shape", [(1, 9, 1), (2, 16, 1), (1, 17, 2)])
+def test_chunks_equal_loop(device, canaries, in_chunks, shape, reverse, dtype):
+    a, b, h0 = problem(shape, device=device, dtype=dtype)
+    a[:, 11 % shape[1]] = 0  # as at the start of an episode
+    for initial in (h0, None):
+        h = linear_scan(a, b, initial, reverse)
+        torch.testing.assert_close(h.cpu(), loop(a, b, initial, reverse), rtol=1e-12, atol=1e-12)
+
+
+def test_more_chunks_than_are_read_at_once(device, canaries, in_chunks):
+    a, b, h0 = problem((1, 81), device=device)
+    h = linear_scan(a, b, h0)
+    torch.testing.assert_close(h.cpu(), loop(a, b, h0, False), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_shifted_chunks_equal_loop(device, canaries, in_chunks, reverse):
+    a, b, _ = problem((2, 19, 3), device=device)
+    shifted = a.roll(-1 if reverse else 1, dims=1)
+    h = torch.ops.ssm_fast.linear_scan(a, b, None, reverse, True)
+    torch.testing.assert_close(h.cpu(), loop(shifted, b, None, reverse), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [16.0, 16.0j])
+def test_growing_products_do_not_cancel(backend, in_chunks, factor):
+    a = torch.full((1, 27), factor, device=backend)
+    h0 = torch.ones(1, dtype=a.dtype, device=backend)
+    assert torch.equal(linear_scan(a, 1 - a, h0), torch.ones_like(a))
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy, interpreting
-def test_products_of_coefficients_may_overflow(device):
-    a, b = torch.full((1, 9, 1), 1e200, device=device, dtype=torch.float64), torch.zeros(1, 9, 1)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+@pytest.mark.parametrize("where", [1, 7, 8, 13, 26])
+@pytest.mark.parametrize("what", ["a", "b"])
+def test_what_is_not_finite_spreads_over_chunks_as_in_the_loop(
+    device, in_chunks, what, where, value
+):
+    a, b, _ = problem((1, 27), device=device)
+    inputs = {"a": a.abs() + 0.01, "b": b}
+    inputs[what][0, where] = value
+    expected = loop(inputs["a"], inputs["b"], None, False)
+    actual = linear_scan(inputs["a"], inputs["b"]).cpu()
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_a_product_that_underflows_and_grows_again_takes_the_sequential_path(device, in_chunks):
+    a, b = torch.ones(1, 17, device=device), torch.zeros(1, 17, device=device)
+    a[0, 9:11], a[0, 13:15] = (
+        1e-30,
+        1e30,
+    )  # the product of all is one, that of the first two is lost
+    h0 = torch.full((1,), 1e30, device=device)
+    torch.testing.assert_close(linear_scan(a, b, h0)[:, 8], h0)
+    torch.testing.assert_close(linear_scan(a, b, h0).cpu(), loop(a, b, h0, False))
+
+
+def test_long_sequences_of_few_columns_are_cut_into_chunks(device, monkeypatch):
+    passes = []
+    monkeypatch.setattr(kernels, "launch", lambda *a: passes.append(a[0]))
+    for B, T in ((1, 511), (1, 512), (kernels.MANY_COLUMNS - 1, 512), (kernels.MANY_COLUMNS, 512)):
+        x = torch.zeros(1, device=device).expand(B, T)
+        linear_scan(x, x)
+    assert passes == ["whole", "ends", "fix", "ends", "fix", "whole"]
+    assert [kernels.chunk_length(T) for T in (512, 1024, 4096)] == [16, 32, 64]
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy, interpreting
+def test_products_of_coefficients_may_overflow(backend):
+    a, b = torch.full((1, 9, 1), 1e200, device=backend, dtype=torch.float64), torch.zeros(1, 9, 1)
     b = b.to(a)
     b[:, -1] = 1.0
     assert torch.equal(linear_scan(a, b), b)
 
 
-def test_float32_error_of_gradients(device):
-    inputs = problem((2, 20, 3), device=device)
+def test_float32_error_of_gradients(backend):
+    inputs = problem((2, 20, 3), device=backend)
     results = []
     for dtype, impl in ((torch.float32, "auto"), (torch.float64, "reference")):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]

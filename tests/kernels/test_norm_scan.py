@@ -33,8 +33,8 @@ def problem(B=2, T=3, N=4, *, device="cpu", dtype=torch.float64, seed=0, resets=
 
 @pytest.mark.parametrize("resets", [*RESETS, "random"])
 @pytest.mark.parametrize(("B", "T", "N"), [(1, 1, 1), (3, 5, 17), (2, 3, 64)])
-def test_float64_equals_loop(device, canaries, B, T, N, resets):
-    arguments = problem(B, T, N, device=device, resets=resets)
+def test_float64_equals_loop(backend, canaries, B, T, N, resets):
+    arguments = problem(B, T, N, device=backend, resets=resets)
     torch.testing.assert_close(
         norm_scan(*arguments), norm_scan_loop(*arguments), rtol=1e-11, atol=1e-11
     )
@@ -76,8 +76,9 @@ def test_sweeps_equal_native(canaries, device, monkeypatch, product, B, T, N):
     arguments = problem(B, T, N)
     second = torch.randn(B, T, N, dtype=torch.float64)
     actual = sweeps([x.to(device) for x in arguments], second.to(device))
-    monkeypatch.setattr(backend, "_interpreting", False)
-    expected = sweeps(arguments, second)
+    with monkeypatch.context() as native:
+        native.setattr(backend, "_interpreting", False)
+        expected = sweeps(arguments, second)
     for name, outputs in expected.items():
         for x, y in zip(actual[name], outputs, strict=True):
             torch.testing.assert_close(x.cpu(), y, rtol=1e-11, atol=1e-11, msg=name)
@@ -93,8 +94,8 @@ def test_error_of_each_dtype(device, canaries, dtype, bound):
     assert relative_rms(s, norm_scan_loop(*(x.double() for x in arguments))) <= bound
 
 
-def test_float32_error_of_gradients(device):
-    *inputs, reset = problem(3, 12, 8, device=device)
+def test_float32_error_of_gradients(backend):
+    *inputs, reset = problem(3, 12, 8, device=backend)
     results = []
     for dtype, scan in ((torch.float32, norm_scan), (torch.float64, norm_scan_loop)):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -106,19 +107,19 @@ def test_float32_error_of_gradients(device):
 
 
 @pytest.mark.parametrize(("T", "resets"), [(1, "first"), (3, "random")])
-def test_gradcheck_and_gradgradcheck(device, T, resets):
-    *leaves, reset = problem(2, T, 3, device=device, resets=resets)
+def test_gradcheck_and_gradgradcheck(backend, T, resets):
+    *leaves, reset = problem(min(T, 2), T, 3, device=backend, resets=resets)
     leaves = [x.requires_grad_() for x in leaves]
     assert gradcheck(lambda *x: norm_scan(*x, reset), leaves, check_forward_ad=True, fast_mode=True)
     assert gradgradcheck(lambda *x: norm_scan(*x, reset), leaves, fast_mode=True)
 
 
-def test_vmapped_gradients_over_tasks_equal_a_loop(device):
-    problems = [problem(device=device, seed=g) for g in range(3)]
+def test_vmapped_gradients_over_tasks_equal_a_loop(backend):
+    problems = [problem(device=backend, seed=g) for g in range(3)]
     stacked = [torch.stack(x) for x in zip(*problems, strict=True)]
 
     def loss(A, u, weight, bias, s0, reset):
-        return norm_scan(u, A, weight, bias, s0, reset, impl="triton").square().sum()
+        return norm_scan(u, A, weight, bias, s0, reset).square().sum()
 
     def adapted(A, *rest):  # the meta-gradient of one inner step
         return grad(lambda A: loss(A - 0.01 * grad(loss)(A, *rest), *rest))(A)
@@ -129,8 +130,8 @@ def test_vmapped_gradients_over_tasks_equal_a_loop(device):
     torch.testing.assert_close(together, alone)
 
 
-def test_forward_mode_equals_reverse_mode(device):
-    u, A, *rest = problem(2, 3, 2, device=device)
+def test_forward_mode_equals_reverse_mode(backend):
+    u, A, *rest = problem(2, 3, 2, device=backend)
     f = lambda A: norm_scan(u, A, *rest)
     torch.testing.assert_close(jacfwd(f)(A), jacrev(f)(A))
 
@@ -146,8 +147,8 @@ def test_any_layout_gives_the_same_states(device):
         assert torch.equal(norm_scan(view, A.T.contiguous().T, *rest), expected)
 
 
-def test_reset_drops_a_state_that_is_not_finite(device):
-    u, *rest, reset = problem(2, 5, 4, device=device)
+def test_reset_drops_a_state_that_is_not_finite(backend):
+    u, *rest, reset = problem(2, 5, 4, device=backend)
     u[:, 1] = float("nan")
     reset[:, 2] = True
     s = norm_scan(u, *rest, reset)

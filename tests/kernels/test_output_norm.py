@@ -19,7 +19,7 @@ def problem(shape, *, device="cpu", dtype=torch.float64, seed=0):
     return [x.to(device, dtype) for x in tensors]
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 16), (70, 33), (2, 1000)])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 16), (10, 33), (2, 1000)])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("tanh", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
@@ -58,14 +58,14 @@ def test_tanh_near_zero_and_far_away(device):
     torch.testing.assert_close(output_norm(x, tanh=True), x.tanh(), rtol=1e-14, atol=0)
 
 
-def test_gradcheck_and_gradgradcheck(device):
-    leaves = [x.requires_grad_() for x in problem((3, 4), device=device)]
+def test_gradcheck_and_gradgradcheck(backend):
+    leaves = [x.requires_grad_() for x in problem((3, 4), device=backend)]
     assert gradcheck(lambda *x: output_norm(*x, tanh=True), leaves, fast_mode=True)
     assert gradgradcheck(lambda *x: output_norm(*x, tanh=True), leaves, fast_mode=True)
 
 
-def test_groups_have_weights_of_their_own(device, canaries):
-    problems = [problem((3, 4), device=device, seed=g) for g in range(2)]
+def test_groups_have_weights_of_their_own(backend, canaries):
+    problems = [problem((3, 4), device=backend, seed=g) for g in range(2)]
     z, weight, bias, residual = (torch.stack(x) for x in zip(*problems, strict=True))
     y = torch.vmap(lambda *x: output_norm(*x, tanh=True))(z, weight, bias, residual)
     torch.testing.assert_close(y, torch.stack([output_norm(*p, tanh=True) for p in problems]))
