@@ -476,6 +476,8 @@ def _evaluate_adaptation(
     lines = []
     for what in ("test_tasks", "out_of_range_tasks"):
         tasks = getattr(family, what)
+        if not tasks:  # nothing lies outside a family of two directions
+            continue
         returns = trainer.evaluate(env, tasks, seed=EVALUATION_SEED)  # [K + 1, M, R, E]
         of_tasks = returns.mean((2, 3))  # [K + 1, M]
         report[what] = [

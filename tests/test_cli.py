@@ -151,6 +151,13 @@ class TestTrain:
             in text
         )
 
+    def test_meta_rl_of_a_family_without_tasks_out_of_range(self) -> None:
+        args = [*META, "--env", "ssm_fast/HalfCheetahDir-v0", "--epochs", "1", "--out", "out"]
+        assert cli.main(args) == 0
+        report = json.loads(Path("out/evaluation.json").read_text())
+        assert [len(row["tasks"]) for row in report["test_tasks"]] == [2] * 4
+        assert "out_of_range_tasks" not in report
+
     def test_meta_rl_of_trials(self, capsys: pytest.CaptureFixture[str]) -> None:
         trials = ["--inner_steps", "0", "--trial_episodes", "2", "--epochs", "1", "--out", "out"]
         assert cli.main([*META, *trials]) == 0
