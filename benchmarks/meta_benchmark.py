@@ -28,6 +28,7 @@ from rliable import metrics
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import Environment, TrialEnvironment, get_family
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
+from ssm_fast.meta_rl.run import write_state
 
 mpl.use("agg")
 from matplotlib import pyplot as plt
@@ -40,6 +41,7 @@ LABELS = {
     "pretrained": "one policy for all tasks",
 }
 STEPS = 3
+ROWS = 20  # of each task
 SEED = 4_000_000_000  # of the evaluations
 BOOTSTRAP = 2000
 
@@ -62,13 +64,13 @@ SETTINGS = {
     "cartpole": Setting("ssm_fast/CartPoleFamily-v0", 20, {3: 475.0}, trainer={"inner_steps": 2}),
     "dir": Setting(
         "ssm_fast/HalfCheetahDir-v0",
-        70,
+        60,
         {1: 293.0, 3: 330.0},
-        trainer={"inner_steps": 2, "inner_lr": 0.5, "learn_inner_lr": True},
+        trainer={"inner_steps": 3, "inner_lr": 0.5, "learn_inner_lr": True},
     ),
     "vel": Setting(
         "ssm_fast/HalfCheetahVel-v0",
-        100,
+        80,
         {1: -79.0, 3: -60.0},
         trainer={"inner_steps": 2, "inner_lr": 0.2, "learn_inner_lr": True},
     ),
@@ -90,6 +92,8 @@ class Options:
     """Instead of the setting's."""
     out: Path = Path("benchmarks/results/meta")
     """The folder of the runs' files, the table and the plots."""
+    states: Path = Path("build/meta")
+    """The folder of the trained policies, as states of a `MetaRLTrainer`."""
     only_summary: bool = False
     """Run nothing."""
     threads: int = 1
@@ -103,21 +107,43 @@ def main(options: Options) -> None:
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for method in options.methods:
             path = options.out / f"{options.env}-{method}-seed{seed}.json"
+            epochs = epochs_of(setting, method, options.epochs or setting.epochs)
+            if path.exists():
+                check_settings(path, epochs, trainer_options(setting, method))
             if path.exists() or options.only_summary:
                 continue
-            result = run(setting, method, seed, options.epochs or setting.epochs)
+            result = run(setting, method, seed, epochs, options.states / f"{path.stem}.pt")
             path.write_text(json.dumps(result) + "\n")
             say(f"{path}: {describe(np.array(result['test_tasks']))}")
     summarise(options, setting)
 
 
-def run(setting: Setting, method: str, seed: int, epochs: int) -> dict[str, Any]:
+def trainer_options(setting: Setting, method: str) -> dict[str, Any]:
+    options = {"tasks_per_epoch": 8, **setting.trainer}
+    return options if method in ("maml", "both") else options | {"inner_steps": 0}
+
+
+def epochs_of(setting: Setting, method: str, epochs: int) -> int:
+    """As many as make the steps of `epochs` epochs of gradient steps."""
+    rounds = setting.trainer.get("inner_steps", 1) + 1
+    own = rounds if method in ("maml", "both") else 1
+    episodes = setting.trial_episodes if method in ("rl2", "both") else 1
+    return max(1, round(epochs * rounds / (own * episodes)))
+
+
+def check_settings(path: Path, epochs: int, options: dict[str, Any]) -> None:
+    """A table does not mix runs of different settings."""
+    found = json.loads(path.read_text())
+    if (found["epochs"], found["trainer"]) != (epochs, options):
+        raise SystemExit(f"{path} has other settings than {epochs} epochs, {options}: remove it")
+
+
+def run(setting: Setting, method: str, seed: int, epochs: int, state: Path) -> dict[str, Any]:
     """Trains and evaluates one policy."""
     start = time.perf_counter()
     torch.manual_seed(seed)
-    options = {"tasks_per_epoch": 8, **setting.trainer, "seed": seed}
-    rows = 20 * options["tasks_per_epoch"]  # 20 trajectories a gradient step
-    adapts = method in ("maml", "both")
+    options = trainer_options(setting, method)
+    rows = ROWS * options["tasks_per_epoch"]
     env: Environment | TrialEnvironment = Environment(setting.env, rows)
     if method in ("rl2", "both"):
         env = TrialEnvironment(env, setting.trial_episodes)
@@ -128,9 +154,7 @@ def run(setting: Setting, method: str, seed: int, epochs: int) -> dict[str, Any]
         normalize_observations=True,
         **setting.model,
     )
-    if not adapts:
-        options["inner_steps"] = 0
-    trainer = MetaRLTrainer(model, **options)
+    trainer = MetaRLTrainer(model, **options, seed=seed)
     family = get_family(setting.env)
 
     def show(metrics: dict[str, float]) -> None:
@@ -140,7 +164,9 @@ def run(setting: Setting, method: str, seed: int, epochs: int) -> dict[str, Any]
 
     curve = trainer.train(env, epochs, callback=show).metrics
     seconds = time.perf_counter() - start
-    if method == "pretrained":
+    state.parent.mkdir(parents=True, exist_ok=True)
+    write_state(state, trainer.state_dict())
+    if trainer.inner_steps == 0:
         tune_inner_lr(trainer, env)
     returns = {
         what: trainer.evaluate(env, tasks, STEPS, SEED).mean(2).tolist()
@@ -160,8 +186,8 @@ def run(setting: Setting, method: str, seed: int, epochs: int) -> dict[str, Any]
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip(),
         "torch": torch.__version__,
-        "trainer": {k: v for k, v in options.items() if k != "seed"},
-        **returns,  # [K + 1, M, E], means over 20 trajectories
+        "trainer": options,
+        **returns,  # [K + 1, M, E], means over the rows
         "test_tasks_modes": modes.mean(2).tolist(),
         "curve": {
             name: [row[name] for row in curve]
@@ -204,8 +230,9 @@ def summarise(options: Options, setting: Setting) -> None:
         "",
         (
             f"Made by `python benchmarks/meta_benchmark.py --env {options.env}`. Return on {count} held-out tasks, "
-            "of sampled actions, after 0 to 3 gradient steps of 20 trajectories each: the mean over tasks and seeds, and in "
-            "parentheses the interquartile mean with its 95 % interval. Of a trial, that of its last episode."
+            f"of sampled actions, after 0 to 3 gradient steps on {ROWS} rows each, of one episode's length (or a trial's; a row "
+            "plays on where its episode ends early): the mean over tasks and seeds, and in parentheses the interquartile mean "
+            "with its 95 % interval, of a bootstrap over tasks and seeds. Of a trial, the return of its last episode."
         ),
         "",
         f"| method | seeds | steps | wall time | {numbers} |",
@@ -253,6 +280,7 @@ def interval(scores: np.ndarray) -> dict[str, float]:
         points, limits = rly.get_interval_estimates(
             {"all": scores},
             lambda x: np.array([metrics.aggregate_iqm(x)]),
+            task_bootstrap=True,  # other tasks of the family, too
             reps=BOOTSTRAP,
             random_state=np.random.RandomState(0),
         )
@@ -280,7 +308,7 @@ def plot_steps(options: Options, setting: Setting, runs: list[dict[str, Any]]) -
     for k, value in setting.bar.items():
         axes.plot([k - 0.15, k + 0.15], [value, value], color="black")
     axes.set_xticks(range(STEPS + 1))
-    axes.set_xlabel("gradient steps, 20 trajectories each")
+    axes.set_xlabel(f"gradient steps on {ROWS} rows each")
     axes.set_ylabel("return on held-out tasks")
     axes.set_title(f"{setting.env} (interquartile mean, 95 % interval)")
     axes.grid(alpha=0.3)

@@ -478,7 +478,8 @@ def _evaluate_adaptation(
         tasks = getattr(family, what)
         if not tasks:  # nothing lies outside a family of two directions
             continue
-        returns = trainer.evaluate(env, tasks, seed=EVALUATION_SEED)  # [K + 1, M, R, E]
+        steps = 3 if trainer.inner_steps else 0
+        returns = trainer.evaluate(env, tasks, steps, EVALUATION_SEED)  # [K + 1, M, R, E]
         of_tasks = returns.mean((2, 3))  # [K + 1, M]
         report[what] = [
             {

@@ -163,7 +163,7 @@ class TestTrain:
         assert cli.main([*META, *trials]) == 0
         assert ImprovedSSM.load("out/policy.safetensors").input_dim == 4 + 2 + 2
         report = json.loads(Path("out/evaluation.json").read_text())
-        assert [len(row["mean_of_episodes"]) for row in report["test_tasks"]] == [2] * 4
+        assert [len(row["mean_of_episodes"]) for row in report["test_tasks"]] == [2]
         capsys.readouterr()
         assert cli.main(["evaluate", "out"]) == 2
         assert "plays trials of 2 episodes" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ TaskEnvironment: TypeAlias = Environment | TrialEnvironment
 
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
-_EVALUATION_SEED = 2**31  # the seeds of training lie below
+_EVALUATION_SEED = 2**32  # the seeds of training lie below
+_LARGEST_LOG_RATIO = 20.0  # beyond, the gradient of a clipped ratio is 0 * inf
 _SETTINGS = (
     "tasks_per_epoch",
     "inner_lr",
@@ -105,8 +107,8 @@ class MetaRLTrainer:
         gamma: Discount factor.
         gae_lambda: Weight of longer returns in the advantages.
         clip_epsilon: PPO's clipping range in the outer surrogate.
-        tasks_per_epoch: `G`. The environment has a multiple of it as rows: 20 rows a task are 20
-            trajectories a gradient step.
+        tasks_per_epoch: `G`. The environment has a multiple of it as rows. 20 rows a task are 20
+            trajectories a gradient step, or more where episodes end early, as rows play on.
         outer_epochs: Passes over the rounds of an epoch.
         tasks_per_minibatch: Tasks in a minibatch.
         num_steps: Steps of each row in a round; by default the time limit of the environment.
@@ -116,7 +118,8 @@ class MetaRLTrainer:
         anneal_lr: Decay the outer learning rate linearly to zero.
         checkpoint_interval: Epochs between checkpoints.
         evaluation_interval: Epochs between two evaluations on held-out tasks.
-        evaluation_steps: Gradient steps of these.
+        evaluation_steps: Gradient steps of these; none where `inner_steps` is 0. One that leads to
+            weights that are not finite makes the figures of an evaluation NaN, with a warning.
         seed: Of the tasks, the environments and the action noise. By default drawn from torch's
             global generator.
         device: Where the model acts and learns.
@@ -209,6 +212,7 @@ class MetaRLTrainer:
         self.timesteps = 0
         self._first_iteration = 0  # of the call to train that is under way
         self._batch_size = 0  # of that call
+        self._env = ("", 1)  # of that call: its id and the episodes of a trial
         self._seconds = 0.0
 
     def train(
@@ -242,8 +246,8 @@ class MetaRLTrainer:
                 `total_epochs` then counts from the start of the run.
 
         Returns:
-            The returns of the adapted policies, an entry for each trajectory, and the metrics of
-            this call. In these, `return_0` is the return before the first step and `episode_return`
+            The returns of the adapted policies, an entry for each row (and no lengths), and the
+            metrics of this call. In these, `return_0` is the return before the first step and `episode_return`
             the one after the last, both on training tasks; `test_return_k` is the one after `k`
             steps on held-out tasks, NaN where there was no evaluation. Of a trial, it is the mean
             over its episodes.
@@ -266,6 +270,7 @@ class MetaRLTrainer:
             raise ValueError("train_tasks must not be empty")
         self._first_iteration = self.iteration
         self._batch_size = env.batch_size
+        self._env = (env.env_name, _episodes_of(env))
         if resume:
             if run is None:
                 raise ValueError("resume needs the run to continue")
@@ -340,12 +345,8 @@ class MetaRLTrainer:
         seconds = time.perf_counter() - start
         self._seconds += seconds
         steps = self.timesteps - timesteps
-        test_returns = np.full(self.evaluation_steps + 1, np.nan)
-        if test_tasks and (
-            self.iteration % self.evaluation_interval == 0 or self.iteration == last
-        ):
-            found = self.evaluate(env, test_tasks, self.evaluation_steps, _EVALUATION_SEED)
-            test_returns = found.mean((1, 2, 3))
+        due = self.iteration % self.evaluation_interval == 0 or self.iteration == last
+        test_returns = self._test_returns(env, test_tasks if due else ())
         returns = adaptation.returns.mean(-1)  # [K + 1, G, R]
         result.episode_returns.extend(returns[-1].flatten().tolist())
         ends = sum(int(r["reset"].sum()) for r in adaptation.rounds)
@@ -363,6 +364,19 @@ class MetaRLTrainer:
             "steps_per_second": steps / seconds,
         }
 
+    def _test_returns(self, env: TaskEnvironment, tasks: Sequence[Task]) -> NDArray[np.float64]:
+        """Returns on held-out tasks after each step, NaN where they are not known."""
+        steps = self.evaluation_steps if self.inner_steps else 0  # only what is trained for
+        unknown = np.full(steps + 1, np.nan)
+        if not tasks:
+            return unknown
+        try:
+            returns: NDArray[np.float64] = self.evaluate(env, tasks, steps).mean((1, 2, 3))
+            return returns
+        except FloatingPointError as error:  # more steps than are trained for: training goes on
+            warnings.warn(f"epoch {self.iteration}: no evaluation: {error}", stacklevel=2)
+            return unknown
+
     # Playing
 
     def evaluate(
@@ -379,24 +393,36 @@ class MetaRLTrainer:
             env: The environment, of `R` rows for each of `tasks_per_epoch` tasks.
             tasks: The tasks, `M`.
             steps: Gradient steps `K`, each on a round of `R` trajectories.
-            seed: Of the first round; the same for all tasks.
+            seed: Of the environments and of the actions.
             deterministic: Measure the modes of the policies, in rounds of their own, and not the
                 samples from which they learn.
 
         Returns:
             `[K + 1, M, R, E]`; see `Adaptation.returns`.
+
+        Raises:
+            FloatingPointError: An inner step leads to weights that are not finite.
         """
         if not tasks:
             raise ValueError("tasks must not be empty")
         timesteps, G = self.timesteps, self.tasks_per_epoch
         returns = []
-        for first in range(0, len(tasks), G):
-            chunk = list(tasks[first : first + G])
-            filled = (chunk * G)[:G]  # every row plays
-            adaptation = self.adapt(env, filled, steps, seed, deterministic)
-            returns.append(adaptation.returns[:, : len(chunk)])
-        self.timesteps = timesteps
-        return torch.cat(returns, 1).double().numpy()
+        try:
+            with torch.random.fork_rng(self._cuda_devices()):
+                torch.manual_seed(seed)
+                for first in range(0, len(tasks), G):
+                    chunk = list(tasks[first : first + G])
+                    filled = (chunk * G)[:G]  # every row plays
+                    try:
+                        adaptation = self.adapt(env, filled, steps, seed, deterministic)
+                    except FloatingPointError as error:
+                        raise FloatingPointError(
+                            f"of the tasks from {first} on, {error}"
+                        ) from error
+                    returns.append(adaptation.returns[:, : len(chunk)])
+        finally:
+            self.timesteps = timesteps
+        return torch.cat(returns, 1).double().cpu().numpy()
 
     def adapt(
         self,
@@ -412,7 +438,7 @@ class MetaRLTrainer:
             env: The environment.
             tasks: A task for each row group, `G`.
             steps: `K`, each on a round played with the weights before it.
-            seed: Of the first round's environments; the rounds after it count up.
+            seed: Of the first row of the first round; the other rows and rounds count up.
             deterministic: Return what the modes of the policies earn, in rounds of their own.
 
         Raises:
@@ -424,10 +450,11 @@ class MetaRLTrainer:
         weights = self.shared_weights(self.tasks_per_epoch)
         returns, rounds = [], []
         for k in range(steps + 1):
-            played = self.collect(env, weights, seed + k)
+            first_seed = seed + k * env.batch_size  # no round starts where another one did
+            played = self.collect(env, weights, first_seed)
             measured = played
             if deterministic:
-                measured = self.collect(env, weights, seed + k, deterministic=True)
+                measured = self.collect(env, weights, first_seed, deterministic=True)
             returns.append(measured.episode_returns)
             rounds.append(self._batch(played))
             if k < steps:
@@ -456,7 +483,7 @@ class MetaRLTrainer:
         """
         policies = TaskPolicies(self.model, weights)
         B, T = env.batch_size, self._steps_of(env)
-        G, E = policies.tasks, env.episodes if isinstance(env, TrialEnvironment) else 1
+        G, E = policies.tasks, _episodes_of(env)
         dtype = next(self.model.parameters()).dtype
         observations = np.empty((B, T, env.input_dim), dtype=np.float32)  # [B, T, I]
         rewards = np.empty((B, T))  # [B, T]
@@ -574,13 +601,17 @@ class MetaRLTrainer:
             return mean.log_softmax(-1).gather(-1, taken).squeeze(-1)  # type: ignore[no-any-return]
         return gaussian_log_prob(batch["actions"], mean, log_std)
 
+    def _ratio(self, weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
+        """Probabilities of the actions over those when they were taken, `[R, T]`."""
+        log_ratio = self._log_prob(weights, batch) - batch["log_probs"]
+        return log_ratio.clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
+
     def _inner_loss(self, weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
-        ratio = (self._log_prob(weights, batch) - batch["log_probs"]).exp()  # [R, T]
-        return -(ratio * batch["advantages"]).mean()
+        return -(self._ratio(weights, batch) * batch["advantages"]).mean()
 
     def _surrogate(self, weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
         """PPO's clipped surrogate of one task's policy, to be minimised."""
-        ratio = (self._log_prob(weights, batch) - batch["log_probs"]).exp()  # [R, T]
+        ratio = self._ratio(weights, batch)  # [R, T]
         clipped = ratio.clamp(1.0 - self.clip_epsilon, 1.0 + self.clip_epsilon)
         advantages = batch["advantages"]
         return -torch.minimum(ratio * advantages, clipped * advantages).mean()
@@ -631,6 +662,8 @@ class MetaRLTrainer:
             "version": _STATE_VERSION,
             "settings": {name: getattr(self, name) for name in _SETTINGS},
             "batch_size": self._batch_size,
+            "env_name": self._env[0],
+            "trial_episodes": self._env[1],
             "model": self.model.state_dict(),
             "rates": {name: rate.detach() for name, rate in self.rates.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -649,9 +682,12 @@ class MetaRLTrainer:
         try:
             if state["version"] != _STATE_VERSION:
                 raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
-            stored = {**state["settings"], "batch_size": state["batch_size"]}
+            of_env = "batch_size", "env_name", "trial_episodes"
+            stored = {**state["settings"], **{name: state[name] for name in of_env}}
             current = {name: getattr(self, name) for name in _SETTINGS}
-            current["batch_size"] = self._batch_size or stored["batch_size"]
+            if self._batch_size:  # an environment is there to compare with
+                values = self._batch_size, *self._env
+                current |= dict(zip(of_env, values, strict=True))
             for name, value in current.items():
                 if stored[name] != value:
                     raise ValueError(
@@ -669,6 +705,7 @@ class MetaRLTrainer:
             self.timesteps = read_count(state, "timesteps")
             self._first_iteration = read_count(state, "first_iteration")
             self._batch_size = read_count(state, "batch_size")
+            self._env = (str(state["env_name"]), read_count(state, "trial_episodes"))
             self._seconds = float(state["seconds"])
         except (
             *(KeyError, IndexError, TypeError, ValueError),
@@ -692,6 +729,10 @@ class MetaRLTrainer:
                 raise ValueError(f"{checkpoint.path}: {error}") from error
         run.drop_checkpoints_after(self.iteration)
         run.truncate_rows(self.iteration)
+
+
+def _episodes_of(env: TaskEnvironment) -> int:
+    return env.episodes if isinstance(env, TrialEnvironment) else 1
 
 
 def _check_weights(weights: Weights, step: int) -> None:

@@ -204,8 +204,49 @@ def test_evaluate():
     assert all(torch.equal(x, before[n]) for n, x in trainer.model.state_dict().items())
     modes = trainer.evaluate(env, tasks[:3], 0, seed=9, deterministic=True)
     assert np.array_equal(modes, trainer.evaluate(env, tasks[:3], 0, seed=9, deterministic=True))
+    again = [trainer.evaluate(env, tasks, 1, seed=8) for _ in range(2)]  # sampled, and seeded
+    assert np.array_equal(*again)
     with pytest.raises(ValueError, match="tasks must not be empty"):
         trainer.evaluate(env, ())
+
+
+def test_every_round_starts_elsewhere():
+    env = environment()
+    rounds = trainer_for(env).adapt(env, [env.family.default_task] * G, 2, seed=3).rounds
+    first = np.concatenate([x["observations"][:, :, 0].reshape(G * R, -1) for x in rounds])
+    assert len(np.unique(first, axis=0)) == 3 * G * R
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_ratio_beyond_floats(sign):
+    """A policy far from the one that acted has a gradient, or none; it is not NaN."""
+    env = environment()
+    trainer = trainer_for(env)
+    rounds = trainer.adapt(env, tasks_of(env), 1, seed=0).rounds
+    for batch in rounds:
+        batch["log_probs"] = batch["log_probs"] + sign * 200.0
+    assert math.isfinite(trainer.update(rounds)["grad_norm"])
+
+
+def test_evaluation_that_diverges():
+    """Three steps where one was trained for may fail: training goes on."""
+    env = environment()
+    trainer = trainer_for(env)
+    adapt = trainer.adapt
+
+    def diverges(env, tasks, steps, *rest):
+        if steps == 3:
+            raise FloatingPointError("task 1: inner step 2 leads to")
+        return adapt(env, tasks, steps, *rest)
+
+    trainer.adapt = diverges
+    with pytest.warns(UserWarning, match="epoch 2: no evaluation: of the tasks from 0 on, task 1"):
+        result = trainer.train(env, 2)
+    assert math.isnan(result.metrics[1]["test_return_0"])
+    timesteps = trainer.timesteps
+    with pytest.raises(FloatingPointError, match="of the tasks from 0 on, task 1: inner step 2"):
+        trainer.evaluate(env, tasks_of(env))
+    assert trainer.timesteps == timesteps
 
 
 # Training
@@ -252,7 +293,7 @@ def test_resumed_equals_uninterrupted(trial, tmp_path):
 
 def test_rl2_learns_without_gradient_steps():
     env = environment(trial=2)
-    trainer = trainer_for(env, inner_steps=0, evaluation_steps=0, normalize=False)
+    trainer = trainer_for(env, inner_steps=0, normalize=False)
     result = trainer.train(env, 2)
     assert "test_return_0" in result.metrics[0]
     assert "test_return_1" not in result.metrics[0]
@@ -386,6 +427,18 @@ def test_load_state_dict_of_other_settings(change, message):
     state = trainer_for(env).state_dict()
     with pytest.raises(ValueError, match=f"training state does not fit: {message}"):
         trainer_for(env, **change).load_state_dict(state)
+
+
+def test_resume_in_another_environment(tmp_path):
+    with RunDirectory(tmp_path / "run") as run:
+        env = environment()
+        trainer_for(env).train(env, 1, test_tasks=(), run=run)
+    other = environment("ssm_fast/CartPoleUnsignedFamily-v0")
+    with (
+        RunDirectory(tmp_path / "run", resume=True) as run,
+        pytest.raises(ValueError, match="env_name must be 'ssm_fast/CartPoleFamily-v0'"),
+    ):
+        trainer_for(other).train(other, 2, run=run, resume=True)
 
 
 @pytest.mark.parametrize("broken", ["rates", "model", "optimizer", "iteration", "version"])
