@@ -27,6 +27,7 @@ from ssm_fast.adaptation import HybridAdaptationConfig, HybridAdapter, TestTimeA
 from ssm_fast.adaptation.online import adapt_to_environment, play_episodes
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner import Environment, get_family
+from ssm_fast.experience.experience_buffer import ExperienceBuffer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
 
 FAMILY = "ssm_fast/HalfCheetahBody-v0"
@@ -62,7 +63,7 @@ def by_hybrid(model: ImprovedSSM, env: Environment, seed: int):
         experience_batch_size=64,
         experience_weight=0.5,
     )
-    adapter = HybridAdapter(model, config)
+    adapter = HybridAdapter(model, config, ExperienceBuffer(10_000, seed=seed))
     _, stats = adapt_to_environment(adapter, env, EPISODES, ADAPT_EVERY, seed=seed)
     return adapter.model, stats
 

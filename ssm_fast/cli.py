@@ -327,7 +327,7 @@ class Adapt:
     lr: float = 1e-4
     """Learning rate."""
     steps: int = 20
-    """Gradient steps of an update."""
+    """Gradient steps of an update; standard and hybrid take as many for the values before it."""
     max_kl: float = 0.03
     """Largest KL divergence of the policy after an update from that before; with test_time, from
     those that acted."""
@@ -749,11 +749,7 @@ def _how_to_resume(run: RunDirectory) -> str:
 def _evaluate(options: Evaluate) -> None:
     path = options.path / "policy.safetensors" if options.path.is_dir() else options.path
     env_id, metadata = options.env, read_metadata(path)
-    if "trial_episodes" in metadata:
-        raise ValueError(
-            f"{path} plays trials of {metadata['trial_episodes']} episodes, which evaluate does "
-            "not: the evaluation.json of its run has its returns"
-        )
+    _refuse_trials(path, metadata)
     if env_id is None:
         env_id = metadata.get("env_id")
         if env_id is None:
@@ -785,12 +781,19 @@ def _describe(env_id: str, result: Evaluation, deterministic: bool) -> str:
 def _adapt(options: Adapt) -> None:
     path = options.path / "policy.safetensors" if options.path.is_dir() else options.path
     model = load_model(path, ImprovedSSM)
-    env_id = options.env
+    if options.out.resolve() == path.resolve():
+        raise ValueError(f"--out must be another file than {path}")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out: there is no folder {options.out.parent}")
+    env_id, metadata = options.env, read_metadata(path)
+    _refuse_trials(path, metadata)
     if env_id is None:
-        env_id = read_metadata(path).get("env_id")
+        env_id = metadata.get("env_id")
         if env_id is None:
             raise ValueError(f"{path} does not say which environment it is for: give --env")
         _refuse_import(env_id, path)
+    if options.task is not None:
+        env_id = _FAMILY_OF.get(env_id, env_id)
     _check_option("seed", options.seed, 0, EVALUATION_SEED - 1)
     _check_option("rows", options.rows, 1, 2**16)
     _check_option("episodes", options.episodes, 1, 2**31)
@@ -920,6 +923,14 @@ def _refuse_import(env_id: str, source: Path) -> None:
         raise ValueError(
             f"{source} names the environment {env_id!r}, which imports a module: "
             "give --env if you trust it"
+        )
+
+
+def _refuse_trials(path: Path, metadata: dict[str, str]) -> None:
+    if "trial_episodes" in metadata:
+        raise ValueError(
+            f"{path} plays trials of {metadata['trial_episodes']} episodes, which this command does "
+            "not: the evaluation.json of its run has its returns"
         )
 
 

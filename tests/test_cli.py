@@ -296,6 +296,29 @@ class TestAdapt:
         assert "adapted to Pendulum-v1 by test_time, seed 0; policy adapted.safetensors" in text
         assert ssm_fast.load_policy("adapted.safetensors").action_low is not None
 
+    def test_a_task_of_the_family_around_an_environment(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        ImprovedSSM(4, 2, 4, 8, 1, discrete=True).save("policy.safetensors")
+        args = ["adapt", "policy.safetensors", "--env", "CartPole-v1", "--episodes", "1"]
+        assert cli.main([*args, "--task", "0"]) == 0
+        assert f"adapted to {FAMILY} by test_time" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("out", "text"),
+        [
+            ("policy.safetensors", "--out must be another file than policy.safetensors"),
+            ("nowhere/adapted.safetensors", "--out: there is no folder nowhere"),
+        ],
+    )
+    def test_where_to_write(self, out: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+        ImprovedSSM(4, 2, 4, 8, 1, discrete=True).save("policy.safetensors")
+        before = Path("policy.safetensors").read_bytes()
+        args = ["adapt", "policy.safetensors", "--env", "CartPole-v1", "--out", out]
+        assert cli.main(args) == 2
+        assert text in capsys.readouterr().err
+        assert Path("policy.safetensors").read_bytes() == before
+
     def test_nan(self, capsys: pytest.CaptureFixture[str]) -> None:
         ImprovedSSM(4, 2, 4, 8, 1, discrete=True).save("policy.safetensors")
         args = ["adapt", "policy.safetensors", "--env", "Breaks-v0", "--episodes", "20"]

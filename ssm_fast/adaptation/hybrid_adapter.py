@@ -38,7 +38,8 @@ class HybridAdaptationConfig(StandardAdaptationConfig):
         sequence_length: Steps of each sequence; fewer where the buffer holds fewer.
         gamma: Discount factor of replayed rewards.
         gae_lambda: Weight of longer returns in their advantages.
-        reward_scale: Replayed rewards are divided by it, see `policy_batch`.
+        reward_scale: Rewards are divided by it, see `policy_batch`; None is what
+            `adapt_to_environment` measures, and 1 in a loop of one's own.
 
     Raises:
         ValueError: A number is out of its range.
@@ -50,7 +51,7 @@ class HybridAdaptationConfig(StandardAdaptationConfig):
     sequence_length: int = 32
     gamma: float = 0.99
     gae_lambda: float = 0.95
-    reward_scale: float = 1.0
+    reward_scale: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +60,8 @@ class HybridAdaptationConfig(StandardAdaptationConfig):
         check_number("experience_weight", self.experience_weight, at_least=0.0, at_most=1.0)
         check_number("gamma", self.gamma, at_least=0.0, at_most=1.0)
         check_number("gae_lambda", self.gae_lambda, at_least=0.0, at_most=1.0)
-        check_number("reward_scale", self.reward_scale, above=0.0)
+        if self.reward_scale is not None:
+            check_number("reward_scale", self.reward_scale, above=0.0)
 
 
 class HybridAdapter(StandardAdapter):
@@ -104,7 +106,7 @@ class HybridAdapter(StandardAdapter):
             )
         super().__init__(model, config)
         self.experience_buffer = experience_buffer
-        self.reward_scale = config.reward_scale
+        self.reward_scale = 1.0 if config.reward_scale is None else config.reward_scale
 
     def update_step(
         self,

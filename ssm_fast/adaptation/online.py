@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssm_fast import ops
-from ssm_fast.adaptation.hybrid_adapter import HybridAdapter
+from ssm_fast.adaptation.hybrid_adapter import HybridAdaptationConfig, HybridAdapter
 from ssm_fast.adaptation.policy_objective import (
     ActionDistribution,
     Experience,
@@ -187,15 +187,15 @@ def adapt_to_environment(
     num_episodes: int = 5,
     adapt_every: int = 1000,
     *,
-    gamma: float = 0.99,
-    gae_lambda: float = 0.95,
+    gamma: float | None = None,
+    gae_lambda: float | None = None,
     objective: PolicyObjective | None = None,
     seed: int = 0,
 ) -> tuple[list[float], dict[str, Any]]:
     """Let a `StandardAdapter` or `HybridAdapter` learn from a task while it plays it.
 
     After every stretch of ``adapt_every`` steps first the value function takes the steps of a call,
-    then the policy together with it. The experience of a `HybridAdapter` goes to its buffer after
+    then the policy together with it those of another. The experience of a `HybridAdapter` goes to its buffer after
     that.
 
     Args:
@@ -203,8 +203,8 @@ def adapt_to_environment(
         env: The task, in any number of rows. It is reset, and stays open.
         num_episodes: Episodes of every row.
         adapt_every: Steps of every row between two calls; a stretch may end in an episode.
-        gamma: Discount factor.
-        gae_lambda: Weight of longer returns.
+        gamma: Discount factor; by default that of a `HybridAdapter`'s config, else 0.99.
+        gae_lambda: Weight of longer returns; by default that of the same config, else 0.95.
         objective: The loss; by default `PolicyObjective` with its defaults.
         seed: Of the environment and of the actions.
 
@@ -220,10 +220,13 @@ def adapt_to_environment(
     """
     check_count("adapt_every", adapt_every)
     model = policy_of(adapter)
+    config = adapter.config if isinstance(adapter, HybridAdapter) else HybridAdaptationConfig()
+    gamma = config.gamma if gamma is None else gamma
+    gae_lambda = config.gae_lambda if gae_lambda is None else gae_lambda
     objective = PolicyObjective() if objective is None else objective
     player = Player(env, model, num_episodes, seed)
     stats: dict[str, Any] = {"losses": [], "steps": [], "reward_scale": []}
-    scale: float | None = None
+    scale = config.reward_scale
     while not player.is_done:
         experience = player.play(model, adapt_every)
         if scale is None:
@@ -269,7 +272,7 @@ def bootstrapped_returns(
     if next_values is None:
         horizon = 1.0 / max(1.0 - gamma, 1e-3)
         next_values = torch.full_like(rewards, float(rewards.mean()) * horizon)
-    cut = experience.truncated.clone()
+    cut = experience.ends() & ~experience.terminated
     cut[:, -1] |= ~experience.terminated[:, -1]
     return ops.discounted_returns(rewards, experience.terminated, cut, gamma, next_values)
 

@@ -15,6 +15,7 @@ from ssm_fast import ops
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 
 _LARGEST_RATIO = 20.0  # of log-probabilities far apart, so that none overflows
+_SMALLEST_DEVIATION = 1e-3  # of advantages, in largest returns
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,14 @@ class Experience:
             )
 
     def ends(self) -> Tensor:
-        """Where an episode ends, in whichever way: ``[B, T]``."""
-        return self.terminated | self.truncated
+        """Where what follows in the row is no part of the step's episode: ``[B, T]``.
+
+        An episode also ends where the next step is the first of another: the row of a replayed
+        sequence may leave one before it was over.
+        """
+        ends = self.terminated | self.truncated
+        ends[:, :-1] |= self.reset[:, 1:]
+        return ends
 
 
 class PolicyObjective:
@@ -232,7 +239,7 @@ def policy_batch(
     y = {
         "actions": experience.actions,
         "log_probs": experience.log_probs,
-        "advantages": normalized(advantages) if normalize else advantages,
+        "advantages": normalized(advantages, advantages + values) if normalize else advantages,
         "returns": advantages + values,
     }
     return x, y, experience.initial_state
@@ -285,14 +292,19 @@ def traced_advantages(
     return ops.linear_scan(decay, delta, reverse=True)  # [B, T]
 
 
-def normalized(advantages: Tensor) -> Tensor:
-    """With mean 0 and deviation 1 over all steps."""
-    return (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
+def normalized(advantages: Tensor, returns: Tensor) -> Tensor:
+    """With mean 0 and deviation 1 over all steps; close to 0 where all are worth the same.
+
+    A deviation below a thousandth of the largest return is rounding, and is not blown up.
+    """
+    floor = _SMALLEST_DEVIATION * returns.abs().max() + 1e-8
+    deviation = torch.maximum(advantages.std(correction=0), floor)
+    return (advantages - advantages.mean()) / deviation
 
 
 def boundaries(experience: Experience) -> tuple[Tensor, Tensor]:
     """Rows and steps ``[M]`` whose next observation is not that of the step after it."""
-    last = experience.ends().clone()
+    last = experience.ends()
     last[:, -1] = True
     rows, steps = (last & ~experience.terminated).nonzero(as_tuple=True)
     return rows, steps

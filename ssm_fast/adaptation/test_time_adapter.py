@@ -67,7 +67,8 @@ class TestTimeAdapter(StandardAdapter):
         model: The policy, never changed: it is copied.
         adaptation_lr: Learning rate of Adam at difficulty 0.5.
         adaptation_steps: Gradient steps of `adapt`.
-        buffer_size: Steps to remember, over all rows.
+        buffer_size: Steps to remember, over the rows of `adapt_online`; of each row in a loop of
+            one's own.
         batch_size: Sequences in a minibatch.
         use_uncertainty: Let the uncertainty set the temperature; without it, it is 1.
         gamma: Discount factor.
@@ -221,12 +222,12 @@ class TestTimeAdapter(StandardAdapter):
 
         Raises:
             ValueError: The buffer is empty.
-            FloatingPointError: A loss, gradient or weight is not finite. Nothing has changed then.
+            FloatingPointError: A loss, gradient or weight is not finite. The weights are as before.
         """
         experience = self._recent()
         advantages, states = self._advantages(experience)
         L = min(self.sequence_length, experience.rewards.shape[1])
-        x, y, start = _sequences(experience, normalized(advantages), states, L)
+        x, y, start = _sequences(experience, advantages, states, L)
         S = len(y["advantages"])
         generator = torch.Generator().manual_seed(self.seed + self._calls)
         self._calls += 1
@@ -288,6 +289,9 @@ class TestTimeAdapter(StandardAdapter):
         """
         model = policy_of(self)
         weight = model.encoder.weight
+        for name, part in (("observation", observation), ("next_observation", next_observation)):
+            if not bool(torch.isfinite(torch.as_tensor(part)).all()):
+                raise ValueError(f"{name} must be finite, got NaN or infinity")
         if row not in self._following:
             self._following[row] = (model.init_hidden(1), True)
         state, first = self._following[row]
@@ -382,7 +386,7 @@ class TestTimeAdapter(StandardAdapter):
 
     @torch.no_grad()
     def _advantages(self, experience: Experience) -> tuple[Tensor, Tensor]:
-        """Fits the heads; advantages ``[B, T]`` and the states after each step ``[L, B, T, N]``."""
+        """Fits the heads; normalised advantages ``[B, T]``, states after each step ``[L, B, T, N]``."""
         model = policy_of(self)
         features, _ = features_of(
             model, experience.observations, experience.initial_state, experience.reset
@@ -409,7 +413,7 @@ class TestTimeAdapter(StandardAdapter):
         advantages = traced_advantages(
             experience, values, next_values, ratios, self.gamma, self.gae_lambda
         )
-        return advantages, states
+        return normalized(advantages, advantages + values), states
 
     @torch.no_grad()
     def _kl(self, experience: Experience) -> Tensor:

@@ -276,6 +276,9 @@ class MetaMAML:
         """
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"version must be {_STATE_VERSION}, got {state.get('version')!r}")
+        missing = sorted({"model", "rates", "optimizer"} - state.keys())
+        if missing:
+            raise ValueError(f"state must hold {missing}")
         model = check_tensors("model", state["model"], self.model.state_dict())
         rates = check_tensors("rates", state["rates"], self._rates)
         if isinstance(self.optimizer, torch.optim.Adam):

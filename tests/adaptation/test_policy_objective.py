@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from ssm_fast import ops
+from ssm_fast.adaptation.online import bootstrapped_returns
 from ssm_fast.adaptation.policy_objective import (
     ActionDistribution,
     Experience,
@@ -133,6 +134,47 @@ class TestAdvantages:
                 trace = 0.9 * 0.8 * min(1.0, float(ratios[row, t + 1])) if follows else 0.0
                 carried = float(delta) + trace * carried
                 assert float(got[row, t]) == pytest.approx(carried, rel=1e-12)
+
+    def test_pieces_of_different_episodes_in_a_row(self) -> None:
+        """A replayed sequence may leave one episode before its end and go on with another."""
+        model = policy()
+        one, other = experience(model), experience(model)
+        other.reset[:, 0] = True
+        both = Experience(
+            *(
+                one.initial_state
+                if f.name == "initial_state"
+                else torch.cat([getattr(one, f.name), getattr(other, f.name)], 1)
+                for f in fields(Experience)
+            )
+        )
+        both.truncated[:, 8] = both.terminated[:, 8] = False
+        one.truncated[:, 8] = one.terminated[:, 8] = False
+        wants = [policy_batch(model, part, normalize=False)[1] for part in (one, other)]
+        _, y, _ = policy_batch(model, both, normalize=False)
+        for name in ("advantages", "returns"):
+            want = torch.cat([part[name] for part in wants], 1)
+            torch.testing.assert_close(y[name], want, rtol=1e-9, atol=1e-9)
+        apart = [
+            bootstrapped_returns(part, 0.9, torch.ones_like(part.rewards)) for part in (one, other)
+        ]
+        joined = bootstrapped_returns(both, 0.9, torch.ones_like(both.rewards))
+        torch.testing.assert_close(joined, torch.cat(apart, 1))
+
+    def test_rounding_is_not_blown_up(self) -> None:
+        model = policy().float()
+        e = experience(policy(), T=40)
+        flat = {
+            f.name: x.float() if x.is_floating_point() else x
+            for f in fields(Experience)
+            if (x := getattr(e, f.name)) is not None
+        }
+        flat["terminated"] = flat["reset"] = torch.ones_like(e.reset)
+        flat["rewards"] = torch.ones_like(flat["rewards"])
+        model.critic.bias.data.fill_(1.0 - 1e-7)
+        model.critic.weight.data.fill_(1e-9)
+        _, y, _ = policy_batch(model, Experience(**flat))
+        assert float(y["advantages"].abs().max()) < 0.01
 
     def test_reward_scale_and_normalisation(self) -> None:
         model = policy()
