@@ -329,7 +329,7 @@ class TestAdapt:
     @pytest.mark.parametrize(
         ("args", "text"),
         [
-            (["--env", "CartPole-v1", "--task", "1"], "'CartPole-v1' is no task family"),
+            (["--env", "Pendulum-v1", "--task", "1"], "'Pendulum-v1' is no task family"),
             (["--env", "ssm_fast/CartPoleFamily-v0", "--task", "40"], "--task must lie in [0, 40)"),
             (["--env", "Pendulum-v1"], "observations of Pendulum-v1 must have size 4"),
             (["--env", "Endless-v0"], "--max_episode_steps is needed"),
