@@ -287,9 +287,9 @@ class Evaluate:
     """Play a trained policy and print its returns."""
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A policy.safetensors, or a run folder."""
+    """A policy.safetensors, or a run folder. That of a meta_rl run adapts to held-out tasks."""
     episodes: int = _EVALUATION_EPISODES
-    """Number of episodes."""
+    """Number of episodes; a meta_rl run plays one in each of its rows."""
     seed: int = EVALUATION_SEED
     """Seed of the first episode; the next ones count up."""
     env: str | None = None
@@ -468,18 +468,21 @@ def _environment(settings: dict[str, Any]) -> Environment | TrialEnvironment:
 
 
 def _evaluate_adaptation(
-    trainer: MetaRLTrainer, env: Environment | TrialEnvironment
+    trainer: MetaRLTrainer,
+    env: Environment | TrialEnvironment,
+    seed: int = EVALUATION_SEED,
+    deterministic: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns after each gradient step on held-out tasks: for the report, and to be read."""
     family = get_family(env.env_name)
-    report: dict[str, Any] = {"deterministic": False}
+    report: dict[str, Any] = {"deterministic": deterministic}
     lines = []
     for what in ("test_tasks", "out_of_range_tasks"):
         tasks = getattr(family, what)
         if not tasks:  # nothing lies outside a family of two directions
             continue
         steps = 3 if trainer.inner_steps else 0
-        returns = trainer.evaluate(env, tasks, steps, EVALUATION_SEED)  # [K + 1, M, R, E]
+        returns = trainer.evaluate(env, tasks, steps, seed, deterministic)  # [K + 1, M, R, E]
         of_tasks = returns.mean((2, 3))  # [K + 1, M]
         report[what] = [
             {
@@ -747,6 +750,11 @@ def _how_to_resume(run: RunDirectory) -> str:
 
 
 def _evaluate(options: Evaluate) -> None:
+    if options.path.is_dir():
+        run = RunDirectory(options.path, resume=True)
+        if run.config_path.exists() and run.read_config().get("mode") == "meta_rl":
+            _evaluate_meta_rl(options, run)
+            return
     path = options.path / "policy.safetensors" if options.path.is_dir() else options.path
     env_id, metadata = options.env, read_metadata(path)
     _refuse_trials(path, metadata)
@@ -764,6 +772,29 @@ def _evaluate(options: Evaluate) -> None:
         ssm_fast.load_policy(path), env_id, options.episodes, options.seed, options.deterministic
     )
     _say(_describe(env_id, result, options.deterministic))
+
+
+def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
+    """Adapts to held-out tasks with the inner rates of the run, which its policy's file lacks."""
+    settings = _stored_settings(run)
+    if options.env is not None:
+        raise ValueError(f"--env must not be given: {run.path} has tasks of {settings['env']}")
+    _refuse_import(settings["env"], run.config_path)
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is None:
+        raise ValueError(f"{run.path} has no checkpoint yet")
+    _check_option("seed", options.seed, 0, _LARGEST_SEED)
+    _route_mujoco_warnings(settings["env"])
+    torch.set_num_threads(1)
+    with _environment(settings) as env:
+        trainer = _trainer(settings, env)
+        assert isinstance(trainer, MetaRLTrainer)
+        try:
+            trainer.load_state_dict(checkpoint.state)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint.path}: {error}") from error
+        for line in _evaluate_adaptation(trainer, env, options.seed, options.deterministic)[1]:
+            _say(line)
 
 
 def _describe(env_id: str, result: Evaluation, deterministic: bool) -> str:
@@ -929,8 +960,8 @@ def _refuse_import(env_id: str, source: Path) -> None:
 def _refuse_trials(path: Path, metadata: dict[str, str]) -> None:
     if "trial_episodes" in metadata:
         raise ValueError(
-            f"{path} plays trials of {metadata['trial_episodes']} episodes, which this command does "
-            "not: the evaluation.json of its run has its returns"
+            f"{path} plays trials of {metadata['trial_episodes']} episodes: "
+            "evaluate its run folder instead"
         )
 
 

@@ -144,7 +144,10 @@ class TestTrain:
             # other draws of the same policies
             assert found[0]["mean"] == pytest.approx(returns.mean(), rel=0.1)
         text = capsys.readouterr().out
-        assert "3 epochs" not in text
+        assert cli.main(["evaluate", "out", "--no-deterministic"]) == 0
+        assert capsys.readouterr().out.splitlines() == text.splitlines()[-2:]
+        assert cli.main(["evaluate", "out", "--env", FAMILY]) == 2
+        assert "--env must not be given" in capsys.readouterr().err
         mean = report["test_tasks"][0]["mean"]
         assert (
             f"return in 40 test tasks of {FAMILY} after 0, 1, ... gradient steps: {mean:.1f}"
@@ -164,9 +167,13 @@ class TestTrain:
         assert ImprovedSSM.load("out/policy.safetensors").input_dim == 4 + 2 + 2
         report = json.loads(Path("out/evaluation.json").read_text())
         assert [len(row["mean_of_episodes"]) for row in report["test_tasks"]] == [2]
-        capsys.readouterr()
-        assert cli.main(["evaluate", "out"]) == 2
-        assert "plays trials of 2 episodes" in capsys.readouterr().err
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert cli.main(["evaluate", "out", "--no-deterministic"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == line
+        for command in ("evaluate", "adapt"):
+            assert cli.main([command, "out/policy.safetensors"]) == 2
+            text = "plays trials of 2 episodes: evaluate its run folder instead"
+            assert text in capsys.readouterr().err
 
     def test_evaluation_has_seeds_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seeds: list[int] = []
