@@ -147,7 +147,7 @@ class HybridAdapter(StandardAdapter):
             _, states = self.model.unroll(
                 experience.observations, experience.initial_state, experience.reset
             )  # [L, B, T, N]
-        before = torch.cat([experience.initial_state.unsqueeze(2), states[:, :, :-1]], 2)
+        before = experience.states_before(states)  # [L, B, T, N]
         for row in range(len(experience.rewards)):
             self.experience_buffer.extend(
                 experience.observations[row],

@@ -129,6 +129,10 @@ class Experience:
         ends[:, :-1] |= self.reset[:, 1:]
         return ends
 
+    def states_before(self, states: Tensor) -> Tensor:
+        """The state before each step, from those after each step ``[L, B, T, N]``."""
+        return torch.cat([self.initial_state.unsqueeze(2), states[:, :, :-1]], 2)
+
 
 class PolicyObjective:
     """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), as a ``loss_fn``.

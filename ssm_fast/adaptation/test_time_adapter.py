@@ -354,7 +354,7 @@ class TestTimeAdapter(StandardAdapter):
             _, states = model.unroll(
                 experience.observations, experience.initial_state, experience.reset
             )  # [L, B, T, N]
-        before = torch.cat([experience.initial_state.unsqueeze(2), states[:, :, :-1]], 2)
+        before = experience.states_before(states)  # [num_layers, B, T, N]
         size = max(1, self.buffer_size // self._rows)
         for i, row in enumerate(range(len(experience.rewards)) if rows is None else rows):
             if row not in self._buffers:
@@ -435,7 +435,7 @@ def _sequences(
     def cut(x: Tensor) -> Tensor:
         return x[:, skip:].reshape(-1, L, *x.shape[2:])  # [S, L, ...]
 
-    before = torch.cat([experience.initial_state.unsqueeze(2), states[:, :, :-1]], 2)
+    before = experience.states_before(states)  # [num_layers, B, T, N]
     start = before[:, :, skip::L].flatten(1, 2)  # [num_layers, S, N]
     x = {
         "x": cut(experience.observations),
