@@ -34,6 +34,7 @@ TaskEnvironment: TypeAlias = Environment | TrialEnvironment
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
 _EVALUATION_SEED = 2**32  # the seeds of training lie below
+_TRANSITION_PACE = 0.1  # of the transition matrices, in inner and outer steps
 _LARGEST_LOG_RATIO = 20.0  # beyond, the gradient of a clipped ratio is 0 * inf
 _SETTINGS = (
     "tasks_per_epoch",
@@ -93,8 +94,9 @@ class MetaRLTrainer:
 
     The tasks act in one native call a step and are differentiated in one vmapped call, on the
     grouped kernels. Advantages come from a baseline that is fitted to each task, so the model's
-    critic is neither used nor trained. The transition matrices take inner steps a tenth as long as
-    other weights: a step of all their entries moves their spectral radius `N` times as far.
+    critic is neither used nor trained. The transition matrices, and their inner rates, take steps a
+    tenth as long as other weights: a step of all their entries moves their spectral radius `N`
+    times as far.
 
     Every epoch starts from seeds that follow from `seed` and its number alone: a resumed run equals
     the uninterrupted one bitwise on the same machine.
@@ -201,13 +203,19 @@ class MetaRLTrainer:
             name: p for name, p in model.named_parameters() if not name.startswith("critic.")
         }
         self.rates = {
-            name: torch.full_like(p, inner_lr * (0.1 if name.endswith(".A") else 1.0))
-            for name, p in self._shared.items()
+            name: torch.full_like(p, inner_lr * _pace(name)) for name, p in self._shared.items()
         }
-        self._learnt: list[Tensor] = list(self._shared.values())
+        learnt = list(self._shared.items())
         if learn_inner_lr:
-            self._learnt += [rate.requires_grad_() for rate in self.rates.values()]
-        self.optimizer = torch.optim.Adam(self._learnt, lr=outer_lr, fused=True)
+            learnt += [(name, rate.requires_grad_()) for name, rate in self.rates.items()]
+        self._learnt: list[Tensor] = [p for _, p in learnt]
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": [p for name, p in learnt if _pace(name) == pace], "lr": outer_lr * pace}
+                for pace in (1.0, _TRANSITION_PACE)
+            ],
+            fused=True,
+        )
         self.iteration = 0
         self.timesteps = 0
         self._first_iteration = 0  # of the call to train that is under way
@@ -329,8 +337,8 @@ class MetaRLTrainer:
         learning_rate = self.outer_lr
         if self.anneal_lr:
             learning_rate *= (last - self.iteration) / (last - self._first_iteration)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, pace in zip(self.optimizer.param_groups, (1.0, _TRANSITION_PACE), strict=True):
+            group["lr"] = learning_rate * pace
         norm = self.model.obs_norm
         if norm is not None and float(norm.count) == 0:
             self._set_tasks(env, tasks)
@@ -729,6 +737,11 @@ class MetaRLTrainer:
                 raise ValueError(f"{checkpoint.path}: {error}") from error
         run.drop_checkpoints_after(self.iteration)
         run.truncate_rows(self.iteration)
+
+
+def _pace(name: str) -> float:
+    """The length of the steps of a weight, as a part of the learning rates."""
+    return _TRANSITION_PACE if name.endswith(".A") else 1.0
 
 
 def _episodes_of(env: TaskEnvironment) -> int:
