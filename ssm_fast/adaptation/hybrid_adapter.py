@@ -192,13 +192,5 @@ class HybridAdapter(StandardAdapter):
 
     def _sequences(self) -> dict[str, Tensor]:
         """As long as asked for, or as the pieces in the buffer allow."""
-        length = min(self.config.sequence_length, len(self.experience_buffer))
-        while True:
-            try:
-                return self.experience_buffer.sample_sequences(
-                    self.config.experience_batch_size, length
-                )
-            except ValueError:
-                if length == 1:
-                    raise
-                length = max(1, length // 2)
+        length = min(self.config.sequence_length, self.experience_buffer.longest_sequence())
+        return self.experience_buffer.sample_sequences(self.config.experience_batch_size, length)

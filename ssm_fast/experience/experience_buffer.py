@@ -159,6 +159,14 @@ class ExperienceBuffer:
             sequences["initial_state"] = self._fields["state"][steps[:, 0]]
         return sequences
 
+    def longest_sequence(self) -> int:
+        """The most consecutive steps that are stored; 0 in an empty buffer."""
+        if self._size == 0:
+            return 0
+        steps_back = self._run[self._places(torch.arange(self._size))]
+        stored = torch.arange(1, self._size + 1)  # what came before the oldest step is gone
+        return int(torch.minimum(steps_back, stored).max())
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the steps and the state of the sampling to one safetensors file, atomically.
 

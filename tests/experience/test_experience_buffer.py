@@ -156,6 +156,7 @@ class TestSequences:
         assert sorted(set(buffer.sample_sequences(50, 5)["targets"][:, 0].tolist())) == [40]
         with pytest.raises(ValueError, match="no 6 consecutive steps are stored"):
             buffer.sample_sequences(1, 6)
+        assert buffer.longest_sequence() == 5
 
     def test_crosses_to_the_first_step_of_an_episode(self) -> None:
         buffer = ExperienceBuffer(100, seed=0)
@@ -174,6 +175,8 @@ class TestSequences:
         assert torch.equal(numbers - numbers[:, :1], torch.arange(5.0).expand(300, 5))
         assert sorted(set(numbers[:, 0].tolist())) == [17, 18, 19]
         assert not buffer.sample_sequences(2, 5)["reset"].any()
+        assert buffer.longest_sequence() == 7
+        assert ExperienceBuffer(7).longest_sequence() == 0
 
     def test_draws_uniformly(self) -> None:
         buffer = ExperienceBuffer(100, seed=0)
