@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -270,6 +271,7 @@ class MetaRLTrainer:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._check_env(env)
+        self._check_rows(env, self.tasks_per_epoch)
         assert env.family is not None
         train_tasks = env.family.train_tasks if train_tasks is None else tuple(train_tasks)
         if test_tasks is None:
@@ -435,16 +437,17 @@ class MetaRLTrainer:
     def adapt(
         self,
         env: TaskEnvironment,
-        tasks: Sequence[Task],
+        tasks: Sequence[Task] | None,
         steps: int,
         seed: int,
         deterministic: bool = False,
     ) -> Adaptation:
-        """Takes gradient steps in each of `tasks_per_epoch` tasks.
+        """Takes gradient steps in each of some tasks.
 
         Args:
-            env: The environment.
-            tasks: A task for each row group, `G`.
+            env: The environment, with as many rows for each task.
+            tasks: The tasks, `G` of them, of the family of `env`; or None for one task, that which
+                `env` plays in all of its rows, be it of a family or not.
             steps: `K`, each on a round played with the weights before it.
             seed: Of the first row of the first round; the other rows and rounds count up.
             deterministic: Return what the modes of the policies earn, in rounds of their own.
@@ -453,9 +456,10 @@ class MetaRLTrainer:
             FloatingPointError: An inner step leads to weights that are not finite.
         """
         self._check_env(env)
-        self._set_tasks(env, tasks)
+        if tasks is not None:
+            self._set_tasks(env, tasks)
         rates = {name: rate.detach() for name, rate in self.rates.items()}
-        weights = self.shared_weights(self.tasks_per_epoch)
+        weights = self.shared_weights(1 if tasks is None else len(tasks))
         returns, rounds = [], []
         for k in range(steps + 1):
             first_seed = seed + k * env.batch_size  # no round starts where another one did
@@ -470,6 +474,12 @@ class MetaRLTrainer:
                     weights, _ = inner_update(self._inner_loss, weights, rounds[-1], rates)
                 _check_weights(weights, k)
         return Adaptation(torch.stack(returns), weights, rounds)
+
+    def adapted_model(self, weights: Weights, task: int = 0) -> ImprovedSSM:
+        """A copy of the model with the weights of one task of an `Adaptation`."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict({name: w[task] for name, w in weights.items()}, strict=False)
+        return model
 
     def shared_weights(self, tasks: int) -> Weights:
         """The shared weights, once for each task: `[G, ...]` by name."""
@@ -631,13 +641,6 @@ class MetaRLTrainer:
             raise TypeError(
                 f"env must be an Environment or a TrialEnvironment, got {type(env).__name__}"
             )
-        if env.family is None:
-            raise ValueError(f"{env.env_name} must have tasks: it is no task family")
-        if env.batch_size % self.tasks_per_epoch:
-            raise ValueError(
-                f"env must have as many rows for each of {self.tasks_per_epoch} tasks, "
-                f"got {env.batch_size}"
-            )
         self._steps_of(env)
         for name, size, expected in (
             ("observations", env.input_dim, self.model.input_dim),
@@ -649,10 +652,19 @@ class MetaRLTrainer:
                     f"{name} of {env.env_name} must be {expected} as in the model, got {size}"
                 )
 
+    def _check_rows(self, env: TaskEnvironment, tasks: int) -> None:
+        if env.family is None:
+            raise ValueError(f"{env.env_name} must have tasks: it is no task family")
+        if env.batch_size % tasks:
+            raise ValueError(
+                f"env must have as many rows for each of {tasks} tasks, got {env.batch_size}"
+            )
+
     def _set_tasks(self, env: TaskEnvironment, tasks: Sequence[Task]) -> None:
-        if len(tasks) != self.tasks_per_epoch:
-            raise ValueError(f"tasks must have {self.tasks_per_epoch} entries, got {len(tasks)}")
-        rows = env.batch_size // self.tasks_per_epoch
+        if not tasks:
+            raise ValueError("tasks must not be empty")
+        self._check_rows(env, len(tasks))
+        rows = env.batch_size // len(tasks)
         env.set_tasks([task for task in tasks for _ in range(rows)])
 
     def _steps_of(self, env: TaskEnvironment) -> int:

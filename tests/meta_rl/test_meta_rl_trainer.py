@@ -318,6 +318,30 @@ def test_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_adapts_to_what_an_environment_plays():
+    """One task alone takes the step that it takes beside others."""
+    env = environment()
+    task = tasks_of(env)[1]
+    played, model = [], None
+    for tasks in (None, [task]):
+        with Environment(CARTPOLE, R, tasks=[task] * R) as alone:
+            trainer = trainer_for(env, num_steps=None)
+            torch.manual_seed(3)
+            adaptation = trainer.adapt(alone, tasks, 2, seed=7)
+        assert adaptation.returns.shape == (3, 1, R, 1)
+        played.append(adaptation)
+        model = trainer.adapted_model(adaptation.weights)
+    for name, weight in played[0].weights.items():
+        assert torch.equal(weight, played[1].weights[name])
+        assert torch.equal(model.state_dict()[name], weight[0])
+    assert not torch.equal(model.actor.weight, trainer.model.actor.weight)
+    assert torch.equal(model.critic.weight, trainer.model.critic.weight)
+    with Environment("CartPole-v1", R) as plain:
+        returns = trainer.adapt(plain, None, 1, seed=7).returns
+    assert returns.shape == (2, 1, R, 1)
+    assert (returns > 1.0).all()
+
+
 # Mistakes
 
 
@@ -406,8 +430,12 @@ def test_environments_that_do_not_fit():
         trainer.train(environment(trial=2), 1)
     with pytest.raises(ValueError, match="train_tasks must not be empty"):
         trainer.train(env, 1, train_tasks=())
-    with pytest.raises(ValueError, match="tasks must have 3 entries, got 2"):
-        trainer.adapt(env, tasks_of(env, 2), 1, seed=0)
+    with pytest.raises(ValueError, match="as many rows for each of 5 tasks, got 12"):
+        trainer.adapt(env, tasks_of(env, 5), 1, seed=0)
+    with pytest.raises(ValueError, match="tasks must not be empty"):
+        trainer.adapt(env, [], 1, seed=0)
+    with pytest.raises(ValueError, match="CartPole-v1 must have tasks"):
+        trainer.adapt(Environment("CartPole-v1", G), tasks_of(env), 1, seed=0)
     with pytest.raises(ValueError, match="total_epochs must be at least 1, got 0"):
         trainer.train(env, 0)
     with pytest.raises(ValueError, match="resume needs the run"):
