@@ -6,8 +6,8 @@
 
 `pretrain` trains one recurrent policy on the 100 training tasks at once. `run` plays 5 episodes of
 1000 steps of each test task, from the same first states in every arm: without adapting, sampled and
-deterministic, with `TestTimeAdapter`, and with `HybridAdapter`; `--rows` copies of the task share
-what they learn. The result is written after every task, and `run` goes on where a file ends.
+deterministic, with `TestTimeAdapter`, with `HybridAdapter`, and with `StandardAdapter`; `--rows`
+copies of the task share what they learn. The result is written after every task, and `run` goes on where a file ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ import mujoco
 import numpy as np
 import torch
 
-from ssm_fast.adaptation import HybridAdaptationConfig, HybridAdapter, TestTimeAdapter
+from ssm_fast.adaptation import (
+    HybridAdaptationConfig,
+    HybridAdapter,
+    StandardAdaptationConfig,
+    StandardAdapter,
+    TestTimeAdapter,
+)
 from ssm_fast.adaptation.online import adapt_to_environment, play_episodes
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner import Environment, get_family
@@ -55,15 +61,25 @@ def by_test_time(model: ImprovedSSM, env: Environment, seed: int, use_uncertaint
 
 
 def by_hybrid(model: ImprovedSSM, env: Environment, seed: int):
-    config = HybridAdaptationConfig(
-        learning_rate=LEARNING_RATE.get(env.batch_size, 1e-4),
-        num_steps=20,
-        grad_clip_norm=0.5,
-        trust_region_eps=0.03,
-        experience_batch_size=64,
-        experience_weight=0.5,
-    )
+    config = HybridAdaptationConfig(**_steps(env), experience_batch_size=64, experience_weight=0.5)
     adapter = HybridAdapter(model, config, ExperienceBuffer(10_000, seed=seed))
+    return _by_stretches(adapter, env, seed)
+
+
+def by_standard(model: ImprovedSSM, env: Environment, seed: int):
+    return _by_stretches(StandardAdapter(model, StandardAdaptationConfig(**_steps(env))), env, seed)
+
+
+def _steps(env: Environment) -> dict[str, float]:
+    return {
+        "learning_rate": LEARNING_RATE.get(env.batch_size, 1e-4),
+        "num_steps": 20,
+        "grad_clip_norm": 0.5,
+        "trust_region_eps": 0.03,
+    }
+
+
+def _by_stretches(adapter: StandardAdapter, env: Environment, seed: int):
     _, stats = adapt_to_environment(adapter, env, EPISODES, ADAPT_EVERY, seed=seed)
     return adapter.model, stats
 
@@ -72,6 +88,7 @@ ADAPTERS = {
     "TestTimeAdapter": by_test_time,
     "TestTimeAdapter, temperature 1": partial(by_test_time, use_uncertainty=False),
     "HybridAdapter": by_hybrid,
+    "StandardAdapter": by_standard,
 }
 
 
