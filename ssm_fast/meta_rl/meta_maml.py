@@ -423,8 +423,10 @@ def inner_update(
         raise ValueError(f"rates must hold {sorted(weights.keys() - rates.keys())}")
     keeps_graph = torch.is_grad_enabled() and not first_order
     with torch.enable_grad():
+        # A view made without gradients still requires one, and would get that of its base.
         points = {
-            n: w if w.requires_grad else w.detach().requires_grad_() for n, w in weights.items()
+            n: w if keeps_graph and w.requires_grad else w.detach().requires_grad_()
+            for n, w in weights.items()
         }
         losses = task_losses(loss, points, batch)  # [G]
         if not losses.requires_grad:

@@ -407,6 +407,7 @@ class TestInnerUpdate:
         kept, _ = inner_update(loss, maml.task_weights(G), x, maml.rates)
         with torch.no_grad():
             weights, _ = inner_update(loss, maml.task_weights(G), x, maml.rates)
+            torch.testing.assert_close(weights["A"], kept["A"], rtol=0, atol=1e-14)
             weights, _ = inner_update(loss, weights, x, maml.rates)
         assert kept["A"].requires_grad
         assert not weights["A"].requires_grad
