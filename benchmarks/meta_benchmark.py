@@ -24,6 +24,7 @@ import torch
 import tyro
 from rliable import library as rly
 from rliable import metrics
+from trust_region import TrustRegionTrainer
 
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import Environment, TrialEnvironment, get_family
@@ -33,9 +34,11 @@ from ssm_fast.meta_rl.run import write_state
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
-METHODS = ("maml", "rl2", "both", "pretrained")
+METHODS = ("maml", "trpo", "rl2", "both", "pretrained")
+ADAPTING = ("maml", "trpo", "both")  # by gradient steps
 LABELS = {
     "maml": "gradient steps (ProMP)",
+    "trpo": "gradient steps (MAML-TRPO)",
     "rl2": "recurrent state (RL²)",
     "both": "both",
     "pretrained": "one policy for all tasks",
@@ -74,7 +77,7 @@ class Options:
 
     env: Literal["cartpole", "dir", "vel"] = "cartpole"
     """The family of tasks."""
-    methods: tuple[Literal["maml", "rl2", "both", "pretrained"], ...] = METHODS
+    methods: tuple[Literal["maml", "trpo", "rl2", "both", "pretrained"], ...] = METHODS
     """What to compare."""
     seeds: int = 3
     """Seeds 0, 1, ... of each method."""
@@ -110,13 +113,13 @@ def main(options: Options) -> None:
 
 
 def trainer_options(method: str) -> dict[str, Any]:
-    return TRAINER if method in ("maml", "both") else TRAINER | {"inner_steps": 0}
+    return TRAINER if method in ADAPTING else TRAINER | {"inner_steps": 0}
 
 
 def epochs_of(setting: Setting, method: str, epochs: int) -> int:
     """As many as make the steps of `epochs` epochs of gradient steps."""
     rounds = TRAINER["inner_steps"] + 1
-    own = rounds if method in ("maml", "both") else 1
+    own = rounds if method in ADAPTING else 1
     episodes = setting.trial_episodes if method in ("rl2", "both") else 1
     return max(1, round(epochs * rounds / (own * episodes)))
 
@@ -144,7 +147,8 @@ def run(setting: Setting, method: str, seed: int, epochs: int, state: Path) -> d
         normalize_observations=True,
         **setting.model,
     )
-    trainer = MetaRLTrainer(model, **options, seed=seed)
+    kind = TrustRegionTrainer if method == "trpo" else MetaRLTrainer
+    trainer = kind(model, **options, seed=seed)
     family = get_family(setting.env)
 
     def show(metrics: dict[str, float]) -> None:

@@ -27,7 +27,8 @@ class TrustRegionTrainer(MetaRLTrainer):
         max_kl: Largest mean divergence of the policies of all rounds.
         cg_steps: Steps of the conjugate gradients.
         damping: Added to the diagonal of the Hessian.
-        backtracks: Halvings of the step, until it improves the surrogate within the region.
+        backtracks: Times that a step is shortened to 0.8 of its length, until it improves the
+            surrogate within the region; otherwise none is taken.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class TrustRegionTrainer(MetaRLTrainer):
         max_kl: float = 0.01,
         cg_steps: int = 10,
         damping: float = 1e-3,
-        backtracks: int = 10,
+        backtracks: int = 15,
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
@@ -62,11 +63,11 @@ class TrustRegionTrainer(MetaRLTrainer):
 
     @torch.no_grad()
     def _search(self, batches: list[dict[str, Tensor]], step: Tensor, loss: float) -> None:
-        """Takes the step, or half of it, or a quarter, ...: or none."""
+        """Takes the longest step that improves the surrogate within the region, or none."""
         start = [p.clone() for p in self._learnt]
         for i in range(self.backtracks):
             for p, first, change in zip(self._learnt, start, self._split(step), strict=True):
-                p.copy_(first + 0.5**i * change)
+                p.copy_(first + 0.8**i * change)
             new_loss, divergence = float(self._outer_loss(batches)), self._divergence(batches)
             if new_loss < loss and divergence <= self.max_kl:
                 return
