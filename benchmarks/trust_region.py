@@ -93,7 +93,8 @@ class TrustRegionTrainer(MetaRLTrainer):
         with torch.no_grad():
             pairs = self._chain(batches)
             for weights, batch in pairs:  # the policies that played, whose divergence is 0
-                batch["old"] = torch.vmap(self._policy)(weights, batch)
+                old = torch.vmap(self._policy)(weights, batch)
+                batch["old"] = tuple(x.clone() for x in old)  # not views of what `_search` moves
         scale = 1.0 / (len(batches) * len(batches[0]["rewards"]))
         fishers = [products(self._kl, weights, batch)[0] for weights, batch in pairs]
         inner = [products(self._inner_loss, weights, batch) for weights, batch in pairs[:-1]]

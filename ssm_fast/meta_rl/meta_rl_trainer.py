@@ -206,7 +206,7 @@ class MetaRLTrainer:
         self.rates = {
             name: torch.full_like(p, inner_lr * _pace(name)) for name, p in self._shared.items()
         }
-        learnt = list(self._shared.items())
+        learnt: list[tuple[str, Tensor]] = list(self._shared.items())
         if learn_inner_lr:
             learnt += [(name, rate.requires_grad_()) for name, rate in self.rates.items()]
         self._learnt: list[Tensor] = [p for _, p in learnt]
