@@ -398,7 +398,7 @@ class TestTrain:
                 resets.append(trainer.iteration)
                 begin(env, seed)
 
-            trainer._begin = spy  # type: ignore[method-assign]
+            trainer._begin = spy
             # 13 iterations of 8 steps an interval: 5 episodes a row and 4 steps left over
             assert trainer.timesteps_for(env, 10) == 13 * 16
             assert trainer.timesteps_for(env, 11) == (13 + 3) * 16
@@ -459,7 +459,7 @@ class TestTrain:
             ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
         ):
             with pytest.raises(ValueError, match=match):
-                PPOTrainer(_model(), **options)  # type: ignore[arg-type]
+                PPOTrainer(_model(), **options)
         with pytest.raises(ValueError, match="num_steps must be a multiple of sequence_length = 5"):
             _trainer(_model(), sequence_length=5).train(_drift(2), 100)
 
@@ -468,7 +468,7 @@ class TestFailures:
     def test_nan_from_an_environment(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
         trainer = _trainer(_model().float(), checkpoint_interval=1)
-        trainer.model.obs_norm.update(torch.zeros(2, 3))  # type: ignore[union-attr]
+        trainer.model.obs_norm.update(torch.zeros(2, 3))
         env = Environment.wrap(_drift(3, nan_row=1, nan_at=24 * 2 + 4))
         with pytest.raises(
             FloatingPointError, match=r"iteration 2: rollout step 3: .*environment 1.*observation"
@@ -490,7 +490,7 @@ class TestFailures:
 
         with pytest.raises(FloatingPointError, match=r"iteration 2: epoch 0: loss inf"):
             trainer.train(_drift(2), 10_000, run=run, callback=spoil)
-        trainer.load_state_dict(run.latest_checkpoint().state)  # type: ignore[union-attr]
+        trainer.load_state_dict(run.latest_checkpoint().state)
         assert trainer.iteration == 2
 
     @pytest.mark.parametrize("discrete", [False, True])
