@@ -45,6 +45,7 @@ try:
     )
     from ssm_fast.adaptation.online import adapt_to_environment, episode_means, play_episodes
     from ssm_fast.checkpoint import load_model, read_metadata, save_model, write_atomic
+    from ssm_fast.checks import check_count
     from ssm_fast.core.improved_ssm import ImprovedSSM
     from ssm_fast.core.ssm import StateSpaceModel
     from ssm_fast.env_runner import (
@@ -459,8 +460,7 @@ def _environment(settings: dict[str, Any]) -> Environment | TrialEnvironment:
         return Environment(env_id, rows, seed=seed)
     tasks = settings["tasks_per_epoch"]
     for name, value in (("batch_size", rows), ("tasks_per_epoch", tasks)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+        check_count(f"--{name}", value)
     get_family(env_id)
     env = Environment(env_id, rows * tasks, seed=seed)
     episodes = settings["trial_episodes"]
@@ -620,8 +620,8 @@ def _trainer(settings: dict[str, Any], env: Environment | TrialEnvironment) -> T
 def _total(settings: dict[str, Any], env: Environment | TrialEnvironment, trainer: Trainer) -> int:
     """What the trainer counts up to: episodes of REINFORCE, steps of PPO, epochs of meta_rl."""
     for name in _LIMITS[settings["mode"]]:
-        if settings[name] is not None and settings[name] < 1:
-            raise ValueError(f"--{name} must be at least 1, got {settings[name]}")
+        if settings[name] is not None:
+            check_count(f"--{name}", settings[name])
     if isinstance(trainer, MetaRLTrainer):
         return int(settings["epochs"])
     assert isinstance(env, Environment)
@@ -942,8 +942,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _check_option(name: str, value: int, at_least: int, at_most: int) -> None:
-    if value < at_least:
-        raise ValueError(f"--{name} must be at least {at_least}, got {value}")
+    check_count(f"--{name}", value, at_least)
     if value > at_most:
         raise ValueError(f"--{name} must be at most {at_most}, got {value}")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -111,6 +112,12 @@ def test_the_file_is_plain_safetensors_with_its_configuration_in_the_header(tmp_
     assert header["class"] == "ImprovedSSM"
     assert json.loads(header["config"]) == model.config()
     assert read_metadata(path) == {"env_id": "HalfCheetah-v5"}
+
+
+def test_sizes_may_be_numpys_integers(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"state_dim": np.int64(3), "hidden_dim": np.uint8(5)}
+    StateSpaceModel(**sizes).save(tmp_path / "model.safetensors")
+    assert StateSpaceModel.load(tmp_path / "model.safetensors").config()["hidden_dim"] == 5
 
 
 def test_views_of_one_storage_are_saved_as_tensors_of_their_own(tmp_path: Path) -> None:

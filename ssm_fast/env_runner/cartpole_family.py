@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from ssm_fast.checks import check_count
 from ssm_fast.env_runner.same_step import Info, Outcome, SameStepVectorEnv
 from ssm_fast.env_runner.task_families import PlaysTask, Task, TaskFamily, register_family
 
@@ -155,6 +156,7 @@ class CartPoleVectorEnv(SameStepVectorEnv):
 
     Raises:
         ValueError: `unsupported` gives a reason, or an argument is out of range.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -169,8 +171,7 @@ class CartPoleVectorEnv(SameStepVectorEnv):
         reason = unsupported(env_name)
         if reason is not None:
             raise ValueError(f"env_name {env_name!r} has no vector physics: {reason}")
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        check_count("num_envs", num_envs)
         kwargs: dict[str, Any] = {} if task is None else {"task": task}
         if max_episode_steps is not None:
             kwargs["max_episode_steps"] = max_episode_steps

@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from ssm_fast.checks import check_count
 from ssm_fast.env_runner.mujoco_families import (
     AntDirTask,
     BodyFamily,
@@ -63,6 +64,7 @@ class MujocoVectorEnv(SameStepVectorEnv):
 
     Raises:
         ValueError: `unsupported` gives a reason, or an argument is out of range.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -79,12 +81,10 @@ class MujocoVectorEnv(SameStepVectorEnv):
         reason = unsupported(env_name, **env_kwargs)
         if reason is not None:
             raise ValueError(f"env_name {env_name!r} has no vector physics: {reason}")
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        check_count("num_envs", num_envs)
         if num_threads is None:
             num_threads = torch.get_num_threads()
-        if num_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        check_count("num_threads", num_threads)
         if max_episode_steps is not None:
             env_kwargs["max_episode_steps"] = max_episode_steps
 

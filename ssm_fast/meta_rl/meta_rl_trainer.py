@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ssm_fast.checkpoint import save_model
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 from ssm_fast.core.task_policies import TaskPolicies
 from ssm_fast.env_runner.environment import Environment
@@ -131,6 +131,7 @@ class MetaRLTrainer:
 
     Raises:
         ValueError: A number is out of its range.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -157,55 +158,34 @@ class MetaRLTrainer:
         seed: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        for name, value, in_range, expected in (
-            ("inner_lr", inner_lr, inner_lr >= 0.0, "at least 0"),
-            ("outer_lr", outer_lr, outer_lr > 0.0, "positive"),
-            ("inner_steps", inner_steps, inner_steps >= 0, "at least 0"),
-            ("gamma", gamma, 0.0 <= gamma <= 1.0, "in [0, 1]"),
-            ("gae_lambda", gae_lambda, 0.0 <= gae_lambda <= 1.0, "in [0, 1]"),
-            ("clip_epsilon", clip_epsilon, clip_epsilon > 0.0, "positive"),
-            ("tasks_per_epoch", tasks_per_epoch, tasks_per_epoch >= 1, "at least 1"),
-            ("outer_epochs", outer_epochs, outer_epochs >= 1, "at least 1"),
-            ("tasks_per_minibatch", tasks_per_minibatch, tasks_per_minibatch >= 1, "at least 1"),
-            ("num_steps", num_steps or 1, num_steps is None or num_steps >= 1, "at least 1"),
-            ("max_grad_norm", max_grad_norm, max_grad_norm > 0.0, "positive"),
-            ("checkpoint_interval", checkpoint_interval, checkpoint_interval >= 1, "at least 1"),
-            ("evaluation_interval", evaluation_interval, evaluation_interval >= 1, "at least 1"),
-            ("evaluation_steps", evaluation_steps, evaluation_steps >= 0, "at least 0"),
-            ("seed", seed, seed >= 0, "at least 0"),
-        ):
-            if not in_range or not math.isfinite(value):
-                raise ValueError(f"{name} must be finite and {expected}, got {value}")
-
-        self.device = torch.device(device)
-        self.model = model.to(self.device)
-        self.inner_lr = inner_lr
-        self.outer_lr = outer_lr
-        self.inner_steps = inner_steps
-        self.gamma = gamma
-        self.gae_lambda = gae_lambda
-        self.clip_epsilon = clip_epsilon
-        self.tasks_per_epoch = tasks_per_epoch
-        self.outer_epochs = outer_epochs
-        self.tasks_per_minibatch = tasks_per_minibatch
-        self.num_steps = num_steps
+        self.inner_lr = check_number("inner_lr", inner_lr, at_least=0.0)
+        self.outer_lr = check_number("outer_lr", outer_lr, above=0.0)
+        self.inner_steps = check_count("inner_steps", inner_steps, at_least=0)
+        self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
+        self.gae_lambda = check_number("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
+        self.clip_epsilon = check_number("clip_epsilon", clip_epsilon, above=0.0)
+        self.tasks_per_epoch = check_count("tasks_per_epoch", tasks_per_epoch)
+        self.outer_epochs = check_count("outer_epochs", outer_epochs)
+        self.tasks_per_minibatch = check_count("tasks_per_minibatch", tasks_per_minibatch)
+        self.num_steps = None if num_steps is None else check_count("num_steps", num_steps)
         self.first_order = first_order
         self.learn_inner_lr = learn_inner_lr
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = check_number("max_grad_norm", max_grad_norm, above=0.0)
         self.anneal_lr = anneal_lr
-        self.checkpoint_interval = checkpoint_interval
-        self.evaluation_interval = evaluation_interval
-        self.evaluation_steps = evaluation_steps
-        self.seed = seed
+        self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
+        self.evaluation_interval = check_count("evaluation_interval", evaluation_interval)
+        self.evaluation_steps = check_count("evaluation_steps", evaluation_steps, at_least=0)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.seed = check_count("seed", seed, at_least=0)
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
         self._shared = {
             name: p for name, p in model.named_parameters() if not name.startswith("critic.")
         }
         self.rates = {
             name: torch.full_like(p, inner_lr * _pace(name)) for name, p in self._shared.items()
         }
-        learnt = list(self._shared.items())
+        learnt: list[tuple[str, Tensor]] = list(self._shared.items())
         if learn_inner_lr:
             learnt += [(name, rate.requires_grad_()) for name, rate in self.rates.items()]
         self._learnt: list[Tensor] = [p for _, p in learnt]
@@ -266,9 +246,8 @@ class MetaRLTrainer:
             ValueError: The environment does not fit the model or the settings, or the checkpoint
                 these settings.
         """
-        for name, value in (("total_epochs", total_epochs), ("log_interval", log_interval)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count("total_epochs", total_epochs)
+        check_count("log_interval", log_interval)
         self._check_env(env)
         assert env.family is not None
         train_tasks = env.family.train_tasks if train_tasks is None else tuple(train_tasks)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ssm_fast import ops
 from ssm_fast.checkpoint import save_model
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
@@ -91,6 +92,7 @@ class PolicyGradientTrainer:
 
     Raises:
         ValueError: A number is out of its range.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -107,30 +109,19 @@ class PolicyGradientTrainer:
         seed: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        for name, value, in_range, expected in (
-            ("learning_rate", learning_rate, learning_rate > 0.0, "positive"),
-            ("gamma", gamma, 0.0 <= gamma <= 1.0, "in [0, 1]"),
-            ("entropy_coef", entropy_coef, entropy_coef >= 0.0, "at least 0"),
-            ("max_grad_norm", max_grad_norm, max_grad_norm > 0.0, "positive"),
-            ("transition_lr_scale", transition_lr_scale, transition_lr_scale >= 0.0, "at least 0"),
-            ("checkpoint_interval", checkpoint_interval, checkpoint_interval >= 1, "at least 1"),
-            ("seed", seed, seed >= 0, "at least 0"),
-        ):
-            if not in_range or not math.isfinite(value):
-                raise ValueError(f"{name} must be finite and {expected}, got {value}")
-
+        self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
+        self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
+        self.entropy_coef = check_number("entropy_coef", entropy_coef, at_least=0.0)
+        self.max_grad_norm = check_number("max_grad_norm", max_grad_norm, above=0.0)
+        self.transition_lr_scale = check_number(
+            "transition_lr_scale", transition_lr_scale, at_least=0.0
+        )
+        self.anneal_lr = anneal_lr
+        self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.seed = check_count("seed", seed, at_least=0)
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        self.learning_rate = learning_rate
-        self.gamma = gamma
-        self.entropy_coef = entropy_coef
-        self.max_grad_norm = max_grad_norm
-        self.transition_lr_scale = transition_lr_scale
-        self.anneal_lr = anneal_lr
-        self.checkpoint_interval = checkpoint_interval
-        self.seed = seed
         others = [parameter for parameter in model.parameters() if parameter is not model.A]
         self.optimizer = torch.optim.Adam(
             [{"params": others}, {"params": [model.A]}], lr=learning_rate, fused=True
@@ -175,9 +166,8 @@ class PolicyGradientTrainer:
                 The last checkpoint is intact.
             ValueError: The environment does not fit the model, or the checkpoint these settings.
         """
-        for name, value in (("total_episodes", total_episodes), ("log_interval", log_interval)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count("total_episodes", total_episodes)
+        check_count("log_interval", log_interval)
         env = self._prepare(env)
         self._first_episode = self.episodes
         self._batch_size = env.batch_size

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ssm_fast import ops
 from ssm_fast.checkpoint import save_model
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
@@ -147,6 +148,7 @@ class PPOTrainer:
 
     Raises:
         ValueError: A number is out of its range.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -174,49 +176,32 @@ class PPOTrainer:
         num_threads: int | None = 1,
         seed: int | None = None,
     ) -> None:
-        _check_range("learning_rate", learning_rate, above=0.0)
-        _check_range("gamma", gamma, at_least=0.0, at_most=1.0)
-        _check_range("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
-        _check_range("clip_epsilon", clip_epsilon, above=0.0)
-        _check_range("value_coef", value_coef, at_least=0.0)
-        _check_range("entropy_coef", entropy_coef, at_least=0.0)
-        _check_range("max_grad_norm", max_grad_norm, above=0.0)
-        _check_range("ppo_epochs", ppo_epochs, at_least=1)
-        _check_range("mini_batch_size", mini_batch_size, at_least=1)
-        _check_range("checkpoint_interval", checkpoint_interval, at_least=1)
-        if num_steps is not None:
-            _check_range("num_steps", num_steps, at_least=1)
-        if sequence_length is not None:
-            _check_range("sequence_length", sequence_length, at_least=1)
-        if num_threads is not None:
-            _check_range("num_threads", num_threads, at_least=1)
-        if target_kl is not None:
-            _check_range("target_kl", target_kl, above=0.0)
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        _check_range("seed", seed, at_least=0)
-
-        self.device = torch.device(device)
-        self.model = model.to(self.device)
-        self.learning_rate = learning_rate
-        self.gamma = gamma
-        self.gae_lambda = gae_lambda
-        self.clip_epsilon = clip_epsilon
-        self.value_coef = value_coef
-        self.entropy_coef = entropy_coef
-        self.max_grad_norm = max_grad_norm
-        self.ppo_epochs = ppo_epochs
-        self.mini_batch_size = mini_batch_size
-        self.num_steps = num_steps
-        self.sequence_length = sequence_length
+        self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
+        self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
+        self.gae_lambda = check_number("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
+        self.clip_epsilon = check_number("clip_epsilon", clip_epsilon, above=0.0)
+        self.value_coef = check_number("value_coef", value_coef, at_least=0.0)
+        self.entropy_coef = check_number("entropy_coef", entropy_coef, at_least=0.0)
+        self.max_grad_norm = check_number("max_grad_norm", max_grad_norm, above=0.0)
+        self.ppo_epochs = check_count("ppo_epochs", ppo_epochs)
+        self.mini_batch_size = check_count("mini_batch_size", mini_batch_size)
+        self.num_steps = None if num_steps is None else check_count("num_steps", num_steps)
+        self.sequence_length = (
+            None if sequence_length is None else check_count("sequence_length", sequence_length)
+        )
         self.anneal_lr = anneal_lr
         self.recompute_advantages = recompute_advantages
         self.scale_rewards = scale_rewards
         self.clip_value_loss = clip_value_loss
-        self.target_kl = target_kl
-        self.checkpoint_interval = checkpoint_interval
-        self.num_threads = num_threads
-        self.seed = seed
+        self.target_kl = (
+            None if target_kl is None else check_number("target_kl", target_kl, above=0.0)
+        )
+        self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
+        self.num_threads = None if num_threads is None else check_count("num_threads", num_threads)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.seed = check_count("seed", seed, at_least=0)
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
 
         self._weights = FlatParameters(self.model)
         self.optimizer = torch.optim.Adam(
@@ -229,8 +214,8 @@ class PPOTrainer:
         self._seconds = 0.0
         self._recent_returns: deque[float] = deque(maxlen=_EPISODE_WINDOW)
         self._recent_lengths: deque[int] = deque(maxlen=_EPISODE_WINDOW)
-        self._shuffle = torch.Generator().manual_seed(seed)
-        self._random_state = torch.Generator().manual_seed(seed).get_state()
+        self._shuffle = torch.Generator().manual_seed(self.seed)
+        self._random_state = torch.Generator().manual_seed(self.seed).get_state()
         self._cuda_random_state: Tensor | None = None
 
         # Where the environments stand between two rollouts.
@@ -272,8 +257,8 @@ class PPOTrainer:
                 The last checkpoint is intact.
             ValueError: The environment does not fit the model, or the checkpoint these settings.
         """
-        _check_range("total_timesteps", total_timesteps, at_least=1)
-        _check_range("log_interval", log_interval, at_least=1)
+        check_number("total_timesteps", total_timesteps, at_least=1)
+        check_count("log_interval", log_interval)
         env = self._prepare(env)
         self._first_iteration = self.iteration
         if resume:
@@ -861,24 +846,3 @@ def _explained_variance(values: Tensor, returns: Tensor) -> float:
 
 def _mean(values: deque[float] | deque[int]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _check_range(
-    name: str,
-    value: float,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    at_most: float = math.inf,
-) -> None:
-    if not (value > above and at_least <= value <= at_most and math.isfinite(value)):
-        bounds = [
-            text
-            for text, bound in (
-                (f"above {above}", above),
-                (f"at least {at_least}", at_least),
-                (f"at most {at_most}", at_most),
-            )
-            if math.isfinite(bound)
-        ]
-        raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, got {value}")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_fast.checks import check_number
+
 _LARGEST_COUNT = 2**53  # as large as float64, in which the learning curve holds it, is exact
 
 
@@ -67,9 +69,8 @@ def load_adam(optimizer: torch.optim.Adam, stored: Mapping[str, Any]) -> None:
     for group, stored_group in zip(groups, stored_groups, strict=True):
         if list(stored_group["params"]) != group["params"]:
             raise ValueError("optimizer groups must hold the same parameters")
-        group["lr"] = float(stored_group["lr"])
-        if not (math.isfinite(group["lr"]) and group["lr"] >= 0.0):
-            raise ValueError(f"optimizer learning rate must be at least 0, got {group['lr']}")
+        rate = float(stored_group["lr"])
+        group["lr"] = check_number("optimizer learning rate", rate, at_least=0.0)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for i, parameter in enumerate(parameters):

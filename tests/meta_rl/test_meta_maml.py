@@ -643,7 +643,7 @@ class TestBadInput:
             MetaMAML(model, inner_lr=float("nan"))
         with pytest.raises(ValueError, match="inner_steps must be at least 1, got 0"):
             MetaMAML(model, inner_steps=0)
-        with pytest.raises(ValueError, match="max_grad_norm must be finite and above"):
+        with pytest.raises(ValueError, match="max_grad_norm must be finite and positive"):
             MetaMAML(model, max_grad_norm=0.0)
         with pytest.raises(TypeError, match="chunk_size must be an int"):
             MetaMAML(model, chunk_size=2.5)

@@ -452,9 +452,9 @@ class TestTrain:
 
     def test_ranges(self) -> None:
         for options, match in (
-            ({"gamma": 1.1}, r"gamma must be at least 0.0 and at most 1.0, got 1.1"),
-            ({"learning_rate": 0.0}, "learning_rate must be above 0.0, got 0.0"),
-            ({"learning_rate": math.nan}, "learning_rate must be above 0.0, got nan"),
+            ({"gamma": 1.1}, r"gamma must be finite and in \[0, 1\], got 1.1"),
+            ({"learning_rate": 0.0}, "learning_rate must be finite and positive, got 0.0"),
+            ({"learning_rate": math.nan}, "learning_rate must be finite and positive, got nan"),
             ({"ppo_epochs": 0}, "ppo_epochs must be at least 1, got 0"),
             ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
         ):
