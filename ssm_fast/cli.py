@@ -60,6 +60,7 @@ try:
     from ssm_fast.meta_rl.policy_gradient_trainer import PolicyGradientTrainer
     from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
     from ssm_fast.meta_rl.run import RunDirectory
+    from ssm_fast.meta_rl.training_state import load_checkpoint
 except ModuleNotFoundError as error:
     sys.stderr.write(f"ssm-fast: {error.name} is missing: pip install 'ssm_fast[rl]'\n")
     raise SystemExit(2) from None
@@ -661,10 +662,7 @@ def _learn(
         if any("episodes" not in row for row in rows):
             raise ValueError(f"{run.curve_path} lacks the column 'episodes'")
         ended = sum(row["episodes"] for row in rows)
-        try:
-            trainer.load_state_dict(checkpoint.state)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.path}: {error}") from error
+        load_checkpoint(checkpoint, trainer)
         timesteps = float(trainer.timesteps)
 
     def is_done() -> bool:
@@ -789,10 +787,7 @@ def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
     with _environment(settings) as env:
         trainer = _trainer(settings, env)
         assert isinstance(trainer, MetaRLTrainer)
-        try:
-            trainer.load_state_dict(checkpoint.state)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint.path}: {error}") from error
+        load_checkpoint(checkpoint, trainer)
         for line in _evaluate_adaptation(trainer, env, options.seed, options.deterministic)[1]:
             _say(line)
 

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ssm_fast.checkpoint import save_model
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 from ssm_fast.core.task_policies import TaskPolicies
@@ -26,7 +24,15 @@ from ssm_fast.env_runner.trial_environment import TrialEnvironment
 from ssm_fast.meta_rl.meta_maml import Weights, inner_update, task_losses
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
-from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
+from ssm_fast.meta_rl.training_state import (
+    check_settings,
+    check_tensors,
+    continue_run,
+    load_adam,
+    must_fit,
+    read_count,
+    save_checkpoint,
+)
 from ssm_fast.meta_rl.trajectories import Trajectories, compute_advantages
 
 TaskEnvironment: TypeAlias = Environment | TrialEnvironment
@@ -259,9 +265,7 @@ class MetaRLTrainer:
         self._batch_size = env.batch_size
         self._env = (env.env_name, _episodes_of(env))
         if resume:
-            if run is None:
-                raise ValueError("resume needs the run to continue")
-            self._resume(run)
+            continue_run(run, self)
         last = self._first_iteration + total_epochs
         result = TrainingResult(0, 0, [], [], [])
         with torch.random.fork_rng(self._cuda_devices()):
@@ -286,7 +290,7 @@ class MetaRLTrainer:
                 stop = callback is not None and callback(dict(metrics)) is False
                 due = self.iteration % self.checkpoint_interval == 0 or self.iteration == last
                 if run is not None and (stop or due):
-                    self._checkpoint(run, env)
+                    save_checkpoint(run, self, env)
                 if stop:
                     break
         return TrainingResult(
@@ -647,10 +651,8 @@ class MetaRLTrainer:
         """Everything that the rest of a run depends on."""
         return {
             "version": _STATE_VERSION,
-            "settings": {name: getattr(self, name) for name in _SETTINGS},
-            "batch_size": self._batch_size,
-            "env_name": self._env[0],
-            "trial_episodes": self._env[1],
+            "settings": self._settings(),
+            **self._settings_of_env(),
             "model": self.model.state_dict(),
             "rates": {name: rate.detach() for name, rate in self.rates.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -666,21 +668,11 @@ class MetaRLTrainer:
         Raises:
             ValueError: It belongs to other settings or another model, or is incomplete.
         """
-        try:
-            if state["version"] != _STATE_VERSION:
-                raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
-            of_env = "batch_size", "env_name", "trial_episodes"
-            stored = {**state["settings"], **{name: state[name] for name in of_env}}
-            current = {name: getattr(self, name) for name in _SETTINGS}
+        with must_fit():
+            current = self._settings()
             if self._batch_size:  # an environment is there to compare with
-                values = self._batch_size, *self._env
-                current |= dict(zip(of_env, values, strict=True))
-            for name, value in current.items():
-                if stored[name] != value:
-                    raise ValueError(
-                        f"{name} must be {stored[name]!r} as in the run that is resumed, "
-                        f"got {value!r}"
-                    )
+                current |= self._settings_of_env()
+            check_settings(state, _STATE_VERSION, current)
             weights = check_tensors("model", state["model"], self.model.state_dict())
             rates = check_tensors("rate", state["rates"], self.rates)
             load_adam(self.optimizer, state["optimizer"])
@@ -694,28 +686,13 @@ class MetaRLTrainer:
             self._batch_size = read_count(state, "batch_size")
             self._env = (str(state["env_name"]), read_count(state, "trial_episodes"))
             self._seconds = float(state["seconds"])
-        except (
-            *(KeyError, IndexError, TypeError, ValueError),
-            *(AttributeError, RuntimeError, OverflowError),
-        ) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"training state does not fit: {reason}") from error
 
-    def _checkpoint(self, run: RunDirectory, env: TaskEnvironment) -> None:
-        def write_model(path: Path) -> None:
-            save_model(path, self.model, env.policy_metadata())
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SETTINGS}
 
-        run.save_checkpoint(self.iteration, self.state_dict(), write_model)
-
-    def _resume(self, run: RunDirectory) -> None:
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is not None:
-            try:
-                self.load_state_dict(checkpoint.state)
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: {error}") from error
-        run.drop_checkpoints_after(self.iteration)
-        run.truncate_rows(self.iteration)
+    def _settings_of_env(self) -> dict[str, Any]:
+        name, episodes = self._env
+        return {"batch_size": self._batch_size, "env_name": name, "trial_episodes": episodes}
 
 
 def _pace(name: str) -> float:

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -17,13 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast import ops
-from ssm_fast.checkpoint import save_model
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
-from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
+from ssm_fast.meta_rl.training_state import (
+    check_settings,
+    check_tensors,
+    continue_run,
+    load_adam,
+    must_fit,
+    read_count,
+    save_checkpoint,
+)
 
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
@@ -172,9 +178,7 @@ class PolicyGradientTrainer:
         self._first_episode = self.episodes
         self._batch_size = env.batch_size
         if resume:
-            if run is None:
-                raise ValueError("resume needs the run to continue")
-            self._resume(run)
+            continue_run(run, self)
         last = self._first_episode + total_episodes
         result = TrainingResult(0, 0, [], [], [])
         while self.episodes < last:
@@ -196,7 +200,7 @@ class PolicyGradientTrainer:
             if run is not None and (
                 stop or self.episodes == last or self.iteration % self.checkpoint_interval == 0
             ):
-                self._checkpoint(run, env)
+                save_checkpoint(run, self, env)
             if stop:
                 break
         return TrainingResult(
@@ -367,7 +371,7 @@ class PolicyGradientTrainer:
         """Everything that the rest of a run depends on."""
         return {
             "version": _STATE_VERSION,
-            "settings": {name: getattr(self, name) for name in _SETTINGS},
+            "settings": self._settings(),
             "batch_size": self._batch_size,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -384,18 +388,11 @@ class PolicyGradientTrainer:
         Raises:
             ValueError: It belongs to other settings or another model, or is incomplete.
         """
-        try:
-            if state["version"] != _STATE_VERSION:
-                raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
-            stored = {**state["settings"], "batch_size": state["batch_size"]}
-            current = {name: getattr(self, name) for name in _SETTINGS}
-            current["batch_size"] = self._batch_size or stored["batch_size"]
-            for name, value in current.items():
-                if stored[name] != value:
-                    raise ValueError(
-                        f"{name} must be {stored[name]!r} as in the run that is resumed, "
-                        f"got {value!r}"
-                    )
+        with must_fit():
+            current = self._settings()
+            if self._batch_size:  # an environment is there to compare with
+                current["batch_size"] = self._batch_size
+            check_settings(state, _STATE_VERSION, current)
             weights = check_tensors("model", state["model"], self.model.state_dict())
             load_adam(self.optimizer, state["optimizer"])
             self.model.load_state_dict(weights)
@@ -405,25 +402,6 @@ class PolicyGradientTrainer:
             self._first_episode = read_count(state, "first_episode")
             self._batch_size = read_count(state, "batch_size")
             self._seconds = float(state["seconds"])
-        except (
-            *(KeyError, IndexError, TypeError, ValueError),
-            *(AttributeError, RuntimeError, OverflowError),
-        ) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"training state does not fit: {reason}") from error
 
-    def _checkpoint(self, run: RunDirectory, env: Environment) -> None:
-        def write_model(path: Path) -> None:
-            save_model(path, self.model, env.policy_metadata())
-
-        run.save_checkpoint(self.iteration, self.state_dict(), write_model)
-
-    def _resume(self, run: RunDirectory) -> None:
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is not None:
-            try:
-                self.load_state_dict(checkpoint.state)
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: {error}") from error
-        run.drop_checkpoints_after(self.iteration)
-        run.truncate_rows(self.iteration)
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SETTINGS}

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -20,13 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssm_fast import ops
-from ssm_fast.checkpoint import save_model
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
-from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
+from ssm_fast.meta_rl.training_state import (
+    check_settings,
+    check_tensors,
+    continue_run,
+    load_adam,
+    must_fit,
+    read_count,
+    save_checkpoint,
+)
 from ssm_fast.nn.running_norm import RunningNorm
 
 AnyEnvironment: TypeAlias = (
@@ -41,6 +47,26 @@ _REWARD_CLIP = 10.0  # of the scaled reward
 _EPISODES_PER_INTERVAL = 5  # of the time limit, at least, between two resets of all environments
 _EPISODE_WINDOW = 20  # episodes in the reported mean
 _STATE_VERSION = 2
+_SETTINGS = (
+    "learning_rate",
+    "gamma",
+    "gae_lambda",
+    "clip_epsilon",
+    "value_coef",
+    "entropy_coef",
+    "max_grad_norm",
+    "ppo_epochs",
+    "mini_batch_size",
+    "num_steps",
+    "sequence_length",
+    "anneal_lr",
+    "recompute_advantages",
+    "scale_rewards",
+    "clip_value_loss",
+    "target_kl",
+    "checkpoint_interval",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -211,6 +237,7 @@ class PPOTrainer:
         self.iteration = 0
         self.timesteps = 0
         self._first_iteration = 0  # of the call to train that is under way
+        self._batch_size = 0  # of that call
         self._seconds = 0.0
         self._recent_returns: deque[float] = deque(maxlen=_EPISODE_WINDOW)
         self._recent_lengths: deque[int] = deque(maxlen=_EPISODE_WINDOW)
@@ -261,10 +288,9 @@ class PPOTrainer:
         check_count("log_interval", log_interval)
         env = self._prepare(env)
         self._first_iteration = self.iteration
+        self._batch_size = env.batch_size
         if resume:
-            if run is None:
-                raise ValueError("resume needs the run to continue")
-            self._resume(run, env)
+            continue_run(run, self)
         last = self._first_iteration + math.ceil(
             total_timesteps / (self._steps_of(env) * env.batch_size)
         )
@@ -276,7 +302,8 @@ class PPOTrainer:
             while self.iteration < last:
                 metrics = self._iterate(env, last, result, run)
                 if run is not None and (self.iteration % interval == 0 or self.iteration == last):
-                    self._checkpoint(run, env)
+                    self._keep_random_state()
+                    save_checkpoint(run, self, env)
                 if self.iteration % log_interval == 0 or self.iteration == last:
                     _LOGGER.info(
                         "%d steps, return %.1f, KL %.4f, %.0f steps/s",
@@ -692,13 +719,16 @@ class PPOTrainer:
         Raises:
             ValueError: It is missing, damaged, or of other settings or another model.
         """
-        self.load_state_dict(read_state(path))
+        state = read_state(path)
+        self._batch_size = 0  # any number of environments may go on from a file
+        self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of a run depends on, at a checkpoint's boundary."""
         return {
             "version": _STATE_VERSION,
             "settings": self._settings(),
+            "batch_size": self._batch_size,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "return_norm": self.return_norm.state_dict(),
@@ -719,8 +749,12 @@ class PPOTrainer:
         Raises:
             ValueError: It belongs to other settings or another model, or is incomplete.
         """
-        try:
-            self._check_settings(state)
+        with must_fit():
+            known = {"batch_size": 0, **state}  # which a file of an older version's `save` lacks
+            current = self._settings()
+            if self._batch_size and known["batch_size"]:
+                current["batch_size"] = self._batch_size
+            check_settings(known, _STATE_VERSION, current)
             weights = check_tensors("model", state["model"], self.model.state_dict())
             statistics = check_tensors(
                 "return_norm", state["return_norm"], self.return_norm.state_dict()
@@ -734,76 +768,16 @@ class PPOTrainer:
             self.iteration = read_count(state, "iteration")
             self.timesteps = read_count(state, "timesteps")
             self._first_iteration = read_count(state, "first_iteration")
+            self._batch_size = read_count(known, "batch_size") or self._batch_size
             self._seconds = float(state["seconds"])
             self._recent_returns.clear()
             self._recent_lengths.clear()
             self._recent_returns.extend(float(x) for x in state["recent_returns"])
             self._recent_lengths.extend(int(x) for x in state["recent_lengths"])
-        except (
-            *(KeyError, IndexError, TypeError, ValueError),
-            *(AttributeError, RuntimeError, OverflowError),
-        ) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"training state does not fit: {reason}") from error
         self._env = None
 
-    def _check_settings(self, state: Mapping[str, Any]) -> None:
-        if state["version"] != _STATE_VERSION:
-            raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
-        for name, value in self._settings().items():
-            if state["settings"][name] != value:
-                raise ValueError(
-                    f"{name} must be {state['settings'][name]!r} as in the run that is resumed, "
-                    f"got {value!r}"
-                )
-
     def _settings(self) -> dict[str, Any]:
-        names = (
-            "learning_rate",
-            "gamma",
-            "gae_lambda",
-            "clip_epsilon",
-            "value_coef",
-            "entropy_coef",
-            "max_grad_norm",
-            "ppo_epochs",
-            "mini_batch_size",
-            "num_steps",
-            "sequence_length",
-            "anneal_lr",
-            "recompute_advantages",
-            "scale_rewards",
-            "clip_value_loss",
-            "target_kl",
-            "checkpoint_interval",
-            "seed",
-        )
-        return {name: getattr(self, name) for name in names}
-
-    def _checkpoint(self, run: RunDirectory, env: Environment) -> None:
-        self._keep_random_state()
-
-        def write_model(path: Path) -> None:
-            save_model(path, self.model, env.policy_metadata())
-
-        state = {**self.state_dict(), "batch_size": env.batch_size}
-        run.save_checkpoint(self.iteration, state, write_model)
-
-    def _resume(self, run: RunDirectory, env: Environment) -> None:
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is not None:
-            try:
-                self.load_state_dict(checkpoint.state)
-                batch_size = checkpoint.state.get("batch_size")
-                if batch_size != env.batch_size:
-                    raise ValueError(
-                        f"batch_size must be {batch_size} as in the run that is resumed, "
-                        f"got {env.batch_size}"
-                    )
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: {error}") from error
-        run.drop_checkpoints_after(self.iteration)
-        run.truncate_rows(self.iteration)
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     def _keep_random_state(self) -> None:
         self._random_state = torch.get_rng_state()

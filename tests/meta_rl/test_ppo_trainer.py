@@ -20,7 +20,7 @@ from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout
-from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.meta_rl.run import RunDirectory, write_state
 
 _Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
@@ -537,7 +537,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_ppo_trainer import _resumable
-from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.meta_rl.run import RunDirectory, write_state
 env, trainer = _resumable(sys.argv[2])
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[4] == "write":
@@ -664,6 +664,28 @@ class TestResume:
         trainer.train(env, 64, run=run)
         with pytest.raises(ValueError, match=r"batch_size must be 2 as in the run .* got 3"):
             trainer.train(Environment("CartPole-v1", batch_size=3), 64, run=run, resume=True)
+
+    def test_a_file_goes_on_with_any_number_of_environments(self, tmp_path: Path) -> None:
+        env, trainer = _resumable("CartPole-v1")
+        trainer.train(env, 64)
+        trainer.save(tmp_path / "state.pt")
+        trainer.train(Environment("CartPole-v1", batch_size=3), 96)
+        trainer.load(tmp_path / "state.pt")
+        assert trainer.iteration == 1
+        assert trainer.train(Environment("CartPole-v1", batch_size=3), 96).iterations == 2
+
+    def test_a_file_without_the_number_of_environments(self, tmp_path: Path) -> None:
+        """As older versions saved it."""
+        env, trainer = _resumable("CartPole-v1")
+        trainer.train(env, 64)
+        state = trainer.state_dict()
+        assert state.pop("batch_size") == 2
+        write_state(tmp_path / "state.pt", state)
+        trainer.train(env, 64)
+        trainer.load(tmp_path / "state.pt")
+        assert trainer.iteration == 1
+        trainer.load_state_dict(state)
+        assert trainer.train(env, 64).iterations == 2
 
     def test_another_model(self, tmp_path: Path) -> None:
         _, trainer = _resumable("CartPole-v1")
