@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -111,55 +112,6 @@ _LIMITS = {
     "policy_gradient": ("episodes", "steps"),
     "improved": ("episodes", "steps"),
     "meta_rl": ("epochs",),
-}
-_MODEL_OPTIONS = {
-    "policy_gradient": ("state_dim", "hidden_dim"),
-    "improved": ("state_dim", "hidden_dim", "num_layers"),
-    "meta_rl": ("state_dim", "hidden_dim", "num_layers"),
-}
-_TRAINER_OPTIONS = {
-    "policy_gradient": (
-        "learning_rate",
-        "gamma",
-        "entropy_coef",
-        "max_grad_norm",
-        "anneal_lr",
-        "checkpoint_interval",
-    ),
-    "improved": (
-        "learning_rate",
-        "gamma",
-        "gae_lambda",
-        "clip_epsilon",
-        "value_coef",
-        "entropy_coef",
-        "max_grad_norm",
-        "ppo_epochs",
-        "mini_batch_size",
-        "num_steps",
-        "sequence_length",
-        "target_kl",
-        "anneal_lr",
-        "checkpoint_interval",
-    ),
-    "meta_rl": (
-        "tasks_per_epoch",
-        "inner_lr",
-        "outer_lr",
-        "inner_steps",
-        "gamma",
-        "gae_lambda",
-        "clip_epsilon",
-        "outer_epochs",
-        "tasks_per_minibatch",
-        "num_steps",
-        "first_order",
-        "learn_inner_lr",
-        "max_grad_norm",
-        "anneal_lr",
-        "checkpoint_interval",
-        "evaluation_interval",
-    ),
 }
 
 
@@ -282,6 +234,24 @@ class Train:
     sees its last action and reward, and where an episode ended."""
     evaluation_interval: Annotated[int | None, _default("10; meta_rl only", "INT")] = None
     """Epochs between evaluations on held-out tasks, which go to curve.csv and TensorBoard."""
+
+
+def _options_of_call(function: Callable[..., object]) -> tuple[str, ...]:
+    """The arguments of a model or a trainer that are options of the command line."""
+    options = {field.name for field in fields(Train)} - {"seed"} | {"learning_rate"}  # --lr
+    return tuple(name for name in inspect.signature(function).parameters if name in options)
+
+
+_MODEL_OPTIONS = {
+    "policy_gradient": _options_of_call(StateSpaceModel),
+    "improved": _options_of_call(ImprovedSSM),
+    "meta_rl": _options_of_call(ImprovedSSM),
+}
+_TRAINER_OPTIONS = {
+    "policy_gradient": _options_of_call(PolicyGradientTrainer),
+    "improved": _options_of_call(PPOTrainer),
+    "meta_rl": _options_of_call(MetaRLTrainer),
+}
 
 
 @dataclass(frozen=True)

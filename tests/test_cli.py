@@ -265,6 +265,28 @@ class TestTrain:
         assert "12/12 episodes" in plain
 
 
+def test_options_of_the_modes() -> None:
+    """The arguments of the models and trainers, each an option of its mode."""
+    sizes = {"state_dim", "hidden_dim"}
+    assert {mode: set(names) for mode, names in cli._MODEL_OPTIONS.items()} == {
+        "policy_gradient": sizes,
+        "improved": {*sizes, "num_layers"},
+        "meta_rl": {*sizes, "num_layers"},
+    }
+    shared = {"gamma", "max_grad_norm", "anneal_lr", "checkpoint_interval"}
+    ppo = {"gae_lambda", "clip_epsilon", "num_steps"}
+    inner = {"inner_lr", "inner_steps", "first_order", "learn_inner_lr"}
+    outer = {"outer_lr", "outer_epochs", "tasks_per_epoch", "tasks_per_minibatch"}
+    assert {mode: set(names) for mode, names in cli._TRAINER_OPTIONS.items()} == {
+        "policy_gradient": {*shared, "learning_rate", "entropy_coef"},
+        "improved": {
+            *(*shared, *ppo, "learning_rate", "entropy_coef", "value_coef", "ppo_epochs"),
+            *("mini_batch_size", "sequence_length", "target_kl"),
+        },
+        "meta_rl": {*shared, *ppo, *inner, *outer, "evaluation_interval"},
+    }
+
+
 class TestAdapt:
     @pytest.mark.parametrize("method", ["standard", "hybrid", "test_time"])
     def test_writes_the_adapted_policy(
