@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from ssm_fast.checks import check_count
@@ -90,23 +88,13 @@ class MujocoVectorEnv(SameStepVectorEnv):
 
         # One environment of Gymnasium's tells the model, the spaces and the arguments' defaults.
         env = gymnasium.make(env_name, disable_env_checker=True, **env_kwargs)
-        assert env.spec is not None
         base = cast(Any, env.unwrapped)
-        self.spec = env.spec
-        self.render_mode = None
-        self.metadata = {**base.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
-        self.single_observation_space = env.observation_space
-        self.single_action_space = env.action_space
-        self.observation_space = batch_space(env.observation_space, num_envs)
-        self.action_space = batch_space(env.action_space, num_envs)
         self.model: MjModel = base.model
         self.frame_skip = int(base.frame_skip)
         self.num_threads = min(num_threads, num_envs)
         self._action_shape = (num_envs, *cast(Any, env.action_space).shape)
-        family = getattr(base, "family", None)
-        if tasks is None and family is not None:
-            tasks = [base.task] * num_envs
-        self._setup_rows(num_envs, env.spec.max_episode_steps, family, tasks)
+        self._setup_rows(env, num_envs, tasks)
+        assert env.spec is not None
         task = _TASKS[cast(str, env.spec.entry_point)]
         arguments = _arguments(type(base)) | env.spec.kwargs
         env.close()
@@ -119,7 +107,7 @@ class MujocoVectorEnv(SameStepVectorEnv):
         self._ctrl = self._batch.bind("ctrl")  # [B, action_dim], what the simulation reads
         self._task = task(self._batch, self.frame_skip, arguments)
         self._bodies: list[MjModel] | None = None  # what the tasks of a body family edit
-        if isinstance(family, BodyFamily):
+        if isinstance(self.family, BodyFamily):
             self._bodies = [copy.copy(self.model) for _ in range(num_envs)]
         if models is not None:
             self.set_models(models)
