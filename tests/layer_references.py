@@ -61,11 +61,11 @@ def stack_loop(
 ) -> tuple[Array, Array]:
     """Outputs [B, T, H] and last states [L, B, N] of an `SSM` in evaluation mode."""
     w = weights(module)
-    L = int(module.num_layers)  # type: ignore[arg-type]
+    L = int(module.num_layers)
     h_n = []
     for i in range(L):
         s0 = None if h0 is None else h0[i]
-        y, s = layer_loop(w, x, s0, reset, module.norm, f"layers.{i}.")  # type: ignore[arg-type]
+        y, s = layer_loop(w, x, s0, reset, module.norm, f"layers.{i}.")
         if i < L - 1:
             y = ACTIVATIONS[activation](y)
         x = x + y if module.residual and x.shape[-1] == y.shape[-1] else y

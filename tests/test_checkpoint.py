@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -113,6 +114,12 @@ def test_the_file_is_plain_safetensors_with_its_configuration_in_the_header(tmp_
     assert read_metadata(path) == {"env_id": "HalfCheetah-v5"}
 
 
+def test_sizes_may_be_numpys_integers(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"state_dim": np.int64(3), "hidden_dim": np.uint8(5)}
+    StateSpaceModel(**sizes).save(tmp_path / "model.safetensors")
+    assert StateSpaceModel.load(tmp_path / "model.safetensors").config()["hidden_dim"] == 5
+
+
 def test_views_of_one_storage_are_saved_as_tensors_of_their_own(tmp_path: Path) -> None:
     model = standard()
     stacked = torch.stack([model.A.detach(), model.A.detach() + 1.0])
@@ -125,7 +132,7 @@ def test_views_of_one_storage_are_saved_as_tensors_of_their_own(tmp_path: Path) 
 def test_metadata_must_be_strings_and_leave_the_formats_keys_alone(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     with pytest.raises(TypeError, match="metadata must map strings to strings, got 'steps': 3"):
-        save_model(path, standard(), {"steps": 3})  # type: ignore[dict-item]
+        save_model(path, standard(), {"steps": 3})
     with pytest.raises(ValueError, match=r"metadata must not use the keys .*, got 'config'"):
         save_model(path, standard(), {"config": "{}"})
     with pytest.raises(ValueError, match="metadata must be smaller than 524288 bytes"):
@@ -141,9 +148,9 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
 
     for model in (torch.nn.Linear(2, 2), Mine()):
         with pytest.raises(TypeError, match="model must be one of"):
-            save_model(tmp_path / "m", model)  # type: ignore[arg-type]
+            save_model(tmp_path / "m", model)
     with pytest.raises(TypeError, match="cls must be one of"):
-        load_model(tmp_path / "m", torch.nn.Linear)  # type: ignore[type-var]
+        load_model(tmp_path / "m", torch.nn.Linear)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -19,6 +19,9 @@ import torch
 import ssm_fast
 from ssm_fast import cli
 from ssm_fast.checkpoint import load_model, read_metadata
+from ssm_fast.cli import progress
+from ssm_fast.cli.options import EVALUATION_SEED
+from ssm_fast.cli.settings import MODEL_OPTIONS, TRAINER_OPTIONS
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner import Environment, evaluate, get_family
@@ -187,9 +190,9 @@ class TestTrain:
         assert cli.main(REINFORCE) == 0
         assert cli.main([*PPO, "--steps", "160"]) == 0
         evaluations = [seed for seed in seeds if seed >= 2**31]
-        assert evaluations == [cli.EVALUATION_SEED] * 2
+        assert evaluations == [EVALUATION_SEED] * 2
         assert len(seeds) > 4
-        assert max(set(seeds) - set(evaluations)) + 1000 < cli.EVALUATION_SEED
+        assert max(set(seeds) - set(evaluations)) + 1000 < EVALUATION_SEED
 
     def test_default_folder_and_a_second_run(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*REINFORCE, "--seed", "1"]) == 0
@@ -241,7 +244,7 @@ class TestTrain:
     def test_progress_lines(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+        monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
         assert cli.main(REINFORCE) == 0
         lines = capsys.readouterr().err.splitlines()
         assert [line.split(",")[0] for line in lines] == [f"{n} of 12 episodes" for n in (4, 8, 12)]
@@ -250,7 +253,7 @@ class TestTrain:
     def test_progress_before_the_first_episode_ends(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+        monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
         assert cli.main([*PPO, "--episodes", "1"]) == 0
         assert "0 of 1 episodes, no episode yet, " in capsys.readouterr().err
 
@@ -263,6 +266,28 @@ class TestTrain:
         plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
         assert "━" in plain
         assert "12/12 episodes" in plain
+
+
+def test_options_of_the_modes() -> None:
+    """The arguments of the models and trainers, each an option of its mode."""
+    sizes = {"state_dim", "hidden_dim"}
+    assert {mode: set(names) for mode, names in MODEL_OPTIONS.items()} == {
+        "policy_gradient": sizes,
+        "improved": {*sizes, "num_layers"},
+        "meta_rl": {*sizes, "num_layers"},
+    }
+    shared = {"gamma", "max_grad_norm", "anneal_lr", "checkpoint_interval"}
+    ppo = {"gae_lambda", "clip_epsilon", "num_steps"}
+    inner = {"inner_lr", "inner_steps", "first_order", "learn_inner_lr"}
+    outer = {"outer_lr", "outer_epochs", "tasks_per_epoch", "tasks_per_minibatch"}
+    assert {mode: set(names) for mode, names in TRAINER_OPTIONS.items()} == {
+        "policy_gradient": {*shared, "learning_rate", "entropy_coef"},
+        "improved": {
+            *(*shared, *ppo, "learning_rate", "entropy_coef", "value_coef", "ppo_epochs"),
+            *("mini_batch_size", "sequence_length", "target_kl"),
+        },
+        "meta_rl": {*shared, *ppo, *inner, *outer, "evaluation_interval"},
+    }
 
 
 class TestAdapt:

@@ -183,7 +183,7 @@ def test_bad_calls() -> None:
         policy.predict(x, state, np.zeros(3))
     for given in (np.array(["a"] * 5), {"position": 1.0}, np.array([None] * 5)):
         with pytest.raises(TypeError, match="obs must be numeric, got dtype"):
-            policy.predict(given)  # type: ignore[arg-type]
+            policy.predict(given)
 
 
 def test_a_bound_beyond_any_float_in_the_header(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import platform
 import statistics
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import bars
 import torch
 import triton
+from gpu_peers import absent, importable
 from references import dense_scan_loop, norm_scan_loop, relative_rms
 from torch import Tensor, nn
 
@@ -182,8 +182,8 @@ def recurrent() -> dict[str, Any]:
 
 
 def torchrl_gru(x: Tensor) -> Callable[[], Any] | None:
-    """TorchRL's fused GRU, with resets, in float32; None where it is not installed."""
-    peer = getattr(importable("torchrl.modules.tensordict_module._rnn_triton"), "gru_triton", None)
+    """TorchRL's fused GRU, with resets, in float32; None where it is absent."""
+    peer = importable("TorchRL gru_triton")
     if peer is None:
         return None
     B, T, N = x.shape
@@ -197,8 +197,8 @@ def torchrl_gru(x: Tensor) -> Callable[[], Any] | None:
 
 
 def flash_lstm(x: Tensor) -> Callable[[], Any] | None:
-    """FlashRNN's LSTM in Triton, one head, bfloat16 as it is published; None where not installed."""
-    peer = getattr(importable("flashrnn"), "flashrnn", None)
+    """FlashRNN's LSTM in Triton, one head, bfloat16 as it is published; None where it is absent."""
+    peer = importable("FlashRNN LSTM")
     if peer is None:
         return None
     N = x.shape[-1]
@@ -239,10 +239,10 @@ def elementwise() -> dict[str, Any]:
         "linear_scan": lambda: linear_scan(a, b),
         "copy of the same bytes": lambda: target.copy_(source),
     }
-    peer = importable("accelerated_scan.warp")
-    if peer is not None:
+    scan = importable("accelerated-scan")
+    if scan is not None:
         gates, tokens = (x.transpose(1, 2).contiguous() for x in (a, b))
-        contenders["accelerated-scan"] = lambda: peer.scan(gates, tokens)
+        contenders["accelerated-scan"] = lambda: scan(gates, tokens)
     ms = contest(contenders)
     share = ms["copy of the same bytes"] / ms["linear_scan"]
     rows: dict[str, Any] = {
@@ -268,14 +268,6 @@ def one_sweep(a: Tensor, b: Tensor) -> Callable[[], Tensor]:
         return h
 
     return run
-
-
-def importable(name: str) -> Any:
-    """A peer, or None where it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except Exception:  # noqa: BLE001 - one that breaks on this machine is as good as absent
-        return None
 
 
 def orders() -> dict[str, Any]:
@@ -338,12 +330,11 @@ def machine() -> dict[str, Any]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "ssm_fast": ssm_fast.__version__,
-        "absent": [x for x in ("accelerated_scan", "flashrnn", "torchrl") if not importable(x)],
     }
 
 
-def table(rows: dict[str, Any]) -> list[str]:
-    """One line a contest, times of each contender and its other figures."""
+def table(rows: dict[str, Any], missing: dict[str, str]) -> list[str]:
+    """One line a contest, times of each contender and its other figures; last, absent peers."""
     lines = ["| benchmark | figures |", "|---|---|"]
     for name, row in rows.items():
         if "error" in row:
@@ -356,6 +347,9 @@ def table(rows: dict[str, Any]) -> list[str]:
             else:
                 cells.append(f"{key} {value:.3g}")
         lines.append(f"| {name} | {', '.join(cells)} |")
+    for peer, reason in missing.items():
+        escaped = reason.replace("|", "\\|")
+        lines.append(f"| {peer} | absent: {escaped} |")
     return lines
 
 
@@ -367,6 +361,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     rows: dict[str, Any] = {}
+    missing = absent()
     # Products of torch's own run in float32, as those of the kernels do.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     for suite in (accuracy, dense, norm, elementwise, groups, recurrent, orders, plans, compiled):
@@ -378,13 +373,13 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001 - the other suites still have something to say
             rows[suite.__name__] = {"error": f"{type(error).__name__}: {error}"[:300]}
             torch.cuda.empty_cache()
-        payload = {"machine": machine(), "rows": rows}
+        payload = {"machine": machine(), "absent": missing, "rows": rows}
         (arguments.results / "gpu.json").write_text(json.dumps(payload, indent=2) + "\n")
         head = ", ".join(f"{k} {v}" for k, v in machine().items())
-        text = ["# GPU benchmarks", "", f"`benchmarks/gpu.sh` on: {head}", ""]
-        text += [*bars.table(rows), "", *table(rows)]
+        tables = [*bars.table(rows), "", *table(rows, missing)]
+        text = ["# GPU benchmarks", "", f"`benchmarks/gpu.sh` on: {head}", "", *tables]
         (arguments.results / "gpu.md").write_text("\n".join(text) + "\n")
-    print("\n".join([*bars.table(rows), "", *table(rows)]))
+    print("\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ssm_fast.adaptation.policy_objective import (
-    Experience,
-    PolicyObjective,
-    check_count,
-    check_number,
-    policy_batch,
-)
+from ssm_fast.adaptation.policy_objective import Experience, PolicyObjective, policy_batch
 from ssm_fast.adaptation.standard_adapter import (
     LossFn,
     StandardAdaptationConfig,
@@ -22,6 +16,7 @@ from ssm_fast.adaptation.standard_adapter import (
     check_batch,
     supervised_loss,
 )
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.experience.experience_buffer import ExperienceBuffer
 

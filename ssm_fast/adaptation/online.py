@@ -17,11 +17,11 @@ from ssm_fast.adaptation.policy_objective import (
     ActionDistribution,
     Experience,
     PolicyObjective,
-    check_count,
     policy_batch,
 )
 from ssm_fast.adaptation.standard_adapter import StandardAdapter
 from ssm_fast.adaptation.value_ensemble import critic_scale
+from ssm_fast.checks import check_count
 from ssm_fast.core.improved_ssm import ImprovedSSM, choose_action
 
 if TYPE_CHECKING:

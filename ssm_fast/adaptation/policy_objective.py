@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast import ops
+from ssm_fast.checks import check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 
 _LARGEST_RATIO = 20.0  # of log-probabilities far apart, so that none overflows
@@ -325,29 +326,6 @@ def _next_values(
         beyond = experience.next_observations[rows, steps]  # [M, I]
         next_values[rows, steps] = model(beyond, states[:, rows, steps])[2]
     return next_values
-
-
-def check_number(
-    name: str,
-    value: float,
-    *,
-    at_least: float = -math.inf,
-    above: float = -math.inf,
-    at_most: float = math.inf,
-) -> None:
-    """Raises ValueError where a number is out of its range, or not finite."""
-    if not (value >= at_least and value > above and value <= at_most and math.isfinite(value)):
-        bound = f"above {above}" if above > -math.inf else f"at least {at_least}"
-        upper = f" and at most {at_most}" if at_most < math.inf else ""
-        raise ValueError(f"{name} must be finite, {bound}{upper}, got {value}")
-
-
-def check_count(name: str, value: int, at_least: int = 1) -> None:
-    """Raises TypeError where a count is no integer, ValueError where it is too small."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
 
 
 def _check_finite(name: str, x: Tensor) -> None:

@@ -12,12 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_fast.adaptation.policy_objective import (
-    ActionDistribution,
-    check_count,
-    check_number,
-    distribution_of,
-)
+from ssm_fast.adaptation.policy_objective import ActionDistribution, distribution_of
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 

@@ -20,8 +20,6 @@ from ssm_fast.adaptation.policy_objective import (
     Experience,
     PolicyObjective,
     boundaries,
-    check_count,
-    check_number,
     distribution_of,
     importance_ratios,
     normalized,
@@ -29,6 +27,7 @@ from ssm_fast.adaptation.policy_objective import (
 )
 from ssm_fast.adaptation.standard_adapter import StandardAdaptationConfig, StandardAdapter
 from ssm_fast.adaptation.value_ensemble import ValueEnsemble
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.experience.experience_buffer import ExperienceBuffer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssm_fast.adaptation.policy_objective import check_count
+from ssm_fast.checks import check_count
 
 
 class ValueEnsemble:

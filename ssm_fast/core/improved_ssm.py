@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.nn.running_norm import RunningNorm
 from ssm_fast.nn.ssm_layer import (
     Norm,
     SSMLayer,
     check_dtype,
-    check_size,
     last_state,
     orthogonal_,
 )
@@ -88,26 +88,19 @@ class ImprovedSSM(nn.Module):
         normalize_observations: bool = False,
     ) -> None:
         super().__init__()
-        check_size("input_dim", input_dim)
-        check_size("action_dim", action_dim)
-        check_size("state_dim", state_dim)
-        check_size("hidden_dim", hidden_dim)
-        check_size("num_layers", num_layers)
+        self.input_dim = check_count("input_dim", input_dim)
+        self.action_dim = check_count("action_dim", action_dim)
+        self.state_dim = check_count("state_dim", state_dim)
+        self.hidden_dim = check_count("hidden_dim", hidden_dim)
+        self.num_layers = check_count("num_layers", num_layers)
         if norm not in ("output", "state"):
             raise ValueError(f"norm must be 'output' or 'state', got {norm!r}")
-        if not math.isfinite(log_std_init):
-            raise ValueError(f"log_std_init must be finite, got {log_std_init}")
-        self.input_dim = input_dim
-        self.action_dim = action_dim
-        self.state_dim = state_dim
-        self.hidden_dim = hidden_dim
-        self.num_layers = num_layers
+        self.log_std_init = check_number("log_std_init", log_std_init)
         self.use_layer_norm = use_layer_norm
         self.use_residual = use_residual
         self.discrete = discrete
         self.norm = norm
         self.orthogonal_init = orthogonal_init
-        self.log_std_init = log_std_init
 
         if normalize_observations:
             self.obs_norm = RunningNorm(input_dim)
@@ -149,7 +142,7 @@ class ImprovedSSM(nn.Module):
 
     def init_hidden(self, batch_size: int) -> Tensor:
         """Zeros ``[L, B, N]``, in the parameters' dtype and on their device."""
-        check_size("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         return self.encoder.weight.new_zeros(self.num_layers, batch_size, self.state_dim)
 
     def forward(

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssm_fast.checks import check_count
 from ssm_fast.nn.ssm_layer import (
     GAIN,
     check_dtype,
-    check_size,
     last_state,
     orthogonal_,
     unit_variance_,
@@ -53,14 +53,10 @@ class StateSpaceModel(nn.Module):
         self, state_dim: int = 32, input_dim: int = 4, output_dim: int = 2, hidden_dim: int = 64
     ) -> None:
         super().__init__()
-        check_size("state_dim", state_dim)
-        check_size("input_dim", input_dim)
-        check_size("output_dim", output_dim)
-        check_size("hidden_dim", hidden_dim)
-        self.state_dim = state_dim
-        self.input_dim = input_dim
-        self.output_dim = output_dim
-        self.hidden_dim = hidden_dim
+        self.state_dim = check_count("state_dim", state_dim)
+        self.input_dim = check_count("input_dim", input_dim)
+        self.output_dim = check_count("output_dim", output_dim)
+        self.hidden_dim = check_count("hidden_dim", hidden_dim)
         self.A = nn.Parameter(torch.empty(state_dim, state_dim))
         self.B = nn.Parameter(torch.empty(state_dim, input_dim))
         self.C = nn.Sequential(
@@ -90,7 +86,7 @@ class StateSpaceModel(nn.Module):
 
     def init_hidden(self, batch_size: int) -> Tensor:
         """Zeros ``[B, N]``, in the parameters' dtype and on their device."""
-        check_size("batch_size", batch_size)
+        check_count("batch_size", batch_size)
         return self.A.new_zeros(batch_size, self.state_dim)
 
     def forward(

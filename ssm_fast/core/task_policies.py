@@ -63,23 +63,10 @@ class TaskPolicies:
         deterministic: bool = False,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Choose actions, as `ImprovedSSM.get_action` does for one task.
+        """Choose actions of one step.
 
-        Args:
-            x: Observations of one step ``[G, B, I]``.
-            hidden_state: ``[L, G, B, N]``; zeros when ``None``. It is not modified.
-            deterministic: Take the mode instead of a sample.
-            reset: ``[G, B]``, boolean or 0/1: the observation is the first of an episode.
-
-        Returns:
-            - The action ``[G, B, K]``, or ``[G, B]`` int64 when ``discrete``.
-            - Its log-probability ``[G, B]``.
-            - The value ``[G, B]``.
-            - The next state ``[L, G, B, N]``.
-
-        Raises:
-            ValueError: If a shape does not fit.
-            TypeError: If a dtype does not fit.
+        Arguments, results and errors are those of `ImprovedSSM.get_action`, with ``[G, B]`` in the
+        place of ``[B]``: ``x`` is ``[G, B, I]``, the state ``[L, G, B, N]``.
         """
         self._check(x, hidden_state, reset)
         native = self._native_action(x, hidden_state, deterministic, reset)

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
-from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from ssm_fast.checks import check_count
 from ssm_fast.env_runner.same_step import Info, Outcome, SameStepVectorEnv
 from ssm_fast.env_runner.task_families import PlaysTask, Task, TaskFamily, register_family
 
@@ -143,18 +142,10 @@ class CartPoleVectorEnv(SameStepVectorEnv):
     """`num_envs` rows of a CartPole family, each with a task of its own, as arrays.
 
     Row `i` does what `gymnasium.make(env_name, task=tasks[i])` does under the same seed and
-    actions. Rows restart in the step in which their episode ends, as in a `SyncVectorEnv` with
-    `AutoresetMode.SAME_STEP`.
+    actions. Rows restart, and the arguments are, as in `MujocoVectorEnv`, but for `task`.
 
     Args:
-        env_name: A registered Gymnasium id.
-        num_envs: Number of rows `B`.
-        tasks: One task a row (`set_tasks`); `None` is `task` in every row.
-        task: The task of all rows; `None` is the default task, CartPole-v1's own parameters.
-        max_episode_steps: Truncate episodes here; `None` keeps the limit of the registration.
-
-    Raises:
-        ValueError: `unsupported` gives a reason, or an argument is out of range.
+        task: Of every row where `tasks` is `None`; by default CartPole-v1's own parameters.
     """
 
     def __init__(
@@ -169,27 +160,16 @@ class CartPoleVectorEnv(SameStepVectorEnv):
         reason = unsupported(env_name)
         if reason is not None:
             raise ValueError(f"env_name {env_name!r} has no vector physics: {reason}")
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        check_count("num_envs", num_envs)
         kwargs: dict[str, Any] = {} if task is None else {"task": task}
         if max_episode_steps is not None:
             kwargs["max_episode_steps"] = max_episode_steps
         env = gymnasium.make(env_name, disable_env_checker=True, **kwargs)
         base: Any = env.unwrapped
-        assert env.spec is not None
-        self.spec = env.spec
-        self.render_mode = None
-        self.metadata = {**base.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
-        self.single_observation_space = env.observation_space
-        self.single_action_space = env.action_space
-        self.observation_space = batch_space(env.observation_space, num_envs)
-        self.action_space = batch_space(env.action_space, num_envs)
         self._tau, self._x_limit = base.tau, base.x_threshold
         self._angle_limit = base.theta_threshold_radians
         self._state = np.zeros((4, num_envs))  # [4, B]: x, x', θ, θ'
-        if tasks is None:
-            tasks = [base.task] * num_envs
-        self._setup_rows(num_envs, env.spec.max_episode_steps, base.family, tasks)
+        self._setup_rows(env, num_envs, tasks)
 
     def _begin_tasks(self, tasks: tuple[Any, ...]) -> None:
         def of(name: str) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from gymnasium.vector import SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from ssm_fast.checks import check_count
 from ssm_fast.env_runner import cartpole_family, vector_physics
 from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
 from ssm_fast.env_runner.same_step import SameStepVectorEnv
@@ -71,6 +72,7 @@ class Environment:
         ValueError: The id cannot be made, its spaces are not a Box observation with a
             one-dimensional floating Box or a Discrete action, or `physics="vector"` was asked for
             and cannot be had.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -84,12 +86,11 @@ class Environment:
         tasks: Sequence[Task] | None = None,
         **env_kwargs: Any,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if max_episode_steps is not None and max_episode_steps < 1:
-            raise ValueError(f"max_episode_steps must be at least 1, got {max_episode_steps}")
-        if num_threads is not None and num_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        check_count("batch_size", batch_size)
+        if max_episode_steps is not None:
+            check_count("max_episode_steps", max_episode_steps)
+        if num_threads is not None:
+            check_count("num_threads", num_threads)
         if physics not in ("auto", "vector", "gymnasium"):
             raise ValueError(
                 f"unknown physics {physics!r}; expected one of 'auto', 'vector', 'gymnasium'"
@@ -546,8 +547,8 @@ class MetaEnvironment(Environment):
         **kwargs: Any,
     ) -> None:
         family = get_family(env_name)
-        if num_tasks is not None and num_tasks < 1:
-            raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+        if num_tasks is not None:
+            check_count("num_tasks", num_tasks)
         entropy = None if seed is None else _check_seed(seed)
         super().__init__(env_name, batch_size, max_episode_steps, seed, **kwargs)
         self._task_generator = np.random.default_rng(entropy)

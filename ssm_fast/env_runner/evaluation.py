@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ssm_fast.checks import check_count
 from ssm_fast.env_runner.environment import Environment
 
 
@@ -67,8 +68,7 @@ def evaluate(
             its own may never end.
         batch_size: Episodes that are played side by side; `None` is at most 32.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes must be at least 1, got {episodes}")
+    check_count("episodes", episodes)
     if batch_size is None:
         batch_size = min(episodes, 32)
     returns = np.zeros(episodes)  # [episodes]

@@ -52,10 +52,8 @@ class _RewardTask(_MujocoTask):
         return obs, reward, terminated, truncated, info
 
 
-class HalfCheetahDirEnv(_RewardTask, HalfCheetahEnv):
-    """HalfCheetah-v5 that runs forward or backward."""
-
-    family = mujoco_families.HALF_CHEETAH_DIR
+class _HalfCheetahTask(_RewardTask, HalfCheetahEnv):
+    """HalfCheetah-v5 with half its control cost, as MAML's."""
 
     def __init__(
         self, task: Task | None = None, ctrl_cost_weight: float = 0.05, **kwargs: Any
@@ -63,23 +61,22 @@ class HalfCheetahDirEnv(_RewardTask, HalfCheetahEnv):
         arguments = {"ctrl_cost_weight": ctrl_cost_weight, **kwargs}
         HalfCheetahEnv.__init__(self, **arguments)
         self._start(task, arguments)
+
+
+class HalfCheetahDirEnv(_HalfCheetahTask):
+    """HalfCheetah-v5 that runs forward or backward."""
+
+    family = mujoco_families.HALF_CHEETAH_DIR
 
     def progress(self, info: dict[str, Any]) -> Any:
         """Velocity in the direction of the task."""
         return self.task.direction * info["x_velocity"]
 
 
-class HalfCheetahVelEnv(_RewardTask, HalfCheetahEnv):
+class HalfCheetahVelEnv(_HalfCheetahTask):
     """HalfCheetah-v5 that runs at a velocity in [0, 2]."""
 
     family = mujoco_families.HALF_CHEETAH_VEL
-
-    def __init__(
-        self, task: Task | None = None, ctrl_cost_weight: float = 0.05, **kwargs: Any
-    ) -> None:
-        arguments = {"ctrl_cost_weight": ctrl_cost_weight, **kwargs}
-        HalfCheetahEnv.__init__(self, **arguments)
-        self._start(task, arguments)
 
     def progress(self, info: dict[str, Any]) -> Any:
         """Minus the distance to the goal velocity."""

@@ -6,9 +6,11 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
 from gymnasium.utils.seeding import np_random
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from ssm_fast.env_runner.task_families import Task, TaskFamily, get_family
@@ -30,20 +32,28 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
     family: TaskFamily[Any] | None = None
 
     def _setup_rows(
-        self,
-        num_envs: int,
-        max_episode_steps: int | None,
-        family: TaskFamily[Any] | None,
-        tasks: Sequence[Task] | None,
+        self, env: gymnasium.Env[Any, Any], num_envs: int, tasks: Sequence[Task] | None
     ) -> None:
+        """Takes over what one row, as Gymnasium makes it, says of itself, and its task."""
+        assert env.spec is not None
+        base: Any = env.unwrapped
+        self.spec = env.spec
+        self.render_mode = None
+        self.metadata = {**base.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space = env.observation_space
+        self.single_action_space = env.action_space
+        self.observation_space = batch_space(env.observation_space, num_envs)
+        self.action_space = batch_space(env.action_space, num_envs)
         self.num_envs = num_envs
-        self._max_episode_steps = max_episode_steps
+        self._max_episode_steps = env.spec.max_episode_steps
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._elapsed = np.zeros(num_envs, dtype=np.int64)  # [B]
         self._is_reset = False
         self._tasks: tuple[Task, ...] = ()
         self._next_tasks: tuple[Task, ...] | None = None
-        self.family = family
+        self.family = getattr(base, "family", None)
+        if tasks is None and self.family is not None:
+            tasks = [base.task] * num_envs
         if tasks is not None:
             self.set_tasks(tasks)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ssm_fast.checks import check_count
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.env_runner.task_families import Task, TaskFamily
 
@@ -36,13 +37,12 @@ class TrialEnvironment:
 
     Raises:
         ValueError: `episodes` is below 1.
+        TypeError: It is no integer.
     """
 
     def __init__(self, env: Environment, episodes: int = 2) -> None:
-        if episodes < 1:
-            raise ValueError(f"episodes must be at least 1, got {episodes}")
         self.env = env
-        self.episodes = episodes
+        self.episodes = check_count("episodes", episodes)
         self.env_name = env.env_name
         self.batch_size = env.batch_size
         self.action_dim = env.action_dim

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from ssm_fast.checks import check_count
 from ssm_fast.env_runner.mujoco_families import (
     AntDirTask,
     BodyFamily,
@@ -63,6 +62,7 @@ class MujocoVectorEnv(SameStepVectorEnv):
 
     Raises:
         ValueError: `unsupported` gives a reason, or an argument is out of range.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -79,34 +79,22 @@ class MujocoVectorEnv(SameStepVectorEnv):
         reason = unsupported(env_name, **env_kwargs)
         if reason is not None:
             raise ValueError(f"env_name {env_name!r} has no vector physics: {reason}")
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        check_count("num_envs", num_envs)
         if num_threads is None:
             num_threads = torch.get_num_threads()
-        if num_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+        check_count("num_threads", num_threads)
         if max_episode_steps is not None:
             env_kwargs["max_episode_steps"] = max_episode_steps
 
         # One environment of Gymnasium's tells the model, the spaces and the arguments' defaults.
         env = gymnasium.make(env_name, disable_env_checker=True, **env_kwargs)
-        assert env.spec is not None
         base = cast(Any, env.unwrapped)
-        self.spec = env.spec
-        self.render_mode = None
-        self.metadata = {**base.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
-        self.single_observation_space = env.observation_space
-        self.single_action_space = env.action_space
-        self.observation_space = batch_space(env.observation_space, num_envs)
-        self.action_space = batch_space(env.action_space, num_envs)
         self.model: MjModel = base.model
         self.frame_skip = int(base.frame_skip)
         self.num_threads = min(num_threads, num_envs)
         self._action_shape = (num_envs, *cast(Any, env.action_space).shape)
-        family = getattr(base, "family", None)
-        if tasks is None and family is not None:
-            tasks = [base.task] * num_envs
-        self._setup_rows(num_envs, env.spec.max_episode_steps, family, tasks)
+        self._setup_rows(env, num_envs, tasks)
+        assert env.spec is not None
         task = _TASKS[cast(str, env.spec.entry_point)]
         arguments = _arguments(type(base)) | env.spec.kwargs
         env.close()
@@ -119,7 +107,7 @@ class MujocoVectorEnv(SameStepVectorEnv):
         self._ctrl = self._batch.bind("ctrl")  # [B, action_dim], what the simulation reads
         self._task = task(self._batch, self.frame_skip, arguments)
         self._bodies: list[MjModel] | None = None  # what the tasks of a body family edit
-        if isinstance(family, BodyFamily):
+        if isinstance(self.family, BodyFamily):
             self._bodies = [copy.copy(self.model) for _ in range(num_envs)]
         if models is not None:
             self.set_models(models)

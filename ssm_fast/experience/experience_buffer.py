@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssm_fast.checkpoint import write_atomic
+from ssm_fast.checks import check_count
 
 FORMAT = "ssm_fast.experience"
 VERSION = 1
@@ -39,18 +40,14 @@ class ExperienceBuffer:
 
     Raises:
         ValueError: ``max_size`` is less than 1, or ``seed`` negative.
-        TypeError: ``max_size`` is no integer.
+        TypeError: ``max_size`` or ``seed`` is no integer.
     """
 
     def __init__(
         self, max_size: int, device: str | torch.device = "cpu", *, seed: int | None = None
     ) -> None:
-        _check_count("max_size", max_size)
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
-        self.max_size = max_size
+        self.max_size = check_count("max_size", max_size)
+        seed = check_count("seed", int(torch.randint(2**31, ())) if seed is None else seed, 0)
         self.device = torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
         self._fields: dict[str, Tensor] = {}  # [max_size, ...]
@@ -147,8 +144,8 @@ class ExperienceBuffer:
         Raises:
             ValueError: No sequence of that length is stored, or a number is less than 1.
         """
-        _check_count("n", n)
-        _check_count("length", length)
+        check_count("n", n)
+        check_count("length", length)
         first = self._draw_ends(n, length) - (length - 1)  # [n]
         steps = (first.unsqueeze(1) + torch.arange(length)) % self.max_size  # [n, L]
         steps = steps.to(self.device)
@@ -304,7 +301,7 @@ class ExperienceBuffer:
                 )
 
     def _draw_steps(self, n: int) -> Tensor:
-        _check_count("n", n)
+        check_count("n", n)
         if self._size == 0:
             raise ValueError("the buffer is empty")
         return self._places(torch.randint(self._size, (n,), generator=self._generator)).to(
@@ -343,10 +340,3 @@ def _tensor(name: str, x: Any) -> Tensor:
         return torch.as_tensor(x).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor, array or number, got {x!r:.80}") from error
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

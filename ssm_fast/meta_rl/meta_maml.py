@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.meta_rl.training_state import check_tensors, load_adam
 
 Weights: TypeAlias = dict[str, Tensor]
@@ -94,13 +95,13 @@ class MetaMAML:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        _check_number("inner_lr", inner_lr, at_least=0.0)
-        _check_number("outer_lr", outer_lr, at_least=0.0)
-        _check_count("inner_steps", inner_steps, at_least=1)
+        check_number("inner_lr", inner_lr, at_least=0.0)
+        check_number("outer_lr", outer_lr, at_least=0.0)
+        check_count("inner_steps", inner_steps)
         if max_grad_norm is not None:
-            _check_number("max_grad_norm", max_grad_norm, above=0.0)
+            check_number("max_grad_norm", max_grad_norm, above=0.0)
         if chunk_size is not None:
-            _check_count("chunk_size", chunk_size, at_least=1)
+            check_count("chunk_size", chunk_size)
         self.model = model
         self.inner_lr = inner_lr
         self.first_order = first_order
@@ -129,7 +130,7 @@ class MetaMAML:
 
     def task_weights(self, num_tasks: int) -> Weights:
         """The meta-weights for ``G`` tasks, ``[G, ...]`` views that gradients flow through."""
-        _check_count("num_tasks", num_tasks, at_least=1)
+        check_count("num_tasks", num_tasks)
         return {n: p.expand(num_tasks, *p.shape) for n, p in self._parameters.items()}
 
     def adapt_task(
@@ -159,7 +160,7 @@ class MetaMAML:
             FloatingPointError: A loss or weight is not finite.
         """
         steps = self.inner_steps if num_steps is None else num_steps
-        _check_count("num_steps", steps, at_least=0)
+        check_count("num_steps", steps, at_least=0)
         parts = dict(zip(_PARTS, (support_x, support_y), strict=False))
         self._check_parts(parts, "")
         batch = tree_map(lambda x: x.unsqueeze(0), (support_x, support_y))
@@ -214,7 +215,7 @@ class MetaMAML:
     ) -> MetaGradient:
         """The gradient that `meta_update` follows; arguments and errors are the same."""
         steps = self.inner_steps if inner_steps is None else inner_steps
-        _check_count("inner_steps", steps, at_least=1)
+        check_count("inner_steps", steps)
         if not tasks:
             raise ValueError("tasks must hold at least one task, got none")
         for i, task in enumerate(tasks):
@@ -550,18 +551,3 @@ def _is_required(parameter: inspect.Parameter | None) -> bool:
         and parameter.kind
         in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     )
-
-
-def _check_count(name: str, value: int, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < at_least:
-        raise ValueError(f"{name} must be at least {at_least}, got {value}")
-
-
-def _check_number(
-    name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf
-) -> None:
-    if not (value >= at_least and value > above and math.isfinite(value)):
-        bound = f"above {above}" if above > -math.inf else f"at least {at_least}"
-        raise ValueError(f"{name} must be finite and {bound}, got {value}")

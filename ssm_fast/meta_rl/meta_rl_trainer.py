@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ssm_fast.checkpoint import save_model
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 from ssm_fast.core.task_policies import TaskPolicies
 from ssm_fast.env_runner.environment import Environment
@@ -27,7 +25,15 @@ from ssm_fast.env_runner.trial_environment import TrialEnvironment
 from ssm_fast.meta_rl.meta_maml import Weights, inner_update, task_losses
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
-from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
+from ssm_fast.meta_rl.training_state import (
+    check_settings,
+    check_tensors,
+    continue_run,
+    load_adam,
+    must_fit,
+    read_count,
+    save_checkpoint,
+)
 from ssm_fast.meta_rl.trajectories import Trajectories, compute_advantages
 
 TaskEnvironment: TypeAlias = Environment | TrialEnvironment
@@ -132,6 +138,7 @@ class MetaRLTrainer:
 
     Raises:
         ValueError: A number is out of its range.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -158,48 +165,27 @@ class MetaRLTrainer:
         seed: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        for name, value, in_range, expected in (
-            ("inner_lr", inner_lr, inner_lr >= 0.0, "at least 0"),
-            ("outer_lr", outer_lr, outer_lr > 0.0, "positive"),
-            ("inner_steps", inner_steps, inner_steps >= 0, "at least 0"),
-            ("gamma", gamma, 0.0 <= gamma <= 1.0, "in [0, 1]"),
-            ("gae_lambda", gae_lambda, 0.0 <= gae_lambda <= 1.0, "in [0, 1]"),
-            ("clip_epsilon", clip_epsilon, clip_epsilon > 0.0, "positive"),
-            ("tasks_per_epoch", tasks_per_epoch, tasks_per_epoch >= 1, "at least 1"),
-            ("outer_epochs", outer_epochs, outer_epochs >= 1, "at least 1"),
-            ("tasks_per_minibatch", tasks_per_minibatch, tasks_per_minibatch >= 1, "at least 1"),
-            ("num_steps", num_steps or 1, num_steps is None or num_steps >= 1, "at least 1"),
-            ("max_grad_norm", max_grad_norm, max_grad_norm > 0.0, "positive"),
-            ("checkpoint_interval", checkpoint_interval, checkpoint_interval >= 1, "at least 1"),
-            ("evaluation_interval", evaluation_interval, evaluation_interval >= 1, "at least 1"),
-            ("evaluation_steps", evaluation_steps, evaluation_steps >= 0, "at least 0"),
-            ("seed", seed, seed >= 0, "at least 0"),
-        ):
-            if not in_range or not math.isfinite(value):
-                raise ValueError(f"{name} must be finite and {expected}, got {value}")
-
-        self.device = torch.device(device)
-        self.model = model.to(self.device)
-        self.inner_lr = inner_lr
-        self.outer_lr = outer_lr
-        self.inner_steps = inner_steps
-        self.gamma = gamma
-        self.gae_lambda = gae_lambda
-        self.clip_epsilon = clip_epsilon
-        self.tasks_per_epoch = tasks_per_epoch
-        self.outer_epochs = outer_epochs
-        self.tasks_per_minibatch = tasks_per_minibatch
-        self.num_steps = num_steps
+        self.inner_lr = check_number("inner_lr", inner_lr, at_least=0.0)
+        self.outer_lr = check_number("outer_lr", outer_lr, above=0.0)
+        self.inner_steps = check_count("inner_steps", inner_steps, at_least=0)
+        self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
+        self.gae_lambda = check_number("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
+        self.clip_epsilon = check_number("clip_epsilon", clip_epsilon, above=0.0)
+        self.tasks_per_epoch = check_count("tasks_per_epoch", tasks_per_epoch)
+        self.outer_epochs = check_count("outer_epochs", outer_epochs)
+        self.tasks_per_minibatch = check_count("tasks_per_minibatch", tasks_per_minibatch)
+        self.num_steps = None if num_steps is None else check_count("num_steps", num_steps)
         self.first_order = first_order
         self.learn_inner_lr = learn_inner_lr
-        self.max_grad_norm = max_grad_norm
+        self.max_grad_norm = check_number("max_grad_norm", max_grad_norm, above=0.0)
         self.anneal_lr = anneal_lr
-        self.checkpoint_interval = checkpoint_interval
-        self.evaluation_interval = evaluation_interval
-        self.evaluation_steps = evaluation_steps
-        self.seed = seed
+        self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
+        self.evaluation_interval = check_count("evaluation_interval", evaluation_interval)
+        self.evaluation_steps = check_count("evaluation_steps", evaluation_steps, at_least=0)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.seed = check_count("seed", seed, at_least=0)
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
         self._shared = {
             name: p for name, p in model.named_parameters() if not name.startswith("critic.")
         }
@@ -267,9 +253,8 @@ class MetaRLTrainer:
             ValueError: The environment does not fit the model or the settings, or the checkpoint
                 these settings.
         """
-        for name, value in (("total_epochs", total_epochs), ("log_interval", log_interval)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count("total_epochs", total_epochs)
+        check_count("log_interval", log_interval)
         self._check_env(env)
         self._check_rows(env, self.tasks_per_epoch)
         assert env.family is not None
@@ -282,9 +267,7 @@ class MetaRLTrainer:
         self._batch_size = env.batch_size
         self._env = (env.env_name, _episodes_of(env))
         if resume:
-            if run is None:
-                raise ValueError("resume needs the run to continue")
-            self._resume(run)
+            continue_run(run, self)
         last = self._first_iteration + total_epochs
         result = TrainingResult(0, 0, [], [], [])
         with torch.random.fork_rng(self._cuda_devices()):
@@ -309,7 +292,7 @@ class MetaRLTrainer:
                 stop = callback is not None and callback(dict(metrics)) is False
                 due = self.iteration % self.checkpoint_interval == 0 or self.iteration == last
                 if run is not None and (stop or due):
-                    self._checkpoint(run, env)
+                    save_checkpoint(run, self, env)
                 if stop:
                     break
         return TrainingResult(
@@ -680,10 +663,8 @@ class MetaRLTrainer:
         """Everything that the rest of a run depends on."""
         return {
             "version": _STATE_VERSION,
-            "settings": {name: getattr(self, name) for name in _SETTINGS},
-            "batch_size": self._batch_size,
-            "env_name": self._env[0],
-            "trial_episodes": self._env[1],
+            "settings": self._settings(),
+            **self._settings_of_env(),
             "model": self.model.state_dict(),
             "rates": {name: rate.detach() for name, rate in self.rates.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -699,21 +680,11 @@ class MetaRLTrainer:
         Raises:
             ValueError: It belongs to other settings or another model, or is incomplete.
         """
-        try:
-            if state["version"] != _STATE_VERSION:
-                raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
-            of_env = "batch_size", "env_name", "trial_episodes"
-            stored = {**state["settings"], **{name: state[name] for name in of_env}}
-            current = {name: getattr(self, name) for name in _SETTINGS}
+        with must_fit():
+            current = self._settings()
             if self._batch_size:  # an environment is there to compare with
-                values = self._batch_size, *self._env
-                current |= dict(zip(of_env, values, strict=True))
-            for name, value in current.items():
-                if stored[name] != value:
-                    raise ValueError(
-                        f"{name} must be {stored[name]!r} as in the run that is resumed, "
-                        f"got {value!r}"
-                    )
+                current |= self._settings_of_env()
+            check_settings(state, _STATE_VERSION, current)
             weights = check_tensors("model", state["model"], self.model.state_dict())
             rates = check_tensors("rate", state["rates"], self.rates)
             load_adam(self.optimizer, state["optimizer"])
@@ -727,28 +698,13 @@ class MetaRLTrainer:
             self._batch_size = read_count(state, "batch_size")
             self._env = (str(state["env_name"]), read_count(state, "trial_episodes"))
             self._seconds = float(state["seconds"])
-        except (
-            *(KeyError, IndexError, TypeError, ValueError),
-            *(AttributeError, RuntimeError, OverflowError),
-        ) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"training state does not fit: {reason}") from error
 
-    def _checkpoint(self, run: RunDirectory, env: TaskEnvironment) -> None:
-        def write_model(path: Path) -> None:
-            save_model(path, self.model, env.policy_metadata())
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SETTINGS}
 
-        run.save_checkpoint(self.iteration, self.state_dict(), write_model)
-
-    def _resume(self, run: RunDirectory) -> None:
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is not None:
-            try:
-                self.load_state_dict(checkpoint.state)
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: {error}") from error
-        run.drop_checkpoints_after(self.iteration)
-        run.truncate_rows(self.iteration)
+    def _settings_of_env(self) -> dict[str, Any]:
+        name, episodes = self._env
+        return {"batch_size": self._batch_size, "env_name": name, "trial_episodes": episodes}
 
 
 def _pace(name: str) -> float:

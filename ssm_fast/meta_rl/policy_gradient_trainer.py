@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -17,12 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast import ops
-from ssm_fast.checkpoint import save_model
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
-from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
+from ssm_fast.meta_rl.training_state import (
+    check_settings,
+    check_tensors,
+    continue_run,
+    load_adam,
+    must_fit,
+    read_count,
+    save_checkpoint,
+)
 
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
@@ -91,6 +98,7 @@ class PolicyGradientTrainer:
 
     Raises:
         ValueError: A number is out of its range.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -107,30 +115,19 @@ class PolicyGradientTrainer:
         seed: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        for name, value, in_range, expected in (
-            ("learning_rate", learning_rate, learning_rate > 0.0, "positive"),
-            ("gamma", gamma, 0.0 <= gamma <= 1.0, "in [0, 1]"),
-            ("entropy_coef", entropy_coef, entropy_coef >= 0.0, "at least 0"),
-            ("max_grad_norm", max_grad_norm, max_grad_norm > 0.0, "positive"),
-            ("transition_lr_scale", transition_lr_scale, transition_lr_scale >= 0.0, "at least 0"),
-            ("checkpoint_interval", checkpoint_interval, checkpoint_interval >= 1, "at least 1"),
-            ("seed", seed, seed >= 0, "at least 0"),
-        ):
-            if not in_range or not math.isfinite(value):
-                raise ValueError(f"{name} must be finite and {expected}, got {value}")
-
+        self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
+        self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
+        self.entropy_coef = check_number("entropy_coef", entropy_coef, at_least=0.0)
+        self.max_grad_norm = check_number("max_grad_norm", max_grad_norm, above=0.0)
+        self.transition_lr_scale = check_number(
+            "transition_lr_scale", transition_lr_scale, at_least=0.0
+        )
+        self.anneal_lr = anneal_lr
+        self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.seed = check_count("seed", seed, at_least=0)
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        self.learning_rate = learning_rate
-        self.gamma = gamma
-        self.entropy_coef = entropy_coef
-        self.max_grad_norm = max_grad_norm
-        self.transition_lr_scale = transition_lr_scale
-        self.anneal_lr = anneal_lr
-        self.checkpoint_interval = checkpoint_interval
-        self.seed = seed
         others = [parameter for parameter in model.parameters() if parameter is not model.A]
         self.optimizer = torch.optim.Adam(
             [{"params": others}, {"params": [model.A]}], lr=learning_rate, fused=True
@@ -175,16 +172,13 @@ class PolicyGradientTrainer:
                 The last checkpoint is intact.
             ValueError: The environment does not fit the model, or the checkpoint these settings.
         """
-        for name, value in (("total_episodes", total_episodes), ("log_interval", log_interval)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count("total_episodes", total_episodes)
+        check_count("log_interval", log_interval)
         env = self._prepare(env)
         self._first_episode = self.episodes
         self._batch_size = env.batch_size
         if resume:
-            if run is None:
-                raise ValueError("resume needs the run to continue")
-            self._resume(run)
+            continue_run(run, self)
         last = self._first_episode + total_episodes
         result = TrainingResult(0, 0, [], [], [])
         while self.episodes < last:
@@ -206,7 +200,7 @@ class PolicyGradientTrainer:
             if run is not None and (
                 stop or self.episodes == last or self.iteration % self.checkpoint_interval == 0
             ):
-                self._checkpoint(run, env)
+                save_checkpoint(run, self, env)
             if stop:
                 break
         return TrainingResult(
@@ -377,7 +371,7 @@ class PolicyGradientTrainer:
         """Everything that the rest of a run depends on."""
         return {
             "version": _STATE_VERSION,
-            "settings": {name: getattr(self, name) for name in _SETTINGS},
+            "settings": self._settings(),
             "batch_size": self._batch_size,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -394,18 +388,11 @@ class PolicyGradientTrainer:
         Raises:
             ValueError: It belongs to other settings or another model, or is incomplete.
         """
-        try:
-            if state["version"] != _STATE_VERSION:
-                raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
-            stored = {**state["settings"], "batch_size": state["batch_size"]}
-            current = {name: getattr(self, name) for name in _SETTINGS}
-            current["batch_size"] = self._batch_size or stored["batch_size"]
-            for name, value in current.items():
-                if stored[name] != value:
-                    raise ValueError(
-                        f"{name} must be {stored[name]!r} as in the run that is resumed, "
-                        f"got {value!r}"
-                    )
+        with must_fit():
+            current = self._settings()
+            if self._batch_size:  # an environment is there to compare with
+                current["batch_size"] = self._batch_size
+            check_settings(state, _STATE_VERSION, current)
             weights = check_tensors("model", state["model"], self.model.state_dict())
             load_adam(self.optimizer, state["optimizer"])
             self.model.load_state_dict(weights)
@@ -415,25 +402,6 @@ class PolicyGradientTrainer:
             self._first_episode = read_count(state, "first_episode")
             self._batch_size = read_count(state, "batch_size")
             self._seconds = float(state["seconds"])
-        except (
-            *(KeyError, IndexError, TypeError, ValueError),
-            *(AttributeError, RuntimeError, OverflowError),
-        ) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"training state does not fit: {reason}") from error
 
-    def _checkpoint(self, run: RunDirectory, env: Environment) -> None:
-        def write_model(path: Path) -> None:
-            save_model(path, self.model, env.policy_metadata())
-
-        run.save_checkpoint(self.iteration, self.state_dict(), write_model)
-
-    def _resume(self, run: RunDirectory) -> None:
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is not None:
-            try:
-                self.load_state_dict(checkpoint.state)
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: {error}") from error
-        run.drop_checkpoints_after(self.iteration)
-        run.truncate_rows(self.iteration)
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _SETTINGS}

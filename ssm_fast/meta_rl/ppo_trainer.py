@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -20,12 +19,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssm_fast import ops
-from ssm_fast.checkpoint import save_model
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
-from ssm_fast.meta_rl.training_state import check_tensors, load_adam, read_count
+from ssm_fast.meta_rl.training_state import (
+    check_settings,
+    check_tensors,
+    continue_run,
+    load_adam,
+    must_fit,
+    read_count,
+    save_checkpoint,
+)
 from ssm_fast.nn.running_norm import RunningNorm
 
 AnyEnvironment: TypeAlias = (
@@ -40,6 +47,26 @@ _REWARD_CLIP = 10.0  # of the scaled reward
 _EPISODES_PER_INTERVAL = 5  # of the time limit, at least, between two resets of all environments
 _EPISODE_WINDOW = 20  # episodes in the reported mean
 _STATE_VERSION = 2
+_SETTINGS = (
+    "learning_rate",
+    "gamma",
+    "gae_lambda",
+    "clip_epsilon",
+    "value_coef",
+    "entropy_coef",
+    "max_grad_norm",
+    "ppo_epochs",
+    "mini_batch_size",
+    "num_steps",
+    "sequence_length",
+    "anneal_lr",
+    "recompute_advantages",
+    "scale_rewards",
+    "clip_value_loss",
+    "target_kl",
+    "checkpoint_interval",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -147,6 +174,7 @@ class PPOTrainer:
 
     Raises:
         ValueError: A number is out of its range.
+        TypeError: A count is no integer.
     """
 
     def __init__(
@@ -174,49 +202,32 @@ class PPOTrainer:
         num_threads: int | None = 1,
         seed: int | None = None,
     ) -> None:
-        _check_range("learning_rate", learning_rate, above=0.0)
-        _check_range("gamma", gamma, at_least=0.0, at_most=1.0)
-        _check_range("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
-        _check_range("clip_epsilon", clip_epsilon, above=0.0)
-        _check_range("value_coef", value_coef, at_least=0.0)
-        _check_range("entropy_coef", entropy_coef, at_least=0.0)
-        _check_range("max_grad_norm", max_grad_norm, above=0.0)
-        _check_range("ppo_epochs", ppo_epochs, at_least=1)
-        _check_range("mini_batch_size", mini_batch_size, at_least=1)
-        _check_range("checkpoint_interval", checkpoint_interval, at_least=1)
-        if num_steps is not None:
-            _check_range("num_steps", num_steps, at_least=1)
-        if sequence_length is not None:
-            _check_range("sequence_length", sequence_length, at_least=1)
-        if num_threads is not None:
-            _check_range("num_threads", num_threads, at_least=1)
-        if target_kl is not None:
-            _check_range("target_kl", target_kl, above=0.0)
-        if seed is None:
-            seed = int(torch.randint(2**31, ()))
-        _check_range("seed", seed, at_least=0)
-
-        self.device = torch.device(device)
-        self.model = model.to(self.device)
-        self.learning_rate = learning_rate
-        self.gamma = gamma
-        self.gae_lambda = gae_lambda
-        self.clip_epsilon = clip_epsilon
-        self.value_coef = value_coef
-        self.entropy_coef = entropy_coef
-        self.max_grad_norm = max_grad_norm
-        self.ppo_epochs = ppo_epochs
-        self.mini_batch_size = mini_batch_size
-        self.num_steps = num_steps
-        self.sequence_length = sequence_length
+        self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
+        self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
+        self.gae_lambda = check_number("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
+        self.clip_epsilon = check_number("clip_epsilon", clip_epsilon, above=0.0)
+        self.value_coef = check_number("value_coef", value_coef, at_least=0.0)
+        self.entropy_coef = check_number("entropy_coef", entropy_coef, at_least=0.0)
+        self.max_grad_norm = check_number("max_grad_norm", max_grad_norm, above=0.0)
+        self.ppo_epochs = check_count("ppo_epochs", ppo_epochs)
+        self.mini_batch_size = check_count("mini_batch_size", mini_batch_size)
+        self.num_steps = None if num_steps is None else check_count("num_steps", num_steps)
+        self.sequence_length = (
+            None if sequence_length is None else check_count("sequence_length", sequence_length)
+        )
         self.anneal_lr = anneal_lr
         self.recompute_advantages = recompute_advantages
         self.scale_rewards = scale_rewards
         self.clip_value_loss = clip_value_loss
-        self.target_kl = target_kl
-        self.checkpoint_interval = checkpoint_interval
-        self.num_threads = num_threads
-        self.seed = seed
+        self.target_kl = (
+            None if target_kl is None else check_number("target_kl", target_kl, above=0.0)
+        )
+        self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
+        self.num_threads = None if num_threads is None else check_count("num_threads", num_threads)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.seed = check_count("seed", seed, at_least=0)
+        self.device = torch.device(device)
+        self.model = model.to(self.device)
 
         self._weights = FlatParameters(self.model)
         self.optimizer = torch.optim.Adam(
@@ -226,11 +237,12 @@ class PPOTrainer:
         self.iteration = 0
         self.timesteps = 0
         self._first_iteration = 0  # of the call to train that is under way
+        self._batch_size = 0  # of that call
         self._seconds = 0.0
         self._recent_returns: deque[float] = deque(maxlen=_EPISODE_WINDOW)
         self._recent_lengths: deque[int] = deque(maxlen=_EPISODE_WINDOW)
-        self._shuffle = torch.Generator().manual_seed(seed)
-        self._random_state = torch.Generator().manual_seed(seed).get_state()
+        self._shuffle = torch.Generator().manual_seed(self.seed)
+        self._random_state = torch.Generator().manual_seed(self.seed).get_state()
         self._cuda_random_state: Tensor | None = None
 
         # Where the environments stand between two rollouts.
@@ -272,14 +284,13 @@ class PPOTrainer:
                 The last checkpoint is intact.
             ValueError: The environment does not fit the model, or the checkpoint these settings.
         """
-        _check_range("total_timesteps", total_timesteps, at_least=1)
-        _check_range("log_interval", log_interval, at_least=1)
+        check_number("total_timesteps", total_timesteps, at_least=1)
+        check_count("log_interval", log_interval)
         env = self._prepare(env)
         self._first_iteration = self.iteration
+        self._batch_size = env.batch_size
         if resume:
-            if run is None:
-                raise ValueError("resume needs the run to continue")
-            self._resume(run, env)
+            continue_run(run, self)
         last = self._first_iteration + math.ceil(
             total_timesteps / (self._steps_of(env) * env.batch_size)
         )
@@ -291,7 +302,8 @@ class PPOTrainer:
             while self.iteration < last:
                 metrics = self._iterate(env, last, result, run)
                 if run is not None and (self.iteration % interval == 0 or self.iteration == last):
-                    self._checkpoint(run, env)
+                    self._keep_random_state()
+                    save_checkpoint(run, self, env)
                 if self.iteration % log_interval == 0 or self.iteration == last:
                     _LOGGER.info(
                         "%d steps, return %.1f, KL %.4f, %.0f steps/s",
@@ -707,13 +719,16 @@ class PPOTrainer:
         Raises:
             ValueError: It is missing, damaged, or of other settings or another model.
         """
-        self.load_state_dict(read_state(path))
+        state = read_state(path)
+        self._batch_size = 0  # any number of environments may go on from a file
+        self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of a run depends on, at a checkpoint's boundary."""
         return {
             "version": _STATE_VERSION,
             "settings": self._settings(),
+            "batch_size": self._batch_size,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "return_norm": self.return_norm.state_dict(),
@@ -734,8 +749,12 @@ class PPOTrainer:
         Raises:
             ValueError: It belongs to other settings or another model, or is incomplete.
         """
-        try:
-            self._check_settings(state)
+        with must_fit():
+            known = {"batch_size": 0, **state}  # which a file of an older version's `save` lacks
+            current = self._settings()
+            if self._batch_size and known["batch_size"]:
+                current["batch_size"] = self._batch_size
+            check_settings(known, _STATE_VERSION, current)
             weights = check_tensors("model", state["model"], self.model.state_dict())
             statistics = check_tensors(
                 "return_norm", state["return_norm"], self.return_norm.state_dict()
@@ -749,76 +768,16 @@ class PPOTrainer:
             self.iteration = read_count(state, "iteration")
             self.timesteps = read_count(state, "timesteps")
             self._first_iteration = read_count(state, "first_iteration")
+            self._batch_size = read_count(known, "batch_size") or self._batch_size
             self._seconds = float(state["seconds"])
             self._recent_returns.clear()
             self._recent_lengths.clear()
             self._recent_returns.extend(float(x) for x in state["recent_returns"])
             self._recent_lengths.extend(int(x) for x in state["recent_lengths"])
-        except (
-            *(KeyError, IndexError, TypeError, ValueError),
-            *(AttributeError, RuntimeError, OverflowError),
-        ) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"training state does not fit: {reason}") from error
         self._env = None
 
-    def _check_settings(self, state: Mapping[str, Any]) -> None:
-        if state["version"] != _STATE_VERSION:
-            raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
-        for name, value in self._settings().items():
-            if state["settings"][name] != value:
-                raise ValueError(
-                    f"{name} must be {state['settings'][name]!r} as in the run that is resumed, "
-                    f"got {value!r}"
-                )
-
     def _settings(self) -> dict[str, Any]:
-        names = (
-            "learning_rate",
-            "gamma",
-            "gae_lambda",
-            "clip_epsilon",
-            "value_coef",
-            "entropy_coef",
-            "max_grad_norm",
-            "ppo_epochs",
-            "mini_batch_size",
-            "num_steps",
-            "sequence_length",
-            "anneal_lr",
-            "recompute_advantages",
-            "scale_rewards",
-            "clip_value_loss",
-            "target_kl",
-            "checkpoint_interval",
-            "seed",
-        )
-        return {name: getattr(self, name) for name in names}
-
-    def _checkpoint(self, run: RunDirectory, env: Environment) -> None:
-        self._keep_random_state()
-
-        def write_model(path: Path) -> None:
-            save_model(path, self.model, env.policy_metadata())
-
-        state = {**self.state_dict(), "batch_size": env.batch_size}
-        run.save_checkpoint(self.iteration, state, write_model)
-
-    def _resume(self, run: RunDirectory, env: Environment) -> None:
-        checkpoint = run.latest_checkpoint()
-        if checkpoint is not None:
-            try:
-                self.load_state_dict(checkpoint.state)
-                batch_size = checkpoint.state.get("batch_size")
-                if batch_size != env.batch_size:
-                    raise ValueError(
-                        f"batch_size must be {batch_size} as in the run that is resumed, "
-                        f"got {env.batch_size}"
-                    )
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: {error}") from error
-        run.drop_checkpoints_after(self.iteration)
-        run.truncate_rows(self.iteration)
+        return {name: getattr(self, name) for name in _SETTINGS}
 
     def _keep_random_state(self) -> None:
         self._random_state = torch.get_rng_state()
@@ -861,24 +820,3 @@ def _explained_variance(values: Tensor, returns: Tensor) -> float:
 
 def _mean(values: deque[float] | deque[int]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _check_range(
-    name: str,
-    value: float,
-    *,
-    above: float = -math.inf,
-    at_least: float = -math.inf,
-    at_most: float = math.inf,
-) -> None:
-    if not (value > above and at_least <= value <= at_most and math.isfinite(value)):
-        bounds = [
-            text
-            for text, bound in (
-                (f"above {above}", above),
-                (f"at least {at_least}", at_least),
-                (f"at most {at_most}", at_most),
-            )
-            if math.isfinite(bound)
-        ]
-        raise ValueError(f"{name} must be {' and '.join(bounds) or 'finite'}, got {value}")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssm_fast.checkpoint import read_limited, write_atomic
+from ssm_fast.checks import check_count
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -78,16 +79,15 @@ class RunDirectory:
 
     Raises:
         ValueError: The folder holds a run and `resume` is false, or `keep` is below 1.
+        TypeError: `keep` is no integer.
         OSError: The folder cannot be made or written to.
     """
 
     def __init__(
         self, path: str | os.PathLike[str], *, resume: bool = False, keep: int = 3
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}")
         self.path = Path(path)
-        self.keep = keep
+        self.keep = check_count("keep", keep)
         self.config_path = self.path / "config.json"
         self.checkpoints_path = self.path / "checkpoints"
         self.model_path = self.path / "policy.safetensors"

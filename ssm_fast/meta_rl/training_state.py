@@ -1,15 +1,117 @@
-"""Checks of a training state from a file, before any of it is used."""
+"""Training states of the trainers: to and from a run, and checked before any of them is used."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ssm_fast.checkpoint import Model, save_model
+from ssm_fast.checks import check_number
+
+if TYPE_CHECKING:
+    from ssm_fast.env_runner.environment import Environment
+    from ssm_fast.env_runner.trial_environment import TrialEnvironment
+    from ssm_fast.meta_rl.run import Checkpoint, RunDirectory
+
 _LARGEST_COUNT = 2**53  # as large as float64, in which the learning curve holds it, is exact
+
+
+class Resumable(Protocol):
+    """A trainer whose run can be continued."""
+
+    @property
+    def model(self) -> Model:
+        """The policy."""
+
+    @property
+    def iteration(self) -> int:
+        """How many iterations are done."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the rest of a run depends on."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over a state of `state_dict`, or raises ValueError where it does not fit."""
+
+
+def save_checkpoint(
+    run: RunDirectory, trainer: Resumable, env: Environment | TrialEnvironment
+) -> None:
+    """Writes the training state, and the policy with what it must know of its environment."""
+
+    def write_model(path: Path) -> None:
+        save_model(path, trainer.model, env.policy_metadata())
+
+    run.save_checkpoint(trainer.iteration, trainer.state_dict(), write_model)
+
+
+def continue_run(run: RunDirectory | None, trainer: Resumable) -> None:
+    """Puts a trainer where the newest intact checkpoint of its run left it, if there is one.
+
+    What the run holds of later iterations is dropped.
+
+    Raises:
+        ValueError: There is no run, or its checkpoint does not fit the trainer.
+    """
+    if run is None:
+        raise ValueError("resume needs the run to continue")
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is not None:
+        load_checkpoint(checkpoint, trainer)
+    run.drop_checkpoints_after(trainer.iteration)
+    run.truncate_rows(trainer.iteration)
+
+
+def load_checkpoint(checkpoint: Checkpoint, trainer: Resumable) -> None:
+    """Gives the state of a checkpoint to a trainer.
+
+    Raises:
+        ValueError: It does not fit. The message names the checkpoint.
+    """
+    try:
+        trainer.load_state_dict(checkpoint.state)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
+@contextmanager
+def must_fit() -> Iterator[None]:
+    """Turns what a state of any shape makes the code inside raise into a ValueError that says so."""
+    try:
+        yield
+    except (
+        *(KeyError, IndexError, TypeError, ValueError),
+        *(AttributeError, RuntimeError, OverflowError),
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"training state does not fit: {reason}") from error
+
+
+def check_settings(state: Mapping[str, Any], version: int, current: Mapping[str, Any]) -> None:
+    """Compares what a run was started with and what it is to be continued with.
+
+    Args:
+        state: The training state: its `version`, its `settings`, and more of them beside these.
+        version: That of the states that the trainer writes.
+        current: The trainer's settings by name.
+
+    Raises:
+        ValueError: The version or a setting is another one.
+    """
+    if state["version"] != version:
+        raise ValueError(f"version must be {version}, got {state['version']!r}")
+    stored = {**state["settings"], **state}
+    for name, value in current.items():
+        if stored[name] != value:
+            raise ValueError(
+                f"{name} must be {stored[name]!r} as in the run that is resumed, got {value!r}"
+            )
 
 
 def check_tensors(
@@ -67,9 +169,8 @@ def load_adam(optimizer: torch.optim.Adam, stored: Mapping[str, Any]) -> None:
     for group, stored_group in zip(groups, stored_groups, strict=True):
         if list(stored_group["params"]) != group["params"]:
             raise ValueError("optimizer groups must hold the same parameters")
-        group["lr"] = float(stored_group["lr"])
-        if not (math.isfinite(group["lr"]) and group["lr"] >= 0.0):
-            raise ValueError(f"optimizer learning rate must be at least 0, got {group['lr']}")
+        rate = float(stored_group["lr"])
+        group["lr"] = check_number("optimizer learning rate", rate, at_least=0.0)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for i, parameter in enumerate(parameters):

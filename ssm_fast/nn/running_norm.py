@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ssm_fast.checks import check_count
+
 
 class RunningNorm(nn.Module):
     """Normalise features by the mean and variance of everything seen by ``update``.
@@ -27,6 +29,7 @@ class RunningNorm(nn.Module):
 
     Raises:
         ValueError: If ``num_features`` is less than 1 or ``clip`` or ``eps`` is not positive.
+        TypeError: If ``num_features`` is not an integer.
     """
 
     mean: Tensor
@@ -35,13 +38,11 @@ class RunningNorm(nn.Module):
 
     def __init__(self, num_features: int, clip: float = 10.0, eps: float = 1e-8) -> None:
         super().__init__()
-        if num_features < 1:
-            raise ValueError(f"num_features must be at least 1, got {num_features}")
         if not clip > 0.0:
             raise ValueError(f"clip must be positive, got {clip}")
         if not eps > 0.0:
             raise ValueError(f"eps must be positive, got {eps}")
-        self.num_features = num_features
+        self.num_features = check_count("num_features", num_features)
         self.clip = clip
         self.eps = eps
         self.register_buffer("mean", torch.zeros(num_features, dtype=torch.float64))

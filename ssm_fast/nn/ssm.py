@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ssm_fast.nn.ssm_layer import Norm, SSMLayer, check_dtype, check_norm, check_size, last_state
+from ssm_fast.checks import check_count
+from ssm_fast.nn.ssm_layer import Norm, SSMLayer, check_dtype, check_norm, last_state
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -75,10 +76,10 @@ class SSM(nn.Module):
     ) -> None:
         super().__init__()
         state_size = hidden_size if state_size is None else state_size
-        check_size("input_size", input_size)
-        check_size("hidden_size", hidden_size)
-        check_size("num_layers", num_layers)
-        check_size("state_size", state_size)
+        self.input_size = check_count("input_size", input_size)
+        self.hidden_size = check_count("hidden_size", hidden_size)
+        self.num_layers = check_count("num_layers", num_layers)
+        self.state_size = check_count("state_size", state_size)
         check_norm(norm)
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be in [0, 1], got {dropout}")
@@ -100,13 +101,9 @@ class SSM(nn.Module):
                 f"proj_size must be 0, got {proj_size}: use hidden_size for the output and "
                 "state_size for the state"
             )
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.num_layers = num_layers
         self.bias = bias
         self.batch_first = batch_first
         self.dropout = dropout
-        self.state_size = state_size
         self.norm = norm
         self.residual = residual
         self.activation = activation

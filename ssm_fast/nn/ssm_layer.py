@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssm_fast.checks import check_count
 from ssm_fast.ops import dense_scan, norm_scan
 from ssm_fast.ops.output_norm import fused_output
 
@@ -68,13 +69,10 @@ class SSMLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_size("input_size", input_size)
-        check_size("hidden_size", hidden_size)
-        check_size("state_size", state_size)
+        self.input_size = check_count("input_size", input_size)
+        self.hidden_size = check_count("hidden_size", hidden_size)
+        self.state_size = check_count("state_size", state_size)
         check_norm(norm)
-        self.input_size = input_size
-        self.hidden_size = hidden_size
-        self.state_size = state_size
         self.normalize_state = norm == "state"
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -245,14 +243,6 @@ def unit_variance_(weight: Tensor, std: float) -> None:
     """Fill ``[out, in]`` so that inputs of unit variance give outputs of variance ``std^2``."""
     n_out, n_in = weight.shape
     orthogonal_(weight, std * math.sqrt(max(1.0, n_out / n_in)))
-
-
-def check_size(name: str, value: int) -> None:
-    """Raise unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def check_norm(norm: str | None) -> None:

@@ -158,9 +158,9 @@ class TestErrors:
     def test_classes(self) -> None:
         model = regression()[0]
         with pytest.raises(TypeError, match="config must be a HybridAdaptationConfig"):
-            HybridAdapter(model, StandardAdaptationConfig())  # type: ignore[arg-type]
+            HybridAdapter(model, StandardAdaptationConfig())
         with pytest.raises(TypeError, match="must be an ExperienceBuffer, got list"):
-            HybridAdapter(model, None, [])  # type: ignore[arg-type]
+            HybridAdapter(model, None, [])
         with pytest.raises(TypeError, match="model must be an ImprovedSSM"):
             HybridAdapter(model).add_experience(played(policy()))
 

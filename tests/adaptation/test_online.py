@@ -75,9 +75,9 @@ class TestAdaptToEnvironment:
         model = policy(discrete)
         config = {"learning_rate": 1e-2, "num_steps": 10, "trust_region_eps": 0.1}
         adapter = (
-            HybridAdapter(model, HybridAdaptationConfig(**config, sequence_length=20))  # type: ignore[arg-type]
+            HybridAdapter(model, HybridAdaptationConfig(**config, sequence_length=20))
             if hybrid
-            else StandardAdapter(model, StandardAdaptationConfig(**config))  # type: ignore[arg-type]
+            else StandardAdapter(model, StandardAdaptationConfig(**config))
         )
         before = {name: x.clone() for name, x in model.state_dict().items()}
         env = aims(4, discrete=discrete)

@@ -256,7 +256,7 @@ class TestBadInput:
 
     def test_models(self) -> None:
         with pytest.raises(TypeError, match=r"model must be an nn.Module"):
-            StandardAdapter(lambda x: x)  # type: ignore[arg-type]
+            StandardAdapter(lambda x: x)
         with pytest.raises(ValueError, match="must have parameters"):
             StandardAdapter(nn.Identity())
         broken = nn.Linear(2, 2)

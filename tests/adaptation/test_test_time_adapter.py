@@ -77,7 +77,7 @@ class TestAdaptOnline:
 
     def test_rows_and_episodes_of_different_lengths(self) -> None:
         lengths = [5, 9]
-        env = SyncVectorEnv([lambda n=n: Aim(horizon=n) for n in lengths])  # type: ignore[misc]
+        env = SyncVectorEnv([lambda n=n: Aim(horizon=n) for n in lengths])
         rewards, stats = adapter(policy()).adapt_online(env, 3, 4)
         assert stats["episode_lengths"] == [[5] * 3, [9] * 3]
         assert rewards == pytest.approx(np.mean(stats["episode_returns"], 0))
@@ -195,7 +195,7 @@ class TestErrors:
         values[what] = values[what] * np.nan
         test_time = adapter(policy())
         with pytest.raises((ValueError, FloatingPointError), match="finite"):
-            test_time.store_transition(action=np.zeros(2), terminated=False, **values)  # type: ignore[arg-type]
+            test_time.store_transition(action=np.zeros(2), terminated=False, **values)
         with pytest.raises(ValueError, match="the buffer is empty"):
             test_time.adapt()
 
@@ -215,7 +215,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="observations of CartPole-v1 must have size 3"):
             test_time.adapt_online(Environment("CartPole-v1"))
         with pytest.raises(TypeError, match="gymnasium"):
-            test_time.adapt_online(None)  # type: ignore[arg-type]
+            test_time.adapt_online(None)
         for option in ({"num_episodes": 0}, {"adapt_every": 0}):
             with pytest.raises(ValueError, match=next(iter(option))):
                 test_time.adapt_online(Aim(), **option)
@@ -237,4 +237,4 @@ class TestErrors:
             with pytest.raises(ValueError, match=next(iter(option))):
                 TestTimeAdapter(policy(), **option)
         with pytest.raises(TypeError, match="model must be an ImprovedSSM, got StateSpaceModel"):
-            TestTimeAdapter(StateSpaceModel())  # type: ignore[arg-type]
+            TestTimeAdapter(StateSpaceModel())

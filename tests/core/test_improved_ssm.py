@@ -332,7 +332,7 @@ def test_initialisation() -> None:
     mean, _, _, h = model(torch.randn(32, 20, 17))
     assert float(mean.detach().abs().max()) < 0.2
     assert h.shape == (2, 32, 64)
-    assert ImprovedSSM(3, 2, log_std_init=0.25).log_std.tolist() == [0.25] * 2  # type: ignore[union-attr]
+    assert ImprovedSSM(3, 2, log_std_init=0.25).log_std.tolist() == [0.25] * 2
     plain = ImprovedSSM(17, 6, orthogonal_init=False)
     assert float((plain.actor.weight @ plain.actor.weight.T).detach().diagonal().min()) > 0.1
 

@@ -10,7 +10,7 @@ import torch
 from layer_references import weights
 from numpy.typing import NDArray
 from references import relative_rms
-from scipy import signal  # type: ignore[import-untyped]
+from scipy import signal
 from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call, grad, vmap
@@ -207,7 +207,7 @@ def test_bad_construction(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         StateSpaceModel(**{name: 0})
     with pytest.raises(TypeError, match=f"{name} must be an int, got str"):
-        StateSpaceModel(**{name: "4"})  # type: ignore[arg-type]
+        StateSpaceModel(**{name: "4"})
 
 
 def test_bad_input() -> None:

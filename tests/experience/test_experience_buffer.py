@@ -302,7 +302,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="n must be at least 1, got 0"):
             buffer.get_batch(0)
         with pytest.raises(TypeError, match="n must be an int, got float"):
-            buffer.sample(2.0)  # type: ignore[arg-type]
+            buffer.sample(2.0)
 
     def test_settings(self) -> None:
         with pytest.raises(ValueError, match="max_size must be at least 1, got 0"):

@@ -639,15 +639,15 @@ class TestBadInput:
     def test_settings(self) -> None:
         model = make("standard")
         with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
-            MetaMAML(lambda x: x)  # type: ignore[arg-type]
+            MetaMAML(lambda x: x)
         with pytest.raises(ValueError, match="inner_lr must be finite and at least"):
             MetaMAML(model, inner_lr=float("nan"))
         with pytest.raises(ValueError, match="inner_steps must be at least 1, got 0"):
             MetaMAML(model, inner_steps=0)
-        with pytest.raises(ValueError, match="max_grad_norm must be finite and above"):
+        with pytest.raises(ValueError, match="max_grad_norm must be finite and positive"):
             MetaMAML(model, max_grad_norm=0.0)
         with pytest.raises(TypeError, match="chunk_size must be an int"):
-            MetaMAML(model, chunk_size=2.5)  # type: ignore[arg-type]
+            MetaMAML(model, chunk_size=2.5)
         with pytest.raises(ValueError, match="must have parameters"):
             MetaMAML(nn.Identity())
 

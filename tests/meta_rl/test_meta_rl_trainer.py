@@ -404,9 +404,9 @@ def test_episodes_that_end_at_once():
     [
         ({"inner_lr": -1.0}, "inner_lr must be finite and at least 0, got -1.0"),
         ({"outer_lr": math.nan}, "outer_lr must be finite and positive, got nan"),
-        ({"inner_steps": -1}, "inner_steps must be finite and at least 0, got -1"),
-        ({"tasks_per_epoch": 0}, "tasks_per_epoch must be finite and at least 1, got 0"),
-        ({"num_steps": 0}, "num_steps must be finite and at least 1"),
+        ({"inner_steps": -1}, "inner_steps must be at least 0, got -1"),
+        ({"tasks_per_epoch": 0}, "tasks_per_epoch must be at least 1, got 0"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"gamma": 1.1}, r"gamma must be finite and in \[0, 1\], got 1.1"),
     ],
 )

@@ -259,7 +259,9 @@ class TestFailures:
         ],
     )
     def test_ranges(self, option: str, value: float) -> None:
-        with pytest.raises(ValueError, match=f"{option} must be finite and .*, got {value}"):
+        with pytest.raises(
+            ValueError, match=f"{option} must be (finite and|at least) .*, got {value}"
+        ):
             PolicyGradientTrainer(_model(), **{option: value})
 
     def test_numbers_of_train(self) -> None:

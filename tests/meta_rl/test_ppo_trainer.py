@@ -20,7 +20,7 @@ from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout
-from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.meta_rl.run import RunDirectory, write_state
 
 _Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
@@ -398,7 +398,7 @@ class TestTrain:
                 resets.append(trainer.iteration)
                 begin(env, seed)
 
-            trainer._begin = spy  # type: ignore[method-assign]
+            trainer._begin = spy
             # 13 iterations of 8 steps an interval: 5 episodes a row and 4 steps left over
             assert trainer.timesteps_for(env, 10) == 13 * 16
             assert trainer.timesteps_for(env, 11) == (13 + 3) * 16
@@ -452,14 +452,14 @@ class TestTrain:
 
     def test_ranges(self) -> None:
         for options, match in (
-            ({"gamma": 1.1}, r"gamma must be at least 0.0 and at most 1.0, got 1.1"),
-            ({"learning_rate": 0.0}, "learning_rate must be above 0.0, got 0.0"),
-            ({"learning_rate": math.nan}, "learning_rate must be above 0.0, got nan"),
+            ({"gamma": 1.1}, r"gamma must be finite and in \[0, 1\], got 1.1"),
+            ({"learning_rate": 0.0}, "learning_rate must be finite and positive, got 0.0"),
+            ({"learning_rate": math.nan}, "learning_rate must be finite and positive, got nan"),
             ({"ppo_epochs": 0}, "ppo_epochs must be at least 1, got 0"),
             ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
         ):
             with pytest.raises(ValueError, match=match):
-                PPOTrainer(_model(), **options)  # type: ignore[arg-type]
+                PPOTrainer(_model(), **options)
         with pytest.raises(ValueError, match="num_steps must be a multiple of sequence_length = 5"):
             _trainer(_model(), sequence_length=5).train(_drift(2), 100)
 
@@ -468,7 +468,7 @@ class TestFailures:
     def test_nan_from_an_environment(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
         trainer = _trainer(_model().float(), checkpoint_interval=1)
-        trainer.model.obs_norm.update(torch.zeros(2, 3))  # type: ignore[union-attr]
+        trainer.model.obs_norm.update(torch.zeros(2, 3))
         env = Environment.wrap(_drift(3, nan_row=1, nan_at=24 * 2 + 4))
         with pytest.raises(
             FloatingPointError, match=r"iteration 2: rollout step 3: .*environment 1.*observation"
@@ -490,7 +490,7 @@ class TestFailures:
 
         with pytest.raises(FloatingPointError, match=r"iteration 2: epoch 0: loss inf"):
             trainer.train(_drift(2), 10_000, run=run, callback=spoil)
-        trainer.load_state_dict(run.latest_checkpoint().state)  # type: ignore[union-attr]
+        trainer.load_state_dict(run.latest_checkpoint().state)
         assert trainer.iteration == 2
 
     @pytest.mark.parametrize("discrete", [False, True])
@@ -537,7 +537,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_ppo_trainer import _resumable
-from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.meta_rl.run import RunDirectory, write_state
 env, trainer = _resumable(sys.argv[2])
 kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[4] == "write":
@@ -664,6 +664,28 @@ class TestResume:
         trainer.train(env, 64, run=run)
         with pytest.raises(ValueError, match=r"batch_size must be 2 as in the run .* got 3"):
             trainer.train(Environment("CartPole-v1", batch_size=3), 64, run=run, resume=True)
+
+    def test_a_file_goes_on_with_any_number_of_environments(self, tmp_path: Path) -> None:
+        env, trainer = _resumable("CartPole-v1")
+        trainer.train(env, 64)
+        trainer.save(tmp_path / "state.pt")
+        trainer.train(Environment("CartPole-v1", batch_size=3), 96)
+        trainer.load(tmp_path / "state.pt")
+        assert trainer.iteration == 1
+        assert trainer.train(Environment("CartPole-v1", batch_size=3), 96).iterations == 2
+
+    def test_a_file_without_the_number_of_environments(self, tmp_path: Path) -> None:
+        """As older versions saved it."""
+        env, trainer = _resumable("CartPole-v1")
+        trainer.train(env, 64)
+        state = trainer.state_dict()
+        assert state.pop("batch_size") == 2
+        write_state(tmp_path / "state.pt", state)
+        trainer.train(env, 64)
+        trainer.load(tmp_path / "state.pt")
+        assert trainer.iteration == 1
+        trainer.load_state_dict(state)
+        assert trainer.train(env, 64).iterations == 2
 
     def test_another_model(self, tmp_path: Path) -> None:
         _, trainer = _resumable("CartPole-v1")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from layer_references import layer_loop, weights
 from references import relative_rms
-from scipy import signal  # type: ignore[import-untyped]
+from scipy import signal
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call

@@ -1,0 +1,65 @@
+"""Checks of the numbers that a caller gives, worded once for the whole package."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+
+def check_number(
+    name: str,
+    value: float,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+) -> float:
+    """Returns a number that is finite and within its bounds.
+
+    Args:
+        name: Of the argument, for the message.
+        value: The number.
+        at_least: Smallest value.
+        above: Bound that the value may not take itself.
+        at_most: Largest value.
+
+    Raises:
+        ValueError: The number is out of its range, or not finite.
+    """
+    if not (at_least <= value <= at_most and value > above and math.isfinite(value)):
+        bounds = _bounds(at_least, above, at_most)
+        raise ValueError(f"{name} must be {' and '.join(['finite', *bounds])}, got {value}")
+    return float(value)
+
+
+def check_count(name: str, value: int, at_least: int = 1) -> int:
+    """Returns an integer that is large enough.
+
+    Args:
+        name: Of the argument, for the message.
+        value: The integer, of Python or NumPy.
+        at_least: Smallest value.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}")
+    return int(value)
+
+
+def _bounds(at_least: float, above: float, at_most: float) -> list[str]:
+    """The bounds that there are, in words."""
+    bounds = []
+    if above > -math.inf:
+        bounds.append("positive" if above == 0.0 else f"above {above:g}")
+    if at_least > -math.inf and at_most < math.inf:
+        bounds.append(f"in [{at_least:g}, {at_most:g}]")
+    elif at_least > -math.inf:
+        bounds.append(f"at least {at_least:g}")
+    elif at_most < math.inf:
+        bounds.append(f"at most {at_most:g}")
+    return bounds

@@ -1,0 +1,68 @@
+"""The command line `ssm-fast`: train, evaluate, adapt, info."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+try:
+    import tyro
+
+    from ssm_fast.cli.adapt import run_adaptation
+    from ssm_fast.cli.evaluate import run_evaluation
+    from ssm_fast.cli.info import print_info
+    from ssm_fast.cli.messages import sentence
+    from ssm_fast.cli.options import Adapt, Evaluate, Info, Train
+    from ssm_fast.cli.train import run_training
+except ModuleNotFoundError as error:
+    sys.stderr.write(f"ssm-fast: {error.name} is missing: pip install 'ssm_fast[rl]'\n")
+    raise SystemExit(2) from None
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        args: The arguments; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit code: 0, 1 when training, an adaptation or an evaluation broke down on NaN or
+        infinity, 2 for a mistake in the input, 130 after Ctrl-C.
+    """
+    options = tyro.extras.subcommand_cli_from_dict(
+        {"train": Train, "evaluate": Evaluate, "adapt": Adapt, "info": Info},
+        prog="ssm-fast",
+        description="State-space-model policies: training, evaluation and adaptation.",
+        args=args,
+    )
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            if isinstance(options, Train):
+                run_training(options)
+            elif isinstance(options, Evaluate):
+                run_evaluation(options)
+            elif isinstance(options, Adapt):
+                run_adaptation(options)
+            else:
+                print_info()
+        except (ValueError, OSError) as error:
+            return _fail(2, sentence(error))
+        except FloatingPointError as error:
+            names = {Train: "training", Adapt: "adaptation"}
+            stopped = names.get(type(options), "evaluation")
+            return _fail(1, f"{stopped} stopped: {sentence(error)}")
+        except KeyboardInterrupt as interrupt:
+            return _fail(130, sentence(interrupt) or "interrupted")
+    return 0
+
+
+def _fail(code: int, reason: str) -> int:
+    sys.stderr.write(f"ssm-fast: {reason}\n")
+    return code
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    sys.stderr.write(f"ssm-fast: warning: {sentence(message)}\n")

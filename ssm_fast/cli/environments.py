@@ -1,0 +1,66 @@
+"""The environments that runs and policies ask for."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import gymnasium
+
+from ssm_fast.checkpoint import read_metadata
+
+# Environments of one task that a family varies.
+FAMILY_OF = {
+    "CartPole-v1": "ssm_fast/CartPoleFamily-v0",
+    "HalfCheetah-v5": "ssm_fast/HalfCheetahBody-v0",
+    "Walker2d-v5": "ssm_fast/Walker2dBody-v0",
+    "Ant-v5": "ssm_fast/AntDir-v0",
+}
+
+
+def policy_file(path: Path) -> Path:
+    """The file of a policy, which may be named by its run folder."""
+    return path / "policy.safetensors" if path.is_dir() else path
+
+
+def environment_of(path: Path, env_id: str | None) -> str:
+    """The environment that is asked for, or else the one that the policy was trained in."""
+    metadata = read_metadata(path)
+    if "trial_episodes" in metadata:
+        raise ValueError(
+            f"{path} plays trials of {metadata['trial_episodes']} episodes: "
+            "evaluate its run folder instead"
+        )
+    if env_id is not None:
+        return env_id
+    if "env_id" not in metadata:
+        raise ValueError(f"{path} does not say which environment it is for: give --env")
+    refuse_import(metadata["env_id"], path)
+    return metadata["env_id"]
+
+
+def refuse_import(env_id: str, source: Path) -> None:
+    """Gymnasium imports the module of an id like `module:Name-v0`: a file must not ask for it."""
+    if ":" in env_id:
+        raise ValueError(
+            f"{source} names the environment {env_id!r}, which imports a module: "
+            "give --env if you trust it"
+        )
+
+
+def route_mujoco_warnings(env_id: str) -> None:
+    """Keeps MuJoCo from writing MUJOCO_LOG.TXT and from repeating itself for every environment."""
+    spec = gymnasium.registry.get(env_id)
+    if spec is None or "mujoco" not in str(spec.entry_point) or find_spec("mujoco") is None:
+        return
+    import mujoco
+
+    seen: set[str] = set()
+
+    def write_once(text: str) -> None:
+        if text not in seen and "deprecated" not in text:
+            sys.stderr.write(f"MuJoCo: {text}\n")
+        seen.add(text)
+
+    mujoco.set_mju_user_warning(write_once)

@@ -1,0 +1,108 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import ssm_fast
+from ssm_fast.cli.environments import (
+    environment_of,
+    policy_file,
+    refuse_import,
+    route_mujoco_warnings,
+)
+from ssm_fast.cli.messages import check_option, say
+from ssm_fast.cli.options import EVALUATION_SEED, LARGEST_SEED, Evaluate
+from ssm_fast.cli.settings import make_environment, make_trainer, stored_settings
+from ssm_fast.env_runner import Environment, Evaluation, TrialEnvironment, evaluate, get_family
+from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
+from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.meta_rl.training_state import load_checkpoint
+
+
+def run_evaluation(options: Evaluate) -> None:
+    """Plays a policy and writes its returns."""
+    if options.path.is_dir():
+        run = RunDirectory(options.path, resume=True)
+        if run.config_path.exists() and run.read_config().get("mode") == "meta_rl":
+            _evaluate_meta_rl(options, run)
+            return
+    path = policy_file(options.path)
+    env_id = environment_of(path, options.env)
+    route_mujoco_warnings(env_id)
+    torch.set_num_threads(1)
+    check_option("seed", options.seed, 0, LARGEST_SEED)
+    if not options.deterministic:
+        torch.manual_seed(options.seed)
+    result = evaluate(
+        ssm_fast.load_policy(path), env_id, options.episodes, options.seed, options.deterministic
+    )
+    say(describe(env_id, result, options.deterministic))
+
+
+def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
+    """Adapts to held-out tasks with the inner rates of the run, which its policy's file lacks."""
+    settings = stored_settings(run)
+    if options.env is not None:
+        raise ValueError(f"--env must not be given: {run.path} has tasks of {settings['env']}")
+    refuse_import(settings["env"], run.config_path)
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is None:
+        raise ValueError(f"{run.path} has no checkpoint yet")
+    check_option("seed", options.seed, 0, LARGEST_SEED)
+    route_mujoco_warnings(settings["env"])
+    torch.set_num_threads(1)
+    with make_environment(settings) as env:
+        trainer = make_trainer(settings, env)
+        assert isinstance(trainer, MetaRLTrainer)
+        load_checkpoint(checkpoint, trainer)
+        for line in evaluate_adaptation(trainer, env, options.seed, options.deterministic)[1]:
+            say(line)
+
+
+def evaluate_adaptation(
+    trainer: MetaRLTrainer,
+    env: Environment | TrialEnvironment,
+    seed: int = EVALUATION_SEED,
+    deterministic: bool = False,
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns after each gradient step on held-out tasks: for the report, and to be read."""
+    family = get_family(env.env_name)
+    report: dict[str, Any] = {"deterministic": deterministic}
+    lines = []
+    for what in ("test_tasks", "out_of_range_tasks"):
+        tasks = getattr(family, what)
+        if not tasks:  # nothing lies outside a family of two directions
+            continue
+        steps = 3 if trainer.inner_steps else 0
+        returns = trainer.evaluate(env, tasks, steps, seed, deterministic)  # [K + 1, M, R, E]
+        of_tasks = returns.mean((2, 3))  # [K + 1, M]
+        report[what] = [
+            {
+                "gradient_steps": k,
+                "mean": float(row.mean()),
+                "std_over_tasks": float(row.std()),
+                "mean_of_episodes": returns[k].mean((0, 1)).tolist(),
+                "tasks": row.tolist(),
+            }
+            for k, row in enumerate(of_tasks)
+        ]
+        figures = ", ".join(f"{row.mean():.1f} +- {row.std():.1f}" for row in of_tasks)
+        kind = what.replace("_tasks", "").replace("_", " ")
+        lines.append(
+            f"return in {len(tasks)} {kind} tasks of {env.env_name} after 0, 1, ... gradient "
+            f"steps: {figures}"
+        )
+    return report, lines
+
+
+def describe(env_id: str, result: Evaluation, deterministic: bool) -> str:
+    """An evaluation in one line."""
+    kind = "deterministic" if deterministic else "stochastic"
+    return (
+        f"{kind} evaluation of {len(result.returns)} episodes of {env_id}: "
+        f"return {result.mean:.1f} +- {result.std:.1f} "
+        f"(min {result.returns.min():.1f}, max {result.returns.max():.1f})"
+    )

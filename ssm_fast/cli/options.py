@@ -1,0 +1,226 @@
+"""What each command of the command line takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+# Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.
+EVALUATION_SEED = 3_000_000_000
+EVALUATION_EPISODES = 10
+LARGEST_SEED = 2**63 - 1  # of torch's generators
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "policy_gradient": {
+        "env": "CartPole-v1",
+        "episodes": 1600,
+        "batch_size": 16,
+        "seed": 0,
+        "threads": 1,
+    },
+    "improved": {
+        "env": "HalfCheetah-v5",
+        "steps": 1_000_000,
+        "batch_size": 8,
+        "seed": 0,
+        "threads": 1,
+    },
+    "meta_rl": {
+        "env": "ssm_fast/CartPoleFamily-v0",
+        "epochs": 40,
+        "batch_size": 20,
+        "seed": 0,
+        "threads": 1,
+        "tasks_per_epoch": 8,
+        "trial_episodes": 1,
+        "state_dim": 64,
+        "hidden_dim": 64,
+        "num_layers": 1,
+    },
+}
+
+
+def _default(text: str, metavar: str) -> Any:
+    """Says what an option that is not given comes to, and what it takes."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {text})", metavar=metavar)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a policy and evaluate it.
+
+    The run folder receives config.json, checkpoints, TensorBoard events, curve.csv, curve.png,
+    policy.safetensors (for `ssm-fast evaluate` and `ssm_fast.load_policy`) and evaluation.json.
+    What is not given takes the default of the mode and its trainer, or, with --resume, the value
+    that the run was started with.
+    """
+
+    mode: Annotated[
+        Literal["policy_gradient", "meta_rl", "improved"] | None,
+        _default("improved", "{policy_gradient,meta_rl,improved}"),
+    ] = None
+    """policy_gradient: REINFORCE with StateSpaceModel (discrete actions). improved: recurrent PPO
+    with ImprovedSSM (any actions). meta_rl: ImprovedSSM learns to adapt to the tasks of a family,
+    by gradient steps (ProMP), in its state (RL^2, --inner_steps 0 --trial_episodes 2) or both."""
+    env: Annotated[
+        str | None,
+        _default(
+            "improved: HalfCheetah-v5, policy_gradient: CartPole-v1, "
+            "meta_rl: ssm_fast/CartPoleFamily-v0",
+            "STR",
+        ),
+    ] = None
+    """Gymnasium id. meta_rl takes CartPole-v1 and the like for the family of tasks around it."""
+    epochs: Annotated[int | None, _default("meta_rl: 40", "INT")] = None
+    """Stop after so many epochs; meta_rl only."""
+    episodes: Annotated[int | None, _default("policy_gradient: 1600", "INT")] = None
+    """Stop after so many episodes."""
+    steps: Annotated[
+        int | None, _default("improved: 1000000, where --episodes is not given", "INT")
+    ] = None
+    """Stop after so many environment steps."""
+    seed: Annotated[int | None, _default("0", "INT")] = None
+    """Seed of the weights, the environments and the actions."""
+    out: Annotated[Path | None, _default("runs/MODE-ENV-seedSEED", "PATH")] = None
+    """Run folder."""
+    resume: bool = False
+    """Continue the run in the run folder exactly where its last checkpoint left it."""
+    threads: Annotated[int | None, _default("1", "INT")] = None
+    """Threads of torch and the kernels. These models are too small to gain from more, and where
+    another process has the core, more are several times slower."""
+    lr: Annotated[float | None, _default("improved: 2e-4, policy_gradient: 5e-3", "FLOAT")] = None
+    """Learning rate at the start."""
+    gamma: Annotated[float | None, _default("improved: 0.99, policy_gradient: 0.999", "FLOAT")] = (
+        None
+    )
+    """Discount factor."""
+    batch_size: Annotated[
+        int | None, _default("improved: 8, policy_gradient: 16, meta_rl: 20", "INT")
+    ] = None
+    """Environments side by side; in meta_rl those of each task, the trajectories of a gradient
+    step."""
+    state_dim: Annotated[
+        int | None, _default("improved, meta_rl: 64, policy_gradient: 32", "INT")
+    ] = None
+    """Size of the recurrent state."""
+    hidden_dim: Annotated[
+        int | None, _default("improved: 128, policy_gradient, meta_rl: 64", "INT")
+    ] = None
+    """Width of the network around it."""
+    num_layers: Annotated[int | None, _default("improved: 2, meta_rl: 1", "INT")] = None
+    """Layers, each with a state."""
+    entropy_coef: Annotated[float | None, _default("0", "FLOAT")] = None
+    """Weight of the entropy bonus."""
+    max_grad_norm: Annotated[float | None, _default("0.5, meta_rl: 1", "FLOAT")] = None
+    """Gradients are scaled down to this norm."""
+    anneal_lr: Annotated[bool | None, _default("True", "{True,False}")] = None
+    """Decay the learning rate linearly to zero."""
+    checkpoint_interval: Annotated[
+        int | None, _default("improved: 20, policy_gradient, meta_rl: 10", "INT")
+    ] = None
+    """Iterations between checkpoints. In improved, all environments are reset there: at least five
+    episodes of the time limit lie between two of them."""
+    gae_lambda: Annotated[float | None, _default("0.95; improved and meta_rl", "FLOAT")] = None
+    """Weight of longer returns in the advantages."""
+    clip_epsilon: Annotated[float | None, _default("improved: 0.2, meta_rl: 0.3", "FLOAT")] = None
+    """PPO's clipping range."""
+    value_coef: Annotated[float | None, _default("0.5; improved only", "FLOAT")] = None
+    """Weight of the value loss."""
+    ppo_epochs: Annotated[int | None, _default("10; improved only", "INT")] = None
+    """Passes over each rollout."""
+    mini_batch_size: Annotated[int | None, _default("128; improved only", "INT")] = None
+    """Steps in a minibatch."""
+    num_steps: Annotated[
+        int | None, _default("improved: 2048 over all, meta_rl: the time limit", "INT")
+    ] = None
+    """Steps of each environment in a rollout, or in a round of meta_rl."""
+    sequence_length: Annotated[int | None, _default("at most 8; improved only", "INT")] = None
+    """Steps that are learnt from as one sequence."""
+    target_kl: Annotated[float | None, _default("none; improved only", "FLOAT")] = None
+    """End an update early beyond this KL divergence."""
+    tasks_per_epoch: Annotated[int | None, _default("8; meta_rl only", "INT")] = None
+    """Tasks of an epoch, which are played and adapted to together."""
+    inner_lr: Annotated[float | None, _default("1; meta_rl only", "FLOAT")] = None
+    """Length of the gradient steps in a task."""
+    outer_lr: Annotated[float | None, _default("1e-3; meta_rl only", "FLOAT")] = None
+    """Learning rate of the shared weights at the start; --lr says the same."""
+    inner_steps: Annotated[int | None, _default("1; meta_rl only", "INT")] = None
+    """Gradient steps in a task, each on episodes of its own."""
+    outer_epochs: Annotated[int | None, _default("5; meta_rl only", "INT")] = None
+    """Passes of the outer update over an epoch's episodes."""
+    tasks_per_minibatch: Annotated[int | None, _default("2; meta_rl only", "INT")] = None
+    """Tasks in a minibatch of the outer update."""
+    first_order: Annotated[bool | None, _default("False; meta_rl only", "{True,False}")] = None
+    """Leave out the derivative of the inner gradients."""
+    learn_inner_lr: Annotated[bool | None, _default("False; meta_rl only", "{True,False}")] = None
+    """Learn a rate of the inner steps for each weight (Meta-SGD)."""
+    trial_episodes: Annotated[int | None, _default("1; meta_rl only", "INT")] = None
+    """With 2 or more: episodes of a trial, through which the state is kept; the policy then also
+    sees its last action and reward, and where an episode ended."""
+    evaluation_interval: Annotated[int | None, _default("10; meta_rl only", "INT")] = None
+    """Epochs between evaluations on held-out tasks, which go to curve.csv and TensorBoard."""
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Play a trained policy and print its returns."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A policy.safetensors, or a run folder. That of a meta_rl run adapts to held-out tasks."""
+    episodes: int = EVALUATION_EPISODES
+    """Number of episodes; a meta_rl run plays one in each of its rows."""
+    seed: int = EVALUATION_SEED
+    """Seed of the first episode; the next ones count up."""
+    env: str | None = None
+    """Gymnasium id; by default the one that the policy was trained in."""
+    deterministic: bool = True
+    """Play the mode of the policy, not samples."""
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Adapt a trained policy to a task while it plays it.
+
+    Prints each episode's return beside that of the policy as it was, from the same first states, and
+    then the deterministic returns of both. The adapted policy is written for `ssm-fast evaluate` and
+    `ssm_fast.load_policy`.
+    """
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A policy.safetensors of PPO, or a run folder."""
+    env: str | None = None
+    """Gymnasium id; by default the one that the policy was trained in."""
+    task: int | None = None
+    """Number of the task in the task family of the environment; by default what it plays anyway."""
+    split: Literal["train", "test", "out_of_range"] = "test"
+    """Which tasks of the family --task counts."""
+    method: Literal["standard", "hybrid", "test_time"] = "test_time"
+    """standard: the last stretch. hybrid: with replay of those before. test_time: value ensemble,
+    exploration by uncertainty, step size by difficulty."""
+    episodes: int = 5
+    """Episodes to adapt in."""
+    rows: int = 1
+    """Copies of the task that are played side by side and learnt from together."""
+    adapt_every: int = 500
+    """Steps of every row between two updates."""
+    lr: float = 1e-4
+    """Learning rate."""
+    steps: int = 20
+    """Gradient steps of an update; standard and hybrid take as many for the values before it."""
+    max_kl: float = 0.03
+    """Largest KL divergence of the policy after an update from that before; with test_time, from
+    those that acted."""
+    max_episode_steps: int | None = None
+    """Truncate episodes here; by default where the environment does."""
+    seed: int = 0
+    """Seed of the environment and of the actions."""
+    out: Path = Path("adapted.safetensors")
+    """File of the adapted policy."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """Print versions, instruction sets, threads and GPUs."""
