@@ -336,6 +336,64 @@ class TestAdapt:
         assert cli.main([*args, "--task", "0"]) == 0
         assert f"adapted to {FAMILY} by test_time" in capsys.readouterr().out
 
+    @pytest.mark.filterwarnings("default:the critic of")
+    @pytest.mark.parametrize("options", [["--task", "1"], ["--env", "CartPole-v1"]])
+    def test_by_the_gradient_steps_of_a_run(
+        self, options: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        start = [*META, "--epochs", "1", "--inner_lr", "3", "--num_steps", "60", "--out", "run"]
+        assert cli.main(start) == 0
+        before = Path("run/policy.safetensors").read_bytes()
+        assert read_metadata("run/policy.safetensors")["critic"] == "untrained"
+        capsys.readouterr()
+        args = ["adapt", "run", "--method", "gradient", "--seed", "5", *options]
+        texts = []
+        for out in ("one.safetensors", "two.safetensors"):
+            assert cli.main([*args, "--out", out]) == 0
+            captured = capsys.readouterr()
+            assert captured.err == ""
+            texts.append(captured.out.replace(out, ""))
+        assert texts[0] == texts[1]
+        rows = [[float(x) for x in line.split()[1:]] for line in texts[0].splitlines()[1:5]]
+        assert rows[0][0] == rows[0][1]  # nothing is learnt before the first round
+        assert any(without != adapting for without, adapting in rows[1:])
+        assert "by gradient, seed 5" in texts[0]
+        assert Path("run/policy.safetensors").read_bytes() == before
+        old, new = (load_model(path) for path in ("run/policy.safetensors", "one.safetensors"))
+        changed = [
+            name
+            for name, w in old.state_dict().items()
+            if not torch.equal(w, new.state_dict()[name])
+        ]
+        assert "actor.weight" in changed
+        assert "critic.weight" not in changed
+        assert read_metadata("one.safetensors")["critic"] == "untrained"
+        assert cli.main(["adapt", "run", "--task", "0", "--episodes", "1"]) == 0
+        assert "warning: the critic of run/policy.safetensors was not" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("run", "options", "text"),
+        [
+            ([], ["--lr", "0.1"], "--lr is not an option of --method gradient"),
+            ([], ["--episodes", "1"], "--episodes must be at least 2"),
+            (["--inner_steps", "0"], [], "run was trained without gradient steps"),
+            (["--trial_episodes", "2"], [], "plays trials of 2 episodes"),
+            (PPO[1:], [], "--method gradient needs the folder of a meta_rl run, got run"),
+        ],
+    )
+    def test_gradient_steps_that_a_run_does_not_have(
+        self, run: list[str], options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        start = (
+            [PPO[0], *run, "--steps", "160"] if run == PPO[1:] else [*META, *run, "--epochs", "1"]
+        )
+        assert cli.main([*start, "--out", "run"]) == 0
+        capsys.readouterr()
+        assert cli.main(["adapt", "run", "--method", "gradient", *options]) == 2
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
+
     @pytest.mark.parametrize(
         ("out", "text"),
         [

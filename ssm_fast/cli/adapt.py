@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +18,21 @@ from ssm_fast.adaptation import (
     TestTimeAdapter,
 )
 from ssm_fast.adaptation.online import adapt_to_environment, episode_means, play_episodes
-from ssm_fast.checkpoint import load_model, save_model
+from ssm_fast.checkpoint import load_model, read_metadata, save_model
 from ssm_fast.cli.environments import (
     FAMILY_OF,
     environment_of,
     policy_file,
     route_mujoco_warnings,
 )
+from ssm_fast.cli.evaluate import trained_meta_rl
 from ssm_fast.cli.messages import check_option, say
-from ssm_fast.cli.options import EVALUATION_SEED, Adapt
+from ssm_fast.cli.options import ADAPT_DEFAULTS, EVALUATION_SEED, Adapt
+from ssm_fast.cli.settings import stored_settings
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner import Environment, Task, get_family
+from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
+from ssm_fast.meta_rl.run import RunDirectory
 
 
 def run_adaptation(options: Adapt) -> None:
@@ -40,39 +46,107 @@ def run_adaptation(options: Adapt) -> None:
     env_id = environment_of(path, options.env)
     if options.task is not None:
         env_id = FAMILY_OF.get(env_id, env_id)
-    check_option("seed", options.seed, 0, EVALUATION_SEED - 1)
-    check_option("rows", options.rows, 1, 2**16)
-    check_option("episodes", options.episodes, 1, 2**31)
-    check_option("adapt_every", options.adapt_every, 1, 2**31)
+    run, settings = _meta_rl_run(options.path) if options.method == "gradient" else (None, {})
+    chosen = _chosen(options, settings)
+    critic = _state_of_critic(path, options.method)
     route_mujoco_warnings(env_id)
     torch.set_num_threads(1)
     task = _task(env_id, options)
-    tasks = None if task is None else [task] * options.rows
-    with Environment(env_id, options.rows, options.max_episode_steps, tasks=tasks) as env:
-        if env.max_episode_steps is None:
-            raise ValueError(f"--max_episode_steps is needed: {env_id} has no time limit")
-        adapter = _adapter(options, model)
-        without = episode_means(play_episodes(model, env, options.episodes, options.seed))
-        returns = _adapt(adapter, env, options)
-        metadata = env.policy_metadata()
+    with _environment(env_id, task, chosen) as env:
+        if run is not None:
+            trainer = trained_meta_rl(run, settings, env)
+            adapted, without, returns = _by_gradient_steps(trainer, env, chosen)
+        else:
+            adapter = _adapter(options.method, model, chosen)
+            adapted = adapter.model
+            without = episode_means(play_episodes(model, env, chosen["episodes"], options.seed))
+            returns = _by_adapter(adapter, env, chosen)
+        metadata = env.policy_metadata() | critic
         if task is not None:
             metadata["task"] = json.dumps(task.as_dict())
-        save_model(options.out, adapter.model, metadata)
+        save_model(options.out, adapted, metadata)
         _compare(without, returns)
         played = [
-            episode_means(play_episodes(policy, env, options.episodes, EVALUATION_SEED, True))
-            for policy in (model, adapter.model)
+            episode_means(play_episodes(policy, env, chosen["episodes"], EVALUATION_SEED, True))
+            for policy in (model, adapted)
         ]
         _compare_means("deterministic", *played)
     say(f"adapted to {env_id} by {options.method}, seed {options.seed}; policy {options.out}")
 
 
-def _adapt(adapter: StandardAdapter, env: Environment, options: Adapt) -> list[float]:
+def _meta_rl_run(path: Path) -> tuple[RunDirectory, dict[str, Any]]:
+    """The run that learnt the gradient steps, and its settings."""
+    run = RunDirectory(path, resume=True) if path.is_dir() else None
+    if run is None or not run.config_path.exists() or run.read_config().get("mode") != "meta_rl":
+        raise ValueError(f"--method gradient needs the folder of a meta_rl run, got {path}")
+    settings = stored_settings(run)
+    if settings["inner_steps"] == 0:
+        raise ValueError(f"{path} was trained without gradient steps: use another --method")
+    return run, settings
+
+
+def _chosen(options: Adapt, settings: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that the method takes, given or by default, and the seed."""
+    defaults: dict[str, Any] = ADAPT_DEFAULTS
+    if options.method == "gradient":
+        defaults = {"episodes": 4, "rows": settings["batch_size"]}
+    given = {name: getattr(options, name) for name in ADAPT_DEFAULTS}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in given.keys() - defaults:
+        raise ValueError(f"--{name} is not an option of --method {options.method}")
+    chosen = defaults | given
+    check_option("seed", options.seed, 0, EVALUATION_SEED - 1)
+    check_option("rows", chosen["rows"], 1, 2**16)
+    check_option("episodes", chosen["episodes"], 2 if options.method == "gradient" else 1, 2**31)
+    if "adapt_every" in chosen:
+        check_option("adapt_every", chosen["adapt_every"], 1, 2**31)
+    return chosen | {"seed": options.seed, "max_episode_steps": options.max_episode_steps}
+
+
+def _state_of_critic(path: Path, method: str) -> dict[str, str]:
+    """What the file of the adapted policy says of its critic."""
+    if read_metadata(path).get("critic") != "untrained":
+        return {}
+    if method != "gradient":
+        warnings.warn(
+            f"the critic of {path} was not trained, as meta_rl does without one: "
+            "--method gradient needs none",
+            stacklevel=2,
+        )
+    return {} if method in ("standard", "hybrid") else {"critic": "untrained"}
+
+
+def _environment(env_id: str, task: Task | None, chosen: dict[str, Any]) -> Environment:
+    rows = chosen["rows"]
+    tasks = None if task is None else [task] * rows
+    env = Environment(env_id, rows, chosen["max_episode_steps"], tasks=tasks)
+    if env.max_episode_steps is None:
+        env.close()
+        raise ValueError(f"--max_episode_steps is needed: {env_id} has no time limit")
+    return env
+
+
+def _by_gradient_steps(
+    trainer: MetaRLTrainer, env: Environment, chosen: dict[str, Any]
+) -> tuple[ImprovedSSM, list[float], list[float]]:
+    """The adapted policy, and the mean returns of each round without and with its steps."""
+    rounds, seed = chosen["episodes"], chosen["seed"]
+    torch.manual_seed(seed)
+    adaptation = trainer.adapt(env, None, rounds - 1, seed)
+    torch.manual_seed(seed)
+    shared = trainer.shared_weights(1)
+    played = [trainer.collect(env, shared, seed + k * env.batch_size) for k in range(rounds)]
+    without = [float(round_.episode_returns.mean()) for round_ in played]
+    adapted = trainer.adapted_model(adaptation.weights)
+    return adapted, without, adaptation.returns.mean((1, 2, 3)).tolist()
+
+
+def _by_adapter(adapter: StandardAdapter, env: Environment, chosen: dict[str, Any]) -> list[float]:
     """The returns while the policy adapts."""
-    episodes, every, seed = options.episodes, options.adapt_every, options.seed
+    arguments = env, chosen["episodes"], chosen["adapt_every"]
     if isinstance(adapter, TestTimeAdapter):
-        return adapter.adapt_online(env, episodes, every, seed=seed)[0]
-    return adapt_to_environment(adapter, env, episodes, every, seed=seed)[0]
+        return adapter.adapt_online(*arguments, seed=chosen["seed"])[0]
+    return adapt_to_environment(adapter, *arguments, seed=chosen["seed"])[0]
 
 
 def _compare(without: Sequence[float], adapting: Sequence[float]) -> None:
@@ -100,22 +174,22 @@ def _task(env_id: str, options: Adapt) -> Task | None:
     return chosen
 
 
-def _adapter(options: Adapt, model: ImprovedSSM) -> StandardAdapter:
-    if options.method == "test_time":
+def _adapter(method: str, model: ImprovedSSM, chosen: dict[str, Any]) -> StandardAdapter:
+    if method == "test_time":
         return TestTimeAdapter(
             model,
-            options.lr,
-            options.steps,
-            buffer_size=1000 * options.rows,
-            max_kl=options.max_kl,
-            seed=options.seed,
+            chosen["lr"],
+            chosen["steps"],
+            buffer_size=1000 * chosen["rows"],
+            max_kl=chosen["max_kl"],
+            seed=chosen["seed"],
         )
     shared: dict[str, Any] = {
-        "learning_rate": options.lr,
-        "num_steps": options.steps,
+        "learning_rate": chosen["lr"],
+        "num_steps": chosen["steps"],
         "grad_clip_norm": 0.5,
-        "trust_region_eps": options.max_kl,
+        "trust_region_eps": chosen["max_kl"],
     }
-    if options.method == "hybrid":
+    if method == "hybrid":
         return HybridAdapter(model, HybridAdaptationConfig(**shared))
     return StandardAdapter(model, StandardAdaptationConfig(**shared))

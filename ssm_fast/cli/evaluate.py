@@ -48,18 +48,26 @@ def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
     if options.env is not None:
         raise ValueError(f"--env must not be given: {run.path} has tasks of {settings['env']}")
     refuse_import(settings["env"], run.config_path)
-    checkpoint = run.latest_checkpoint()
-    if checkpoint is None:
-        raise ValueError(f"{run.path} has no checkpoint yet")
     check_option("seed", options.seed, 0, LARGEST_SEED)
     route_mujoco_warnings(settings["env"])
     torch.set_num_threads(1)
     with make_environment(settings) as env:
-        trainer = make_trainer(settings, env)
-        assert isinstance(trainer, MetaRLTrainer)
-        load_checkpoint(checkpoint, trainer)
+        trainer = trained_meta_rl(run, settings, env)
         for line in evaluate_adaptation(trainer, env, options.seed, options.deterministic)[1]:
             say(line)
+
+
+def trained_meta_rl(
+    run: RunDirectory, settings: dict[str, Any], env: Environment | TrialEnvironment
+) -> MetaRLTrainer:
+    """The trainer of a run as its newest checkpoint left it, to adapt in an environment."""
+    checkpoint = run.latest_checkpoint()
+    if checkpoint is None:
+        raise ValueError(f"{run.path} has no checkpoint yet")
+    trainer = make_trainer(settings, env)
+    assert isinstance(trainer, MetaRLTrainer)
+    load_checkpoint(checkpoint, trainer)
+    return trainer
 
 
 def evaluate_adaptation(

@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "meta_rl": {
         "env": "ssm_fast/CartPoleFamily-v0",
-        "epochs": 40,
+        "epochs": 20,
         "batch_size": 20,
         "seed": 0,
         "threads": 1,
@@ -40,6 +40,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_dim": 64,
         "num_layers": 1,
     },
+}
+
+
+ADAPT_DEFAULTS: dict[str, Any] = {
+    "episodes": 5,
+    "rows": 1,
+    "adapt_every": 500,
+    "lr": 1e-4,
+    "steps": 20,
+    "max_kl": 0.03,
 }
 
 
@@ -74,7 +84,7 @@ class Train:
         ),
     ] = None
     """Gymnasium id. meta_rl takes CartPole-v1 and the like for the family of tasks around it."""
-    epochs: Annotated[int | None, _default("meta_rl: 40", "INT")] = None
+    epochs: Annotated[int | None, _default("meta_rl: 20", "INT")] = None
     """Stop after so many epochs; meta_rl only."""
     episodes: Annotated[int | None, _default("policy_gradient: 1600", "INT")] = None
     """Stop after so many episodes."""
@@ -143,11 +153,11 @@ class Train:
     """End an update early beyond this KL divergence."""
     tasks_per_epoch: Annotated[int | None, _default("8; meta_rl only", "INT")] = None
     """Tasks of an epoch, which are played and adapted to together."""
-    inner_lr: Annotated[float | None, _default("1; meta_rl only", "FLOAT")] = None
-    """Length of the gradient steps in a task."""
+    inner_lr: Annotated[float | None, _default("0.3; meta_rl only", "FLOAT")] = None
+    """Length of the gradient steps in a task; where it is learnt, at the start."""
     outer_lr: Annotated[float | None, _default("1e-3; meta_rl only", "FLOAT")] = None
     """Learning rate of the shared weights at the start; --lr says the same."""
-    inner_steps: Annotated[int | None, _default("1; meta_rl only", "INT")] = None
+    inner_steps: Annotated[int | None, _default("2; meta_rl only", "INT")] = None
     """Gradient steps in a task, each on episodes of its own."""
     outer_epochs: Annotated[int | None, _default("5; meta_rl only", "INT")] = None
     """Passes of the outer update over an epoch's episodes."""
@@ -155,7 +165,7 @@ class Train:
     """Tasks in a minibatch of the outer update."""
     first_order: Annotated[bool | None, _default("False; meta_rl only", "{True,False}")] = None
     """Leave out the derivative of the inner gradients."""
-    learn_inner_lr: Annotated[bool | None, _default("False; meta_rl only", "{True,False}")] = None
+    learn_inner_lr: Annotated[bool | None, _default("True; meta_rl only", "{True,False}")] = None
     """Learn a rate of the inner steps for each weight (Meta-SGD)."""
     trial_episodes: Annotated[int | None, _default("1; meta_rl only", "INT")] = None
     """With 2 or more: episodes of a trial, through which the state is kept; the policy then also
@@ -190,27 +200,28 @@ class Adapt:
     """
 
     path: Annotated[Path, tyro.conf.Positional]
-    """A policy.safetensors of PPO, or a run folder."""
+    """A policy.safetensors of PPO, or a run folder; for --method gradient that of a meta_rl run."""
     env: str | None = None
     """Gymnasium id; by default the one that the policy was trained in."""
     task: int | None = None
     """Number of the task in the task family of the environment; by default what it plays anyway."""
     split: Literal["train", "test", "out_of_range"] = "test"
     """Which tasks of the family --task counts."""
-    method: Literal["standard", "hybrid", "test_time"] = "test_time"
+    method: Literal["standard", "hybrid", "test_time", "gradient"] = "test_time"
     """standard: the last stretch. hybrid: with replay of those before. test_time: value ensemble,
-    exploration by uncertainty, step size by difficulty."""
-    episodes: int = 5
+    exploration by uncertainty, step size by difficulty. gradient: the gradient steps that a meta_rl
+    run was trained for, at its inner rates, one between any two episodes."""
+    episodes: Annotated[int | None, _default("5, gradient: 4", "INT")] = None
     """Episodes to adapt in."""
-    rows: int = 1
+    rows: Annotated[int | None, _default("1, gradient: as the run", "INT")] = None
     """Copies of the task that are played side by side and learnt from together."""
-    adapt_every: int = 500
+    adapt_every: Annotated[int | None, _default("500; not gradient", "INT")] = None
     """Steps of every row between two updates."""
-    lr: float = 1e-4
+    lr: Annotated[float | None, _default("1e-4; not gradient", "FLOAT")] = None
     """Learning rate."""
-    steps: int = 20
+    steps: Annotated[int | None, _default("20; not gradient", "INT")] = None
     """Gradient steps of an update; standard and hybrid take as many for the values before it."""
-    max_kl: float = 0.03
+    max_kl: Annotated[float | None, _default("0.03; not gradient", "FLOAT")] = None
     """Largest KL divergence of the policy after an update from that before; with test_time, from
     those that acted."""
     max_episode_steps: int | None = None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import ssm_fast
-from ssm_fast.checkpoint import save_model, write_atomic
+from ssm_fast.checkpoint import write_atomic
 from ssm_fast.cli.environments import route_mujoco_warnings
 from ssm_fast.cli.evaluate import describe, evaluate_adaptation
 from ssm_fast.cli.info import versions
@@ -31,7 +31,7 @@ from ssm_fast.env_runner import Environment, TrialEnvironment, evaluate
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
 from ssm_fast.meta_rl.run import RunDirectory
-from ssm_fast.meta_rl.training_state import load_checkpoint
+from ssm_fast.meta_rl.training_state import load_checkpoint, save_policy
 
 _MOST_THREADS = 1024
 
@@ -60,7 +60,7 @@ def run_training(options: Train) -> None:
             with _can_be_resumed(run):
                 _learn(trainer, env, settings, total, run, options.resume)
             # The weights of the last checkpoint, or newer ones where --episodes ended the run.
-            save_model(run.model_path, trainer.model, env.policy_metadata())
+            save_policy(run.model_path, trainer, env)
             run.plot_curve(f"{env_id}, {mode}, seed {seed}")
             _report(trainer, env, run, time.perf_counter() - start)
 

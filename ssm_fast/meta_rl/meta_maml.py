@@ -20,7 +20,7 @@ from ssm_fast.meta_rl.training_state import check_tensors, load_adam
 Weights: TypeAlias = dict[str, Tensor]
 Loss: TypeAlias = Callable[[Weights, Any], Tensor]  # of one task: its weights, its batch
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # of one task: the model's output, the target
-Task: TypeAlias = Sequence[Any]  # support_x, support_y, query_x, query_y
+TaskData: TypeAlias = Sequence[Any]  # support_x, support_y, query_x, query_y
 
 _PARTS = ("support_x", "support_y", "query_x", "query_y")
 _STATE_VERSION = 1
@@ -180,7 +180,7 @@ class MetaMAML:
 
     def meta_update(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[TaskData],
         initial_hidden_state: Any = None,
         loss_fn: LossFn | None = None,
         inner_steps: int | None = None,
@@ -208,7 +208,7 @@ class MetaMAML:
 
     def meta_gradient(
         self,
-        tasks: Sequence[Task],
+        tasks: Sequence[TaskData],
         initial_hidden_state: Any = None,
         loss_fn: LossFn | None = None,
         inner_steps: int | None = None,
@@ -294,7 +294,7 @@ class MetaMAML:
     def _chunk_gradient(
         self,
         chunk: list[int],
-        tasks: Sequence[Task],
+        tasks: Sequence[TaskData],
         state: Any,
         loss_fn: LossFn | None,
         steps: int,
@@ -366,7 +366,7 @@ class MetaMAML:
             return (*positional, state), named
         return (), named | {second.name: state}
 
-    def _check_task(self, i: int, task: Task) -> None:
+    def _check_task(self, i: int, task: TaskData) -> None:
         if not isinstance(task, (tuple, list)) or len(task) != len(_PARTS):
             raise ValueError(f"task {i} must be ({', '.join(_PARTS)})")
         self._check_parts(dict(zip(_PARTS, task, strict=True)), f" of task {i}")
@@ -510,7 +510,7 @@ def _mean_squared_error(where: str, output: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(output, target)
 
 
-def _same_shapes(tasks: Sequence[Task], size: int) -> list[list[int]]:
+def _same_shapes(tasks: Sequence[TaskData], size: int) -> list[list[int]]:
     """Indices of tasks of the same shapes, at most ``size`` together."""
     groups: dict[Any, list[int]] = {}
     for i, task in enumerate(tasks):

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from ssm_fast.meta_rl.training_state import (
     read_count,
     save_checkpoint,
 )
-from ssm_fast.meta_rl.trajectories import Trajectories, compute_advantages
+from ssm_fast.meta_rl.trajectories import Recording, Trajectories, compute_advantages
 
 TaskEnvironment: TypeAlias = Environment | TrialEnvironment
 
@@ -135,18 +135,21 @@ class MetaRLTrainer:
 
     Attributes:
         rates: The inner rates by the names of the weights.
+        policy_metadata: What a file of its policy says beside the environment.
 
     Raises:
         ValueError: A number is out of its range.
         TypeError: A count is no integer.
     """
 
+    policy_metadata: ClassVar[dict[str, str]] = {"critic": "untrained"}
+
     def __init__(
         self,
         model: ImprovedSSM,
-        inner_lr: float = 1.0,
+        inner_lr: float = 0.3,
         outer_lr: float = 1e-3,
-        inner_steps: int = 1,
+        inner_steps: int = 2,
         gamma: float = 0.99,
         gae_lambda: float = 0.95,
         clip_epsilon: float = 0.3,
@@ -156,7 +159,7 @@ class MetaRLTrainer:
         tasks_per_minibatch: int = 2,
         num_steps: int | None = None,
         first_order: bool = False,
-        learn_inner_lr: bool = False,
+        learn_inner_lr: bool = True,
         max_grad_norm: float = 1.0,
         anneal_lr: bool = True,
         checkpoint_interval: int = 10,
@@ -255,6 +258,45 @@ class MetaRLTrainer:
         """
         check_count("total_epochs", total_epochs)
         check_count("log_interval", log_interval)
+        train_tasks, test_tasks = self._choose_tasks(env, train_tasks, test_tasks)
+        self._first_iteration = self.iteration
+        self._batch_size = env.batch_size
+        self._env = (env.env_name, _episodes_of(env))
+        if resume:
+            continue_run(run, self)
+        last = self._first_iteration + total_epochs
+        metrics: list[dict[str, float]] = []
+        episode_returns: list[float] = []
+        with torch.random.fork_rng(self._cuda_devices()):
+            while self.iteration < last:
+                try:
+                    row, returns = self._iterate(env, last, train_tasks, test_tasks)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
+                metrics.append(row)
+                episode_returns += returns
+                if self.iteration % log_interval == 0 or self.iteration == last:
+                    _LOGGER.info(
+                        "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
+                        self.iteration,
+                        row["return_0"],
+                        row["episode_return"],
+                        row["steps_per_second"],
+                    )
+                stop = callback is not None and callback(dict(row)) is False
+                if run is not None:
+                    self._record(run, env, row, stop or self.iteration == last)
+                if stop:
+                    break
+        return TrainingResult(self.timesteps, self.iteration, episode_returns, [], metrics)
+
+    def _choose_tasks(
+        self,
+        env: TaskEnvironment,
+        train_tasks: Sequence[Task] | None,
+        test_tasks: Sequence[Task] | None,
+    ) -> tuple[Sequence[Task], Sequence[Task]]:
+        """The tasks to learn from and to evaluate on, of an environment that fits."""
         self._check_env(env)
         self._check_rows(env, self.tasks_per_epoch)
         assert env.family is not None
@@ -263,45 +305,16 @@ class MetaRLTrainer:
             test_tasks = env.family.test_tasks[: self.tasks_per_epoch]
         if not train_tasks:
             raise ValueError("train_tasks must not be empty")
-        self._first_iteration = self.iteration
-        self._batch_size = env.batch_size
-        self._env = (env.env_name, _episodes_of(env))
-        if resume:
-            continue_run(run, self)
-        last = self._first_iteration + total_epochs
-        result = TrainingResult(0, 0, [], [], [])
-        with torch.random.fork_rng(self._cuda_devices()):
-            while self.iteration < last:
-                try:
-                    metrics = self._iterate(env, last, train_tasks, test_tasks, result)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
-                result.metrics.append(metrics)
-                if run is not None:
-                    run.append_row(metrics)
-                    scalars = {f"train/{name}": value for name, value in metrics.items()}
-                    run.log_scalars(scalars, self.timesteps)
-                if self.iteration % log_interval == 0 or self.iteration == last:
-                    _LOGGER.info(
-                        "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
-                        self.iteration,
-                        metrics["return_0"],
-                        metrics["episode_return"],
-                        metrics["steps_per_second"],
-                    )
-                stop = callback is not None and callback(dict(metrics)) is False
-                due = self.iteration % self.checkpoint_interval == 0 or self.iteration == last
-                if run is not None and (stop or due):
-                    save_checkpoint(run, self, env)
-                if stop:
-                    break
-        return TrainingResult(
-            self.timesteps,
-            self.iteration,
-            result.episode_returns,
-            result.episode_lengths,
-            result.metrics,
-        )
+        return train_tasks, test_tasks
+
+    def _record(
+        self, run: RunDirectory, env: TaskEnvironment, row: dict[str, float], is_last: bool
+    ) -> None:
+        """Writes the metrics of an epoch, and a checkpoint where one is due."""
+        run.append_row(row)
+        run.log_scalars({f"train/{name}": value for name, value in row.items()}, self.timesteps)
+        if is_last or self.iteration % self.checkpoint_interval == 0:
+            save_checkpoint(run, self, env)
 
     def _iterate(
         self,
@@ -309,9 +322,12 @@ class MetaRLTrainer:
         last: int,
         train_tasks: Sequence[Task],
         test_tasks: Sequence[Task],
-        result: TrainingResult,
-    ) -> dict[str, float]:
-        """Rounds of one epoch, its update, and an evaluation where one is due."""
+    ) -> tuple[dict[str, float], list[float]]:
+        """Rounds of one epoch, its update, and an evaluation where one is due.
+
+        Returns:
+            The metrics, and the returns of the rows after the last inner step.
+        """
         start, timesteps = time.perf_counter(), self.timesteps
         G = self.tasks_per_epoch
         draws = np.random.default_rng((self.seed, self.iteration))
@@ -341,9 +357,8 @@ class MetaRLTrainer:
         due = self.iteration % self.evaluation_interval == 0 or self.iteration == last
         test_returns = self._test_returns(env, test_tasks if due else ())
         returns = adaptation.returns.mean(-1)  # [K + 1, G, R]
-        result.episode_returns.extend(returns[-1].flatten().tolist())
         ends = sum(int(r["reset"].sum()) for r in adaptation.rounds)
-        return {
+        metrics = {
             "iteration": float(self.iteration),
             "timesteps": float(self.timesteps),
             "episode_return": float(returns[-1].mean()),
@@ -356,6 +371,7 @@ class MetaRLTrainer:
             "playing": (played - start) / seconds,
             "steps_per_second": steps / seconds,
         }
+        return metrics, returns[-1].flatten().tolist()
 
     def _test_returns(self, env: TaskEnvironment, tasks: Sequence[Task]) -> NDArray[np.float64]:
         """Returns on held-out tasks after each step, NaN where they are not known."""
@@ -483,56 +499,29 @@ class MetaRLTrainer:
             FloatingPointError: A policy, an observation or a reward is not finite.
         """
         policies = TaskPolicies(self.model, weights)
-        B, T = env.batch_size, self._steps_of(env)
-        G, E = policies.tasks, _episodes_of(env)
+        G, R = policies.tasks, env.batch_size // policies.tasks
         dtype = next(self.model.parameters()).dtype
-        observations = np.empty((B, T, env.input_dim), dtype=np.float32)  # [B, T, I]
-        rewards = np.empty((B, T))  # [B, T]
-        terminated, truncated, reset = np.empty((3, B, T), dtype=np.bool_)  # [B, T]
-        actions: list[Tensor] = []  # T of [G, R, K] or [G, R]
-        log_probs: list[Tensor] = []  # T of [G, R]
-        returns = np.zeros((B, E))  # [B, E]
-        running, rows = np.ones(B, dtype=np.bool_), np.arange(B)  # [B]
+        recording = Recording(env.batch_size, self._steps_of(env), env.input_dim, _episodes_of(env))
         observation, _ = env.reset(seed=seed)
-        first = np.ones(B, dtype=np.bool_)  # [B]
+        first = np.ones(env.batch_size, dtype=np.bool_)  # [B]
         state = None
-        for t in range(T):
-            x = torch.from_numpy(observation).to(self.device, dtype).view(G, B // G, -1)
-            starts = torch.from_numpy(first).to(self.device).view(G, -1)  # [G, R]
+        for t in range(recording.steps):
+            x = torch.from_numpy(observation).to(self.device, dtype).view(G, R, -1)
+            starts = torch.from_numpy(first).to(self.device).view(G, R)
             action, log_prob, _, state = policies.get_action(x, state, deterministic, starts)
             if not bool(torch.isfinite(log_prob).all()):
                 g, r = torch.isfinite(log_prob).logical_not().nonzero()[0].tolist()
                 raise FloatingPointError(
                     f"step {t}: {env.env_name}: the policy of task {g} is not finite in its row {r}"
                 )
-            actions.append(action)
-            log_probs.append(log_prob)
-            observations[:, t], reset[:, t] = observation, first
             try:
                 step = env.step(action.flatten(0, 1).cpu().numpy())
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {t}: {error}") from error
-            observation, reward, ends, cut, info = step
-            rewards[:, t], terminated[:, t], truncated[:, t] = reward, ends, cut
-            returns[rows, info.get("episode_index", 0)] += np.where(running, reward, 0.0)
-            first = ends | cut
-            running &= ~first
-        self.timesteps += B * T
-
-        def split(x: NDArray[Any]) -> Tensor:
-            return torch.from_numpy(x).to(self.device).view(G, B // G, *x.shape[1:])
-
-        return Trajectories(
-            split(observations).to(dtype),
-            torch.stack(actions, 2),
-            torch.stack(log_probs, 2),
-            split(rewards).to(dtype),
-            split(terminated),
-            split(truncated),
-            split(reset),
-            split(info["final_obs"]).to(dtype),
-            split(returns),
-        )
+            recording.add(observation, first, action, log_prob, step)
+            observation, first = step[0], step[2] | step[3]
+        self.timesteps += env.batch_size * recording.steps
+        return recording.trajectories(G, dtype, self.device)
 
     # Learning
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -100,6 +100,8 @@ class PolicyGradientTrainer:
         ValueError: A number is out of its range.
         TypeError: A count is no integer.
     """
+
+    policy_metadata: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,

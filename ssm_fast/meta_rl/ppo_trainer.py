@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import gymnasium
 import numpy as np
@@ -176,6 +176,8 @@ class PPOTrainer:
         ValueError: A number is out of its range.
         TypeError: A count is no integer.
     """
+
+    policy_metadata: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,

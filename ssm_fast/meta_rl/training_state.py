@@ -30,6 +30,10 @@ class Resumable(Protocol):
         """The policy."""
 
     @property
+    def policy_metadata(self) -> Mapping[str, str]:
+        """What a file of the policy says beside its environment."""
+
+    @property
     def iteration(self) -> int:
         """How many iterations are done."""
 
@@ -43,12 +47,17 @@ class Resumable(Protocol):
 def save_checkpoint(
     run: RunDirectory, trainer: Resumable, env: Environment | TrialEnvironment
 ) -> None:
-    """Writes the training state, and the policy with what it must know of its environment."""
+    """Writes the training state and the policy."""
 
     def write_model(path: Path) -> None:
-        save_model(path, trainer.model, env.policy_metadata())
+        save_policy(path, trainer, env)
 
     run.save_checkpoint(trainer.iteration, trainer.state_dict(), write_model)
+
+
+def save_policy(path: Path, trainer: Resumable, env: Environment | TrialEnvironment) -> None:
+    """Writes the policy, with what whoever loads it must know of its environment and training."""
+    save_model(path, trainer.model, env.policy_metadata() | dict(trainer.policy_metadata))
 
 
 def continue_run(run: RunDirectory | None, trainer: Resumable) -> None:

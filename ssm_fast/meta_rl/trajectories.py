@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ssm_fast import ops
@@ -14,6 +17,12 @@ _FITS = 2  # of the baseline where episodes are cut off: the later one bootstrap
 _TIME_UNIT = 100.0  # steps, so that the powers of time stay of order one
 _SMALLEST_DEVIATION = 1e-3  # of advantages, in largest returns: what lies below is the fit's error
 _FEATURE_CLIP = 10.0  # of the observations that the baseline sees
+
+
+Step: TypeAlias = tuple[
+    NDArray[Any], NDArray[Any], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]
+]
+"""What `Environment.step` returns."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,70 @@ class Trajectories:
         T = self.rewards.shape[-1]
         t = torch.arange(T, device=self.rewards.device).expand_as(self.rewards)
         return t - torch.where(self.reset, t, 0).cummax(-1).values
+
+
+class Recording:
+    """Keeps the steps of a round as they are played.
+
+    Args:
+        rows: Rows of the environment, `B`.
+        steps: Steps of each, `T`.
+        input_dim: Entries of an observation, `I`.
+        episodes: Episodes whose returns count, `E`.
+    """
+
+    def __init__(self, rows: int, steps: int, input_dim: int, episodes: int) -> None:
+        self.steps = steps
+        self._played = 0
+        self._observations = np.empty((rows, steps, input_dim), dtype=np.float32)  # [B, T, I]
+        self._rewards = np.empty((rows, steps))  # [B, T]
+        self._terminated, self._truncated, self._reset = np.empty((3, rows, steps), dtype=np.bool_)
+        self._actions: list[Tensor] = []  # T of [G, R, K] or [G, R]
+        self._log_probs: list[Tensor] = []  # T of [G, R]
+        self._returns = np.zeros((rows, episodes))  # [B, E]
+        self._counts = np.ones(rows, dtype=np.bool_)  # [B], rows in their first episode or trial
+        self._last_observations: NDArray[Any] = self._observations[:, 0]  # [B, I]
+
+    def add(
+        self,
+        observation: NDArray[Any],
+        first: NDArray[np.bool_],
+        action: Tensor,
+        log_prob: Tensor,
+        step: Step,
+    ) -> None:
+        """Takes up what all rows saw and did, and what came of it."""
+        t, (_, reward, terminated, truncated, info) = self._played, step
+        self._observations[:, t], self._reset[:, t] = observation, first
+        self._rewards[:, t] = reward
+        self._terminated[:, t], self._truncated[:, t] = terminated, truncated
+        self._actions.append(action)
+        self._log_probs.append(log_prob)
+        earned = np.where(self._counts, reward, 0.0)
+        self._returns[np.arange(len(earned)), info.get("episode_index", 0)] += earned
+        self._counts &= ~(terminated | truncated)
+        self._last_observations = info["final_obs"]
+        self._played += 1
+
+    def trajectories(
+        self, tasks: int, dtype: torch.dtype, device: str | torch.device
+    ) -> Trajectories:
+        """What was played, by the tasks that the rows belong to."""
+
+        def split(x: NDArray[Any]) -> Tensor:
+            return torch.from_numpy(x).to(device).view(tasks, -1, *x.shape[1:])
+
+        return Trajectories(
+            split(self._observations).to(dtype),
+            torch.stack(self._actions, 2),
+            torch.stack(self._log_probs, 2),
+            split(self._rewards).to(dtype),
+            split(self._terminated),
+            split(self._truncated),
+            split(self._reset),
+            split(self._last_observations).to(dtype),
+            split(self._returns),
+        )
 
 
 def compute_advantages(trajectories: Trajectories, gamma: float, gae_lambda: float) -> Tensor:

@@ -156,6 +156,7 @@ def test_update(name, K, first_order):
         torch.float64,
         inner_steps=K,
         first_order=first_order,
+        learn_inner_lr=not first_order,
         outer_epochs=1,
         tasks_per_minibatch=G,
         max_grad_norm=1e9,
@@ -171,21 +172,24 @@ def test_update(name, K, first_order):
             ratio, advantages = policy_gradient_loss(trainer.model, weights, rounds[k], g)
             clipped = ratio.clamp(0.7, 1.3)
             losses.append(-torch.minimum(ratio * advantages, clipped * advantages).mean())
-    expected = torch.autograd.grad(torch.stack(losses).mean(), list(shared.values()))
-    before = {n: p.detach().clone() for n, p in shared.items()}
-    trainer.optimizer = torch.optim.SGD(list(shared.values()), lr=1.0)
+    learnt = list(shared.values()) + ([] if first_order else list(trainer.rates.values()))
+    loss = torch.stack(losses).mean()
+    expected = torch.autograd.grad(loss, learnt, allow_unused=True, materialize_grads=True)
+    before = [p.detach().clone() for p in learnt]
+    trainer.optimizer = torch.optim.SGD(learnt, lr=1e-3)
     figures = trainer.update(rounds)
-    for (n, p), gradient in zip(shared.items(), expected, strict=True):
-        torch.testing.assert_close(before[n] - p.detach(), gradient, rtol=1e-7, atol=1e-9)
+    for p, start, gradient in zip(learnt, before, expected, strict=True):
+        moved = (start - p.detach()) / 1e-3
+        torch.testing.assert_close(moved, gradient, rtol=1e-7, atol=1e-9)
     norm = math.sqrt(sum(float(d.square().sum()) for d in expected))
     assert figures["grad_norm"] == pytest.approx(norm, rel=1e-6)
 
 
 def test_learnt_rates():
     env = environment()
-    trainer = trainer_for(env, learn_inner_lr=True, outer_lr=0.05)
-    assert float(trainer.rates["layers.0.A"].detach().mean()) == pytest.approx(0.1)
-    assert float(trainer.rates["actor.weight"].detach().mean()) == pytest.approx(1.0)
+    trainer = trainer_for(env, outer_lr=0.05)
+    assert float(trainer.rates["layers.0.A"].detach().mean()) == pytest.approx(0.03)
+    assert float(trainer.rates["actor.weight"].detach().mean()) == pytest.approx(0.3)
     before = {n: rate.detach().clone() for n, rate in trainer.rates.items()}
     trainer.update(trainer.adapt(env, tasks_of(env), 1, seed=0).rounds)
     moved = [n for n, rate in trainer.rates.items() if not torch.equal(rate.detach(), before[n])]
@@ -266,13 +270,13 @@ def test_learns_to_adapt():
 def test_resumed_equals_uninterrupted(trial, tmp_path):
     def train(folder, epochs, resume=False):
         with environment(trial=trial) as env, RunDirectory(folder, resume=resume) as run:
-            trainer = trainer_for(env, learn_inner_lr=True, anneal_lr=False)
+            trainer = trainer_for(env, anneal_lr=False)
             result = trainer.train(env, epochs, run=run, resume=resume)
             return trainer, result, run.read_rows()
 
     whole, result, rows = train(tmp_path / "whole", 4)
     assert len(result.metrics) == result.iterations == 4
-    assert result.timesteps == whole.timesteps == (4 * 2 + 1) * G * R * 20
+    assert result.timesteps == whole.timesteps == (4 * 3 + 1) * G * R * 20
     assert len(result.episode_returns) == 4 * G * R
     train(tmp_path / "parts", 2)
     resumed, result, again = train(tmp_path / "parts", 4, resume=True)
@@ -445,7 +449,7 @@ def test_environments_that_do_not_fit():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inner_lr": 0.5}, "inner_lr must be 1.0 as in the run that is resumed, got 0.5"),
+        ({"inner_lr": 0.5}, "inner_lr must be 0.3 as in the run that is resumed, got 0.5"),
         ({"tasks_per_epoch": 2}, "tasks_per_epoch must be 3"),
         ({"seed": 6}, "seed must be 5"),
     ],
