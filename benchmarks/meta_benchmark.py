@@ -34,7 +34,7 @@ from ssm_fast.meta_rl.run import write_state
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
-METHODS = ("maml", "trpo", "rl2", "both", "pretrained")
+METHODS = ("maml", "trpo", "rl2", "both", "pretrained", "untrained")
 ADAPTING = ("maml", "trpo", "both")  # by gradient steps
 LABELS = {
     "maml": "gradient steps (ProMP)",
@@ -42,6 +42,7 @@ LABELS = {
     "rl2": "recurrent state (RL²)",
     "both": "both",
     "pretrained": "one policy for all tasks",
+    "untrained": "random weights",
 }
 STEPS = 3
 ROWS = 20  # of each task
@@ -77,7 +78,7 @@ class Options:
 
     env: Literal["cartpole", "dir", "vel"] = "cartpole"
     """The family of tasks."""
-    methods: tuple[Literal["maml", "trpo", "rl2", "both", "pretrained"], ...] = METHODS
+    methods: tuple[Literal["maml", "trpo", "rl2", "both", "pretrained", "untrained"], ...] = METHODS
     """What to compare."""
     seeds: int = 3
     """Seeds 0, 1, ... of each method."""
@@ -118,6 +119,8 @@ def trainer_options(method: str) -> dict[str, Any]:
 
 def epochs_of(setting: Setting, method: str, epochs: int) -> int:
     """As many as make the steps of `epochs` epochs of gradient steps."""
+    if method == "untrained":
+        return 0
     rounds = TRAINER["inner_steps"] + 1
     own = rounds if method in ADAPTING else 1
     episodes = setting.trial_episodes if method in ("rl2", "both") else 1
@@ -156,7 +159,10 @@ def run(setting: Setting, method: str, seed: int, epochs: int, state: Path) -> d
             known = [f"{x:.1f}" for k, x in metrics.items() if k.startswith("test_return")]
             say(f"{method}, seed {seed}: {metrics['iteration']:.0f} epochs, {' '.join(known)}")
 
-    curve = trainer.train(env, epochs, callback=show).metrics
+    if epochs > 0:
+        curve = trainer.train(env, epochs, callback=show).metrics
+    else:
+        curve = see_observations(trainer, env)
     seconds = time.perf_counter() - start
     state.parent.mkdir(parents=True, exist_ok=True)
     write_state(state, trainer.state_dict())
@@ -185,11 +191,21 @@ def run(setting: Setting, method: str, seed: int, epochs: int, state: Path) -> d
         "test_tasks_modes": modes.mean(2).tolist(),
         "curve": {
             name: [row[name] for row in curve]
-            for name in curve[0]
+            for name in (curve[0] if curve else ())
             if name in ("timesteps", "seconds", "return_0", "episode_return")
             or name.startswith("test_return")
         },
     }
+
+
+def see_observations(trainer: MetaRLTrainer, env: Environment | TrialEnvironment) -> list[Any]:
+    """Sets the normalisation of a policy that does not learn."""
+    assert env.family is not None
+    assert trainer.model.obs_norm is not None
+    tasks = env.family.train_tasks[: trainer.tasks_per_epoch]
+    played = trainer.adapt(env, tasks, 0, SEED - 2).rounds[0]
+    trainer.model.obs_norm.update(played["observations"].flatten(0, 2))
+    return []
 
 
 def tune_inner_lr(trainer: MetaRLTrainer, env: Environment | TrialEnvironment) -> None:
@@ -318,6 +334,8 @@ def plot_curves(options: Options, setting: Setting, runs: list[dict[str, Any]]) 
     colors: dict[str, Any] = {}
     for found in runs:
         method, curve = found["method"], found["curve"]
+        if not curve:
+            continue
         (line,) = axes.plot(
             np.array(curve["timesteps"]) / 1e6,
             curve["episode_return"],

@@ -121,6 +121,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 OURS: dict[str, Callable[..., Callable[[], Any]]] = {
     "MetaMAML": meta_maml(),
+    "MetaMAML chunk_size=1": meta_maml(chunk_size=1),
     "MetaMAML chunk_size=4": meta_maml(chunk_size=4),
     "MetaMAML first_order": meta_maml(first_order=True),
 }
