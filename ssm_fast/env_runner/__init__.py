@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ssm_fast.env_runner import positions as positions  # registers its environments
 from ssm_fast.env_runner.cartpole_family import CartPoleTask, CartPoleVectorEnv
 from ssm_fast.env_runner.environment import Environment, MetaEnvironment
 from ssm_fast.env_runner.evaluation import Evaluation, evaluate

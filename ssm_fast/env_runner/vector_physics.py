@@ -579,6 +579,26 @@ class _Humanoid(_Ant):
         return super().place() | {key: value.copy() for key, value in self.tendons.items()}
 
 
+class _Positions(_Task):
+    """Leaves the velocities out."""
+
+    def observation(self) -> _Array:
+        obs: _Array = self.observed_qpos.copy()
+        return obs
+
+
+class _HalfCheetahPositions(_Positions, _HalfCheetah):
+    pass
+
+
+class _Walker2dPositions(_Positions, _Walker2d):
+    pass
+
+
+class _HopperPositions(_Positions, _Hopper):
+    pass
+
+
 _TASKS: dict[str, type[_Task]] = {
     "gymnasium.envs.mujoco.half_cheetah_v5:HalfCheetahEnv": _HalfCheetah,
     "gymnasium.envs.mujoco.hopper_v5:HopperEnv": _Hopper,
@@ -592,4 +612,7 @@ _TASKS: dict[str, type[_Task]] = {
     "ssm_fast.env_runner.mujoco_family_envs:AntDirEnv": _AntDir,
     "ssm_fast.env_runner.mujoco_family_envs:HalfCheetahBodyEnv": _HalfCheetah,
     "ssm_fast.env_runner.mujoco_family_envs:Walker2dBodyEnv": _Walker2d,
+    "ssm_fast.env_runner.positions_envs:HalfCheetahPositionsEnv": _HalfCheetahPositions,
+    "ssm_fast.env_runner.positions_envs:HopperPositionsEnv": _HopperPositions,
+    "ssm_fast.env_runner.positions_envs:Walker2dPositionsEnv": _Walker2dPositions,
 }

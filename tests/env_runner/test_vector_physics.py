@@ -21,6 +21,7 @@ pytestmark = pytest.mark.isa_independent
 
 B = 3
 TASKS = ["HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5", "Ant-v5", "Humanoid-v5"]
+TASKS += [f"ssm_fast/{name}Positions-v0" for name in ("HalfCheetah", "Hopper", "Walker2d")]
 
 
 def gymnasiums_own(name, **kwargs):
