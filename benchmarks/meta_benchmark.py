@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +21,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import tyro
-from rliable import library as rly
-from rliable import metrics
+from intervals import interval
 from trust_region import TrustRegionTrainer
 
 from ssm_fast.core import ImprovedSSM
@@ -47,7 +45,6 @@ LABELS = {
 STEPS = 3
 ROWS = 20  # of each task
 SEED = 4_000_000_000  # of the evaluations
-BOOTSTRAP = 2000
 # In every family; the step lengths are learnt.
 TRAINER = {"tasks_per_epoch": 8, "inner_steps": 2, "inner_lr": 0.3, "learn_inner_lr": True}
 
@@ -230,7 +227,10 @@ def summarise(options: Options, setting: Setting) -> None:
         say("no runs")
         return
     table = {
-        method: [{"gradient_steps": k, **interval(scores[:, k])} for k in range(scores.shape[1])]
+        method: [
+            {"gradient_steps": k, **interval(scores[:, k], task_bootstrap=True)}
+            for k in range(scores.shape[1])
+        ]
         for method, scores in of_methods(runs, "test_tasks").items()
     }
     count = np.array(runs[0]["test_tasks"]).shape[1]
@@ -285,30 +285,10 @@ def of_methods(runs: list[dict[str, Any]], what: str) -> dict[str, np.ndarray]:
     return {method: np.stack(each) for method, each in scores.items()}
 
 
-def interval(scores: np.ndarray) -> dict[str, float]:
-    """Of `[seeds, M]`: the mean, and the interquartile mean with its bootstrap interval."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of arch, about rliable's argument
-        points, limits = rly.get_interval_estimates(
-            {"all": scores},
-            lambda x: np.array([metrics.aggregate_iqm(x)]),
-            task_bootstrap=True,  # other tasks of the family, too
-            reps=BOOTSTRAP,
-            random_state=np.random.RandomState(0),
-        )
-    (low,), (high,) = limits["all"]
-    return {
-        "mean": float(scores.mean()),
-        "iqm": float(points["all"][0]),
-        "low": float(low),
-        "high": float(high),
-    }
-
-
 def plot_steps(options: Options, setting: Setting, runs: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(figsize=(6.0, 4.0), layout="constrained")
     for method, scores in of_methods(runs, "test_tasks").items():
-        rows = [interval(scores[:, k]) for k in range(STEPS + 1)]
+        rows = [interval(scores[:, k], task_bootstrap=True) for k in range(STEPS + 1)]
         (line,) = axes.plot([row["iqm"] for row in rows], marker="o", label=LABELS[method])
         axes.fill_between(
             range(STEPS + 1),
