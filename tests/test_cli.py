@@ -147,15 +147,52 @@ class TestTrain:
             # other draws of the same policies
             assert found[0]["mean"] == pytest.approx(returns.mean(), rel=0.1)
         text = capsys.readouterr().out
-        assert cli.main(["evaluate", "out", "--no-deterministic"]) == 0
-        assert capsys.readouterr().out.splitlines() == text.splitlines()[-2:]
-        assert cli.main(["evaluate", "out", "--env", FAMILY]) == 2
-        assert "--env must not be given" in capsys.readouterr().err
+        assert cli.main(["evaluate", "out"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[:2] == text.splitlines()[-2:]
+        assert [line.split()[0] for line in lines] == ["stochastic"] * 2 + ["deterministic"] * 2
+        for option, value in (("--env", FAMILY), ("--episodes", "3")):
+            assert cli.main(["evaluate", "out", option, value]) == 2
+            assert f"{option} must not be given" in capsys.readouterr().err
         mean = report["test_tasks"][0]["mean"]
         assert (
             f"return in 40 test tasks of {FAMILY} after 0, 1, ... gradient steps: {mean:.1f}"
             in text
         )
+
+    def test_meta_rl_whose_evaluation_breaks_down(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """What was trained is kept, and what is known is told."""
+        whole = MetaRLTrainer.evaluate
+
+        def breaks(self: MetaRLTrainer, env: Any, tasks: Any, *rest: Any) -> Any:
+            returns = whole(self, env, tasks, *rest)
+            if len(tasks) == 40:
+                returns[2:, 7] = np.nan
+                returns[3:] = np.nan
+            return returns
+
+        monkeypatch.setattr(MetaRLTrainer, "evaluate", breaks)
+        assert cli.main([*META, "--epochs", "1", "--out", "out"]) == 0
+        rows = json.loads(Path("out/evaluation.json").read_text())["test_tasks"]
+        assert rows[1]["tasks"].count(None) == 0
+        assert [i for i, x in enumerate(rows[2]["tasks"]) if x is None] == [7]
+        assert rows[2]["mean"] == pytest.approx(np.mean([x for x in rows[2]["tasks"] if x]))
+        assert rows[3]["mean"] is None
+        assert "tasks 0, 1, 2" in capsys.readouterr().out
+
+    def test_looking_at_a_run_changes_nothing(self) -> None:
+        assert cli.main([*META, "--epochs", "1", "--out", "out"]) == 0
+        Path("out/checkpoints/.unfinished-1").mkdir()  # as of a run that is training
+        before = {path: path.stat().st_mtime_ns for path in sorted(Path("out").rglob("*"))}
+        assert cli.main(["evaluate", "out", "--no-deterministic"]) == 0
+        assert cli.main(["adapt", "out", "--method", "gradient", "--episodes", "2"]) == 0
+        assert {path: path.stat().st_mtime_ns for path in sorted(Path("out").rglob("*"))} == before
+        Path("copy").mkdir()
+        Path("copy/policy.safetensors").write_bytes(Path("out/policy.safetensors").read_bytes())
+        assert cli.main(["evaluate", "copy", "--env", FAMILY, "--episodes", "1"]) == 0
+        assert [path.name for path in Path("copy").iterdir()] == ["policy.safetensors"]
 
     def test_meta_rl_of_a_family_without_tasks_out_of_range(self) -> None:
         args = [*META, "--env", "ssm_fast/HalfCheetahDir-v0", "--epochs", "1", "--out", "out"]

@@ -76,7 +76,7 @@ def run_adaptation(options: Adapt) -> None:
 
 def _meta_rl_run(path: Path) -> tuple[RunDirectory, dict[str, Any]]:
     """The run that learnt the gradient steps, and its settings."""
-    run = RunDirectory(path, resume=True) if path.is_dir() else None
+    run = RunDirectory(path, read_only=True) if path.is_dir() else None
     if run is None or not run.config_path.exists() or run.read_config().get("mode") != "meta_rl":
         raise ValueError(f"--method gradient needs the folder of a meta_rl run, got {path}")
     settings = stored_settings(run)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import ssm_fast
 from ssm_fast.cli.environments import (
@@ -14,7 +16,7 @@ from ssm_fast.cli.environments import (
     route_mujoco_warnings,
 )
 from ssm_fast.cli.messages import check_option, say
-from ssm_fast.cli.options import EVALUATION_SEED, LARGEST_SEED, Evaluate
+from ssm_fast.cli.options import EVALUATION_EPISODES, EVALUATION_SEED, LARGEST_SEED, Evaluate
 from ssm_fast.cli.settings import make_environment, make_trainer, stored_settings
 from ssm_fast.env_runner import Environment, Evaluation, TrialEnvironment, evaluate, get_family
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
@@ -25,7 +27,7 @@ from ssm_fast.meta_rl.training_state import load_checkpoint
 def run_evaluation(options: Evaluate) -> None:
     """Plays a policy and writes its returns."""
     if options.path.is_dir():
-        run = RunDirectory(options.path, resume=True)
+        run = RunDirectory(options.path, read_only=True)
         if run.config_path.exists() and run.read_config().get("mode") == "meta_rl":
             _evaluate_meta_rl(options, run)
             return
@@ -36,8 +38,9 @@ def run_evaluation(options: Evaluate) -> None:
     check_option("seed", options.seed, 0, LARGEST_SEED)
     if not options.deterministic:
         torch.manual_seed(options.seed)
+    episodes = EVALUATION_EPISODES if options.episodes is None else options.episodes
     result = evaluate(
-        ssm_fast.load_policy(path), env_id, options.episodes, options.seed, options.deterministic
+        ssm_fast.load_policy(path), env_id, episodes, options.seed, options.deterministic
     )
     say(describe(env_id, result, options.deterministic))
 
@@ -47,14 +50,17 @@ def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
     settings = stored_settings(run)
     if options.env is not None:
         raise ValueError(f"--env must not be given: {run.path} has tasks of {settings['env']}")
+    if options.episodes is not None:
+        raise ValueError(f"--episodes must not be given: {run.path} plays one in each of its rows")
     refuse_import(settings["env"], run.config_path)
     check_option("seed", options.seed, 0, LARGEST_SEED)
     route_mujoco_warnings(settings["env"])
     torch.set_num_threads(1)
     with make_environment(settings) as env:
         trainer = trained_meta_rl(run, settings, env)
-        for line in evaluate_adaptation(trainer, env, options.seed, options.deterministic)[1]:
-            say(line)
+        for deterministic in (False, True) if options.deterministic else (False,):
+            for line in evaluate_adaptation(trainer, env, options.seed, deterministic)[1]:
+                say(line)
 
 
 def trained_meta_rl(
@@ -76,7 +82,10 @@ def evaluate_adaptation(
     seed: int = EVALUATION_SEED,
     deterministic: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Returns after each gradient step on held-out tasks: for the report, and to be read."""
+    """Returns after each gradient step on held-out tasks: for the report, and to be read.
+
+    The mean leaves out tasks whose policy broke down; in the report they have None.
+    """
     family = get_family(env.env_name)
     report: dict[str, Any] = {"deterministic": deterministic}
     lines = []
@@ -87,23 +96,31 @@ def evaluate_adaptation(
         steps = 3 if trainer.inner_steps else 0
         returns = trainer.evaluate(env, tasks, steps, seed, deterministic)  # [K + 1, M, R, E]
         of_tasks = returns.mean((2, 3))  # [K + 1, M]
+        alive = [~np.isnan(row) for row in of_tasks]  # K + 1 of [M]
         report[what] = [
             {
                 "gradient_steps": k,
-                "mean": float(row.mean()),
-                "std_over_tasks": float(row.std()),
-                "mean_of_episodes": returns[k].mean((0, 1)).tolist(),
-                "tasks": row.tolist(),
+                "mean": float(row[ok].mean()) if ok.any() else None,
+                "std_over_tasks": float(row[ok].std()) if ok.any() else None,
+                "mean_of_episodes": returns[k][ok].mean((0, 1)).tolist() if ok.any() else None,
+                "tasks": [x if fine else None for x, fine in zip(row.tolist(), ok, strict=True)],
             }
-            for k, row in enumerate(of_tasks)
+            for k, (row, ok) in enumerate(zip(of_tasks, alive, strict=True))
         ]
-        figures = ", ".join(f"{row.mean():.1f} +- {row.std():.1f}" for row in of_tasks)
+        figures = ", ".join(_figure(row[ok]) for row, ok in zip(of_tasks, alive, strict=True))
         kind = what.replace("_tasks", "").replace("_", " ")
         lines.append(
-            f"return in {len(tasks)} {kind} tasks of {env.env_name} after 0, 1, ... gradient "
-            f"steps: {figures}"
+            f"{'deterministic' if deterministic else 'stochastic'} return in {len(tasks)} {kind} "
+            f"tasks of {env.env_name} after 0, 1, ... gradient steps: {figures}"
         )
+        if not alive[-1].all():
+            broken = ", ".join(str(i) for i in np.flatnonzero(~alive[-1]))
+            lines.append(f"left out, as their policies broke down on the way: tasks {broken}")
     return report, lines
+
+
+def _figure(returns: NDArray[np.float64]) -> str:
+    return f"{returns.mean():.1f} +- {returns.std():.1f}" if len(returns) else "none"
 
 
 def describe(env_id: str, result: Evaluation, deterministic: bool) -> str:

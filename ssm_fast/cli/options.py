@@ -101,11 +101,13 @@ class Train:
     threads: Annotated[int | None, _default("1", "INT")] = None
     """Threads of torch and the kernels. These models are too small to gain from more, and where
     another process has the core, more are several times slower."""
-    lr: Annotated[float | None, _default("improved: 2e-4, policy_gradient: 5e-3", "FLOAT")] = None
+    lr: Annotated[
+        float | None, _default("improved: 2e-4, policy_gradient: 5e-3, meta_rl: 1e-3", "FLOAT")
+    ] = None
     """Learning rate at the start."""
-    gamma: Annotated[float | None, _default("improved: 0.99, policy_gradient: 0.999", "FLOAT")] = (
-        None
-    )
+    gamma: Annotated[
+        float | None, _default("improved, meta_rl: 0.99, policy_gradient: 0.999", "FLOAT")
+    ] = None
     """Discount factor."""
     batch_size: Annotated[
         int | None, _default("improved: 8, policy_gradient: 16, meta_rl: 20", "INT")
@@ -180,14 +182,15 @@ class Evaluate:
 
     path: Annotated[Path, tyro.conf.Positional]
     """A policy.safetensors, or a run folder. That of a meta_rl run adapts to held-out tasks."""
-    episodes: int = EVALUATION_EPISODES
+    episodes: Annotated[int | None, _default("10; not of a meta_rl run", "INT")] = None
     """Number of episodes; a meta_rl run plays one in each of its rows."""
     seed: int = EVALUATION_SEED
     """Seed of the first episode; the next ones count up."""
     env: str | None = None
     """Gymnasium id; by default the one that the policy was trained in."""
     deterministic: bool = True
-    """Play the mode of the policy, not samples."""
+    """Play the mode of the policy, not samples. A meta_rl run, which learns from samples, tells what
+    these earn, and what the modes do."""
 
 
 @dataclass(frozen=True)

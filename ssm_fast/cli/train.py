@@ -138,8 +138,8 @@ def _report(
     """Evaluates what was learnt: for evaluation.json, for TensorBoard, and to be read."""
     if isinstance(trainer, MetaRLTrainer):
         report, lines = evaluate_adaptation(trainer, env)
-        rows = enumerate(report["test_tasks"])
-        scalars = {f"evaluation/return_{k}": row["mean"] for k, row in rows}
+        means = [row["mean"] for row in report["test_tasks"]]
+        scalars = {f"evaluation/return_{k}": x for k, x in enumerate(means) if x is not None}
     else:
         policy = ssm_fast.load_policy(run.model_path)
         result = evaluate(policy, env.env_name, EVALUATION_EPISODES, EVALUATION_SEED)

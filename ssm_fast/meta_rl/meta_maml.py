@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ssm_fast.checks import check_count, check_number
-from ssm_fast.meta_rl.training_state import check_tensors, load_adam
+from ssm_fast.meta_rl.training_state import check_step, check_tensors, load_adam, must_fit
 
 Weights: TypeAlias = dict[str, Tensor]
 Loss: TypeAlias = Callable[[Weights, Any], Tensor]  # of one task: its weights, its batch
@@ -117,11 +117,13 @@ class MetaMAML:
             if learn_inner_lr
         }
         parameters = [*self._parameters.values(), *self._rates.values()]
-        self.optimizer = (
-            torch.optim.Adam(parameters, lr=outer_lr, fused=True)
-            if optimizer is None
-            else optimizer(parameters)
-        )
+        self._makes_optimizer = optimizer is None
+        if optimizer is None:
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
+                parameters, lr=outer_lr, fused=True
+            )
+        else:
+            self.optimizer = optimizer(parameters)
 
     @property
     def rates(self) -> float | Weights:
@@ -241,7 +243,8 @@ class MetaMAML:
             The gradient's norm before clipping.
 
         Raises:
-            FloatingPointError: The norm is not finite. Weights and optimizer are as before.
+            FloatingPointError: The norm is not finite: weights and optimizer are as before. Or a
+                weight after the step is not: weights and rates are as before.
         """
         parameters = [*self._parameters.values(), *self._rates.values()]
         gradients = [
@@ -256,8 +259,10 @@ class MetaMAML:
             scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
         for parameter, grad in zip(parameters, gradients, strict=True):
             parameter.grad = grad * scale
+        before = [parameter.detach().clone() for parameter in parameters]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        check_step(parameters, before)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -272,20 +277,20 @@ class MetaMAML:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state_dict`.
 
+        Settings such as `inner_steps` are no part of a state: they are those of this object.
+
         Raises:
             ValueError: It does not fit; nothing has changed then.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"version must be {_STATE_VERSION}, got {state.get('version')!r}")
-        missing = sorted({"model", "rates", "optimizer"} - state.keys())
-        if missing:
-            raise ValueError(f"state must hold {missing}")
-        model = check_tensors("model", state["model"], self.model.state_dict())
-        rates = check_tensors("rates", state["rates"], self._rates)
-        if isinstance(self.optimizer, torch.optim.Adam):
-            load_adam(self.optimizer, state["optimizer"])
-        else:
-            self.optimizer.load_state_dict(dict(state["optimizer"]))
+        with must_fit():
+            if state["version"] != _STATE_VERSION:
+                raise ValueError(f"version must be {_STATE_VERSION}, got {state['version']!r}")
+            model = check_tensors("model", state["model"], self.model.state_dict())
+            rates = check_tensors("rates", state["rates"], self._rates)
+            if self._makes_optimizer:
+                load_adam(self.optimizer, state["optimizer"])
+            else:
+                self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.model.load_state_dict(model)
         with torch.no_grad():
             for name, rate in self._rates.items():

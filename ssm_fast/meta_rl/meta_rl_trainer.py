@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import (
     check_settings,
+    check_step,
     check_tensors,
     continue_run,
     load_adam,
@@ -74,11 +76,26 @@ class Adaptation:
             `Trajectories.episode_returns`.
         weights: The weights after the last step, `[G, ...]` by name.
         rounds: What each of the `K + 1` rounds played, as the losses take it.
+        breakdowns: Of the tasks whose policies broke down, by number, where `adapt` went on.
     """
 
     returns: Tensor
     weights: Weights
     rounds: list[dict[str, Tensor]]
+    breakdowns: dict[int, PolicyBreakdown]
+
+
+class PolicyBreakdown(FloatingPointError):
+    """A policy, or the weights that an inner step leads to, are not finite.
+
+    Attributes:
+        task: Number of the task, among those that are adapted to together.
+        reason: What is not finite, and when.
+    """
+
+    def __init__(self, task: int, reason: str) -> None:
+        super().__init__(f"task {task}: {reason}")
+        self.task, self.reason = task, reason
 
 
 class MetaRLTrainer:
@@ -109,7 +126,7 @@ class MetaRLTrainer:
     the uninterrupted one bitwise on the same machine.
 
     Args:
-        model: The policy. It is moved to `device`.
+        model: The policy. It is moved to `device`. Parameters that need no gradient stay as they are.
         inner_lr: `α`; where the rates are learnt, at the start.
         outer_lr: Learning rate of Adam, at the start.
         inner_steps: `K`.
@@ -127,8 +144,8 @@ class MetaRLTrainer:
         anneal_lr: Decay the outer learning rate linearly to zero.
         checkpoint_interval: Epochs between checkpoints.
         evaluation_interval: Epochs between two evaluations on held-out tasks.
-        evaluation_steps: Gradient steps of these; none where `inner_steps` is 0. One that leads to
-            weights that are not finite makes the figures of an evaluation NaN, with a warning.
+        evaluation_steps: Gradient steps of these; none where `inner_steps` is 0. Where a policy
+            breaks down, the figures of an evaluation are NaN from that step on, with a warning.
         seed: Of the tasks, the environments and the action noise. By default drawn from torch's
             global generator.
         device: Where the model acts and learns.
@@ -139,7 +156,7 @@ class MetaRLTrainer:
 
     Raises:
         ValueError: A number is out of its range.
-        TypeError: A count is no integer.
+        TypeError: A count is no integer, or the model no `ImprovedSSM`.
     """
 
     policy_metadata: ClassVar[dict[str, str]] = {"critic": "untrained"}
@@ -168,6 +185,8 @@ class MetaRLTrainer:
         seed: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
+        if not isinstance(model, ImprovedSSM):
+            raise TypeError(f"model must be an ImprovedSSM, got {type(model).__name__}")
         self.inner_lr = check_number("inner_lr", inner_lr, at_least=0.0)
         self.outer_lr = check_number("outer_lr", outer_lr, above=0.0)
         self.inner_steps = check_count("inner_steps", inner_steps, at_least=0)
@@ -190,7 +209,9 @@ class MetaRLTrainer:
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self._shared = {
-            name: p for name, p in model.named_parameters() if not name.startswith("critic.")
+            name: p
+            for name, p in model.named_parameters()
+            if p.requires_grad and not name.startswith("critic.")
         }
         self.rates = {
             name: torch.full_like(p, inner_lr * _pace(name)) for name, p in self._shared.items()
@@ -329,23 +350,22 @@ class MetaRLTrainer:
             The metrics, and the returns of the rows after the last inner step.
         """
         start, timesteps = time.perf_counter(), self.timesteps
-        G = self.tasks_per_epoch
         draws = np.random.default_rng((self.seed, self.iteration))
         torch.manual_seed(int(draws.integers(2**31)))
         # Different tasks as far as there are enough of them.
+        G = self.tasks_per_epoch
         order = np.concatenate([draws.permutation(len(train_tasks)) for _ in range(G)])
         tasks = [train_tasks[i] for i in order[:G]]
-        learning_rate = self.outer_lr
-        if self.anneal_lr:
-            learning_rate *= (last - self.iteration) / (last - self._first_iteration)
-        for group, pace in zip(self.optimizer.param_groups, (1.0, _TRANSITION_PACE), strict=True):
-            group["lr"] = learning_rate * pace
+        learning_rate = self._set_learning_rate(last)
         norm = self.model.obs_norm
         if norm is not None and float(norm.count) == 0:
             self._set_tasks(env, tasks)
             warm_up = self.collect(env, self.shared_weights(G), int(draws.integers(2**31)))
             norm.update(warm_up.observations.flatten(0, 2))
-        adaptation = self.adapt(env, tasks, self.inner_steps, int(draws.integers(2**31)))
+        try:
+            adaptation = self.adapt(env, tasks, self.inner_steps, int(draws.integers(2**31)))
+        except PolicyBreakdown as error:
+            raise FloatingPointError(f"{tasks[error.task]}: {error.reason}") from error
         played = time.perf_counter()
         losses = self.update(adaptation.rounds)
         if norm is not None:
@@ -373,18 +393,22 @@ class MetaRLTrainer:
         }
         return metrics, returns[-1].flatten().tolist()
 
+    def _set_learning_rate(self, last: int) -> float:
+        """That of the epoch; a call ends with epoch `last`."""
+        learning_rate = self.outer_lr
+        if self.anneal_lr:
+            learning_rate *= (last - self.iteration) / (last - self._first_iteration)
+        for group, pace in zip(self.optimizer.param_groups, (1.0, _TRANSITION_PACE), strict=True):
+            group["lr"] = learning_rate * pace
+        return learning_rate
+
     def _test_returns(self, env: TaskEnvironment, tasks: Sequence[Task]) -> NDArray[np.float64]:
         """Returns on held-out tasks after each step, NaN where they are not known."""
         steps = self.evaluation_steps if self.inner_steps else 0  # only what is trained for
-        unknown = np.full(steps + 1, np.nan)
         if not tasks:
-            return unknown
-        try:
-            returns: NDArray[np.float64] = self.evaluate(env, tasks, steps).mean((1, 2, 3))
-            return returns
-        except FloatingPointError as error:  # more steps than are trained for: training goes on
-            warnings.warn(f"epoch {self.iteration}: no evaluation: {error}", stacklevel=2)
-            return unknown
+            return np.full(steps + 1, np.nan)
+        returns: NDArray[np.float64] = self.evaluate(env, tasks, steps).mean((1, 2, 3))
+        return returns
 
     # Playing
 
@@ -407,30 +431,41 @@ class MetaRLTrainer:
                 samples from which they learn.
 
         Returns:
-            `[K + 1, M, R, E]`; see `Adaptation.returns`.
+            `[K + 1, M, R, E]`; see `Adaptation.returns`. They are NaN, with a warning, from the
+            step on after which the policy of a task is not finite.
 
         Raises:
-            FloatingPointError: An inner step leads to weights that are not finite.
+            FloatingPointError: An observation or a reward is not finite, or the policy before the
+                first step.
         """
         if not tasks:
             raise ValueError("tasks must not be empty")
         timesteps, G = self.timesteps, self.tasks_per_epoch
-        returns = []
+        returns, broken = [], []
         try:
             with torch.random.fork_rng(self._cuda_devices()):
                 torch.manual_seed(seed)
                 for first in range(0, len(tasks), G):
                     chunk = list(tasks[first : first + G])
                     filled = (chunk * G)[:G]  # every row plays
-                    try:
-                        adaptation = self.adapt(env, filled, steps, seed, deterministic)
-                    except FloatingPointError as error:
-                        raise FloatingPointError(
-                            f"of the tasks from {first} on, {error}"
-                        ) from error
+                    adaptation = self.adapt(
+                        env, filled, steps, seed, deterministic, keep_going=True
+                    )
                     returns.append(adaptation.returns[:, : len(chunk)])
+                    breakdowns = sorted(adaptation.breakdowns.items())
+                    broken += [
+                        f"task {first + g}: {error.reason}"
+                        for g, error in breakdowns
+                        if g < len(chunk)
+                    ]
         finally:
             self.timesteps = timesteps
+        if broken:
+            warnings.warn(
+                f"{len(broken)} of {len(tasks)} tasks broke down, their returns are NaN from there "
+                f"on; the first is {broken[0]}",
+                stacklevel=2,
+            )
         return torch.cat(returns, 1).double().cpu().numpy()
 
     def adapt(
@@ -440,6 +475,7 @@ class MetaRLTrainer:
         steps: int,
         seed: int,
         deterministic: bool = False,
+        keep_going: bool = False,
     ) -> Adaptation:
         """Takes gradient steps in each of some tasks.
 
@@ -450,29 +486,66 @@ class MetaRLTrainer:
             steps: `K`, each on a round played with the weights before it.
             seed: Of the first row of the first round; the other rows and rounds count up.
             deterministic: Return what the modes of the policies earn, in rounds of their own.
+            keep_going: Where the policy of a task breaks down, go on with the shared weights there;
+                its returns are NaN from then on.
 
         Raises:
-            FloatingPointError: An inner step leads to weights that are not finite.
+            PolicyBreakdown: An inner step leads to weights, or a policy to actions, that are not
+                finite, and `keep_going` is not set or the policy is the shared one.
+            FloatingPointError: An observation or a reward is not finite.
+            ValueError: `steps` is negative, or the environment does not fit.
         """
+        check_count("steps", steps, at_least=0)
         self._check_env(env)
         if tasks is not None:
             self._set_tasks(env, tasks)
         rates = {name: rate.detach() for name, rate in self.rates.items()}
         weights = self.shared_weights(1 if tasks is None else len(tasks))
-        returns, rounds = [], []
+        returns: list[Tensor] = []
+        rounds: list[dict[str, Tensor]] = []
+        breakdowns: dict[int, PolicyBreakdown] = {}
         for k in range(steps + 1):
-            first_seed = seed + k * env.batch_size  # no round starts where another one did
-            played = self.collect(env, weights, first_seed)
-            measured = played
-            if deterministic:
-                measured = self.collect(env, weights, first_seed, deterministic=True)
-            returns.append(measured.episode_returns)
-            rounds.append(self._batch(played))
-            if k < steps:
+            if k > 0:
                 with torch.no_grad():
                     weights, _ = inner_update(self._inner_loss, weights, rounds[-1], rates)
-                _check_weights(weights, k)
-        return Adaptation(torch.stack(returns), weights, rounds)
+            first_seed = seed + k * env.batch_size  # no round starts where another one did
+            noted = breakdowns if keep_going and k > 0 else None
+            played, measured = self._play(env, weights, k, first_seed, deterministic, noted)
+            earned = measured.episode_returns.clone()  # [G, R, E]
+            earned[list(breakdowns)] = math.nan
+            returns.append(earned)
+            rounds.append(self._batch(played))
+        return Adaptation(torch.stack(returns), weights, rounds, breakdowns)
+
+    def _play(
+        self,
+        env: TaskEnvironment,
+        weights: Weights,
+        step: int,
+        seed: int,
+        deterministic: bool,
+        breakdowns: dict[int, PolicyBreakdown] | None,
+    ) -> tuple[Trajectories, Trajectories]:
+        """What the policies play after `step` inner steps, and what is measured of it.
+
+        Where `breakdowns` is given, a policy that is not finite is noted there, and the shared one
+        takes its place in `weights`.
+        """
+        replaced = set()
+        while True:
+            try:
+                _check_weights(weights, step)
+                played = self.collect(env, weights, seed)
+                if not deterministic:
+                    return played, played
+                return played, self.collect(env, weights, seed, deterministic=True)
+            except PolicyBreakdown as error:
+                if breakdowns is None or error.task in replaced:
+                    raise
+                replaced.add(error.task)
+                breakdowns.setdefault(error.task, error)
+                for name, shared in self._shared.items():
+                    weights[name][error.task] = shared.detach()
 
     def adapted_model(self, weights: Weights, task: int = 0) -> ImprovedSSM:
         """A copy of the model with the weights of one task of an `Adaptation`."""
@@ -511,8 +584,8 @@ class MetaRLTrainer:
             action, log_prob, _, state = policies.get_action(x, state, deterministic, starts)
             if not bool(torch.isfinite(log_prob).all()):
                 g, r = torch.isfinite(log_prob).logical_not().nonzero()[0].tolist()
-                raise FloatingPointError(
-                    f"step {t}: {env.env_name}: the policy of task {g} is not finite in its row {r}"
+                raise PolicyBreakdown(
+                    g, f"the policy is not finite at step {t} of {env.env_name}, in its row {r}"
                 )
             try:
                 step = env.step(action.flatten(0, 1).cpu().numpy())
@@ -532,11 +605,12 @@ class MetaRLTrainer:
             `meta_loss` and `grad_norm`, means over the minibatches.
 
         Raises:
-            FloatingPointError: A gradient is not finite. The weights are as before the minibatch.
+            FloatingPointError: A gradient is not finite, or a weight after a step. The weights are as
+                before the minibatch.
         """
         figures = []
         for _ in range(self.outer_epochs):
-            order = torch.randperm(self.tasks_per_epoch)
+            order = torch.randperm(len(rounds[0]["rewards"]))
             for tasks in order.split(self.tasks_per_minibatch):  # type: ignore[no-untyped-call]
                 batches = [{name: x[tasks] for name, x in batch.items()} for batch in rounds]
                 loss = self._outer_loss(batches)
@@ -550,7 +624,9 @@ class MetaRLTrainer:
                     raise FloatingPointError(
                         f"meta-loss {float(loss.detach())}, gradient norm {float(norm)}"
                     )
+                before = [p.detach().clone() for p in self._learnt]
                 self.optimizer.step()
+                check_step(self._learnt, before)
                 figures.append(torch.stack([loss.detach(), norm]))
         if self.learn_inner_lr:
             with torch.no_grad():
@@ -676,17 +752,17 @@ class MetaRLTrainer:
             check_settings(state, _STATE_VERSION, current)
             weights = check_tensors("model", state["model"], self.model.state_dict())
             rates = check_tensors("rate", state["rates"], self.rates)
+            names = ("iteration", "timesteps", "first_iteration", "batch_size", "trial_episodes")
+            counts = [read_count(state, name) for name in names]
+            seconds, env_name = float(state["seconds"]), str(state["env_name"])
             load_adam(self.optimizer, state["optimizer"])
-            self.model.load_state_dict(weights)
-            with torch.no_grad():
-                for name, rate in self.rates.items():
-                    rate.copy_(rates[name])
-            self.iteration = read_count(state, "iteration")
-            self.timesteps = read_count(state, "timesteps")
-            self._first_iteration = read_count(state, "first_iteration")
-            self._batch_size = read_count(state, "batch_size")
-            self._env = (str(state["env_name"]), read_count(state, "trial_episodes"))
-            self._seconds = float(state["seconds"])
+        self.model.load_state_dict(weights)
+        with torch.no_grad():
+            for name, rate in self.rates.items():
+                rate.copy_(rates[name])
+        self.iteration, self.timesteps, self._first_iteration, self._batch_size, episodes = counts
+        self._env = env_name, episodes
+        self._seconds = seconds
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SETTINGS}
@@ -706,10 +782,10 @@ def _episodes_of(env: TaskEnvironment) -> int:
 
 
 def _check_weights(weights: Weights, step: int) -> None:
-    """Raises for the first task whose weights are not finite after an inner step."""
+    """Raises for the first task whose weights are not finite after so many inner steps."""
     for name, weight in weights.items():
         bad = (~torch.isfinite(weight)).flatten(1).any(1).nonzero()
         if len(bad) > 0:
-            raise FloatingPointError(
-                f"task {int(bad[0])}: inner step {step} leads to a {name} that is not finite"
+            raise PolicyBreakdown(
+                int(bad[0]), f"inner step {step - 1} leads to a {name} that is not finite"
             )

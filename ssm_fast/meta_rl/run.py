@@ -75,16 +75,24 @@ class RunDirectory:
     Args:
         path: The folder; it is made where it is missing.
         resume: Continue the run that is there. Without it, a folder that holds a run is refused.
+        read_only: Look at the run that is there, maybe while it is training. Nothing is made,
+            removed or written; the folder may be on a read-only disk.
         keep: How many checkpoints are kept.
 
     Raises:
-        ValueError: The folder holds a run and `resume` is false, or `keep` is below 1.
+        ValueError: The folder holds a run and neither `resume` nor `read_only` is set, or `keep`
+            is below 1.
         TypeError: `keep` is no integer.
         OSError: The folder cannot be made or written to.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, resume: bool = False, keep: int = 3
+        self,
+        path: str | os.PathLike[str],
+        *,
+        resume: bool = False,
+        read_only: bool = False,
+        keep: int = 3,
     ) -> None:
         self.path = Path(path)
         self.keep = check_count("keep", keep)
@@ -96,6 +104,11 @@ class RunDirectory:
         self.tensorboard_path = self.path / "tensorboard"
         self._columns: list[str] | None = None
         self._writer: Any = None
+        if not read_only:
+            self._prepare(resume)
+
+    def _prepare(self, resume: bool) -> None:
+        """Makes the folders, checks that they can be used, and clears what a kill has left."""
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
             with (
@@ -203,6 +216,8 @@ class RunDirectory:
                 shutil.rmtree(path)
 
     def _checkpoint_paths(self) -> list[Path]:
+        if not self.checkpoints_path.is_dir():
+            return []
         paths = [p for p in self.checkpoints_path.iterdir() if _CHECKPOINT_NAME.fullmatch(p.name)]
         return sorted(paths, key=_iteration_of)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -94,12 +94,28 @@ def must_fit() -> Iterator[None]:
     """Turns what a state of any shape makes the code inside raise into a ValueError that says so."""
     try:
         yield
+    except KeyError as error:
+        raise ValueError(f"training state does not fit: it lacks {error}") from error
     except (
-        *(KeyError, IndexError, TypeError, ValueError),
+        *(IndexError, TypeError, ValueError),
         *(AttributeError, RuntimeError, OverflowError),
     ) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"training state does not fit: {reason}") from error
+
+
+@torch.no_grad()
+def check_step(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Goes back to what the parameters were before an optimizer's step that is not finite.
+
+    Raises:
+        FloatingPointError: It is not.
+    """
+    if all(bool(torch.isfinite(p).all()) for p in parameters):
+        return
+    for p, start in zip(parameters, before, strict=True):
+        p.copy_(start)
+    raise FloatingPointError("the step of the optimizer leads to weights that are not finite")
 
 
 def check_settings(state: Mapping[str, Any], version: int, current: Mapping[str, Any]) -> None:
@@ -157,7 +173,7 @@ def check_tensors(
     return {name: stored[name] for name in expected}
 
 
-def load_adam(optimizer: torch.optim.Adam, stored: Mapping[str, Any]) -> None:
+def load_adam(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
     """Takes the moments, step counts and learning rates of an Adam's `state_dict`.
 
     Everything else stays as `optimizer` has it. `Adam.load_state_dict` itself takes moments of any

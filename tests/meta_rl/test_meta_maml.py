@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_map
 
 from ssm_fast import SSM
 from ssm_fast.core.improved_ssm import ImprovedSSM
@@ -553,6 +554,19 @@ class TestMetaUpdate:
             other.load_state_dict(bad)
         with pytest.raises(ValueError, match="version must be 1, got 0"):
             other.load_state_dict({"version": 0})
+        for name, part in (("optimizer", {}), ("model", None), ("rates", None)):
+            with pytest.raises(ValueError, match="training state does not fit"):
+                other.load_state_dict({**other.state_dict(), name: part})
+
+    def test_resume_of_another_optimizer(self) -> None:
+        def make_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(parameters, lr=0.05, amsgrad=True)
+
+        maml, other = (MetaMAML(make("norm_state"), optimizer=make_optimizer) for _ in range(2))
+        maml.meta_update(make_tasks())
+        other.load_state_dict(copy.deepcopy(maml.state_dict()))
+        for _ in range(2):
+            assert maml.meta_update(make_tasks()) == other.meta_update(make_tasks())
 
 
 class TestBadInput:
@@ -592,6 +606,17 @@ class TestBadInput:
             FloatingPointError,
             r"task 0: the support loss before inner step [12] is",
         )
+
+    def test_step_that_is_not_finite(self) -> None:
+        model = make("standard").float()
+        maml = MetaMAML(model, outer_lr=1e39)
+        tasks = [
+            tree_map(lambda x: x.float() if x.is_floating_point() else x, t) for t in make_tasks()
+        ]
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(FloatingPointError, match="the step of the optimizer leads to"):
+            maml.meta_update(tasks)
+        assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
 
     def test_gradient_that_is_not_finite(self) -> None:
         maml = MetaMAML(make("standard"))
