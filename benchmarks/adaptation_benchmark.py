@@ -7,7 +7,8 @@
 `pretrain` trains one recurrent policy on the 100 training tasks at once. `run` plays 5 episodes of
 1000 steps of each test task, from the same first states in every arm: without adapting, sampled and
 deterministic, with `TestTimeAdapter`, with `HybridAdapter`, and with `StandardAdapter`; `--rows`
-copies of the task share what they learn. The result is written after every task, and `run` goes on where a file ends.
+copies of the task share what they learn. The result is written after every task, and `run` plays
+what a file lacks: more tasks, or other adapters of `--adapters` on those that it has.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ssm_fast.adaptation import (
     TestTimeAdapter,
 )
 from ssm_fast.adaptation.online import adapt_to_environment, play_episodes
+from ssm_fast.checkpoint import write_atomic
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner import Environment, get_family
 from ssm_fast.experience.experience_buffer import ExperienceBuffer
@@ -114,33 +116,38 @@ def run(
     model = ImprovedSSM.load(policy)
     tasks = get_family(FAMILY).test_tasks[:num_tasks]
     results = json.loads(out.read_text()) if out.exists() else []
-    done = {(r["rows"], r["seed"], r["task"]) for r in results}
+    done = {(r["rows"], r["seed"], r["task"]): r for r in results}
     for seed in seeds:
         for i, task in enumerate(tasks):
             for B in rows:
-                if (B, seed, i) in done:
-                    continue
-                arms = _arms(model, task, B, seed, adapters)
-                results.append({"rows": B, "seed": seed, "task": i, **arms})
-                out.write_text(json.dumps(results) + "\n")
+                result = done.get((B, seed, i))
+                if result is None:
+                    result = {"rows": B, "seed": seed, "task": i}
+                    results.append(result)
+                if _complete(result, model, task, adapters):
+                    contents = json.dumps(results) + "\n"
+                    write_atomic(out, lambda path, text=contents: path.write_text(text))
 
 
-def _arms(
-    model: ImprovedSSM, task, B: int, seed: int, adapters: list[str]
-) -> dict[str, dict[str, object]]:
-    first = 10_000 * (seed + 1)
-    returns, after, seconds = {}, {}, {}
+def _complete(result: dict, model: ImprovedSSM, task, adapters: list[str]) -> bool:
+    """Plays the arms that a result lacks, and tells whether there were any."""
+    returns, after, seconds = (result.setdefault(k, {}) for k in ("returns", "after", "seconds"))
+    missing = [name for name in adapters if name not in returns]
+    if "none" in after and not missing:
+        return False
+    B, first = result["rows"], 10_000 * (result["seed"] + 1)
     with Environment(FAMILY, B, HORIZON, tasks=[task] * B) as env:
-        for name, deterministic in WITHOUT.items():
-            returns[name] = play_episodes(model, env, EPISODES, first, deterministic)
-        after["none"] = play_episodes(model, env, AFTER, first + 5000, True)
-        for name in adapters:
+        if "none" not in after:
+            for name, deterministic in WITHOUT.items():
+                returns[name] = play_episodes(model, env, EPISODES, first, deterministic)
+            after["none"] = play_episodes(model, env, AFTER, first + 5000, True)
+        for name in missing:
             start = time.perf_counter()
             adapted, stats = ADAPTERS[name](model, env, first)
             seconds[name] = time.perf_counter() - start
             returns[name] = stats["episode_returns"]
             after[name] = play_episodes(adapted, env, AFTER, first + 5000, True)
-    return {"returns": returns, "after": after, "seconds": seconds}
+    return True
 
 
 def report(path: Path) -> None:
@@ -148,10 +155,12 @@ def report(path: Path) -> None:
     results = json.loads(path.read_text())
     for B in sorted({r["rows"] for r in results}):
         mine = [r for r in results if r["rows"] == B]
-        returns = {arm: _scores(mine, "returns", arm) for arm in mine[0]["returns"]}
-        after = {arm: _scores(mine, "after", arm) for arm in mine[0]["after"]}
+        returns = {arm: _scores(mine, "returns", arm) for arm in _shared(mine, "returns")}
+        after = {arm: _scores(mine, "after", arm) for arm in _shared(mine, "after")}
         seeds, tasks = after["none"].shape
         print(f"\n{B} rows, {tasks} tasks, {seeds} seeds, {EPISODES} episodes a row")
+        if partly := sorted({arm for r in mine for arm in r["returns"]} - returns.keys()):
+            print(f"not of every task yet, and left out: {', '.join(partly)}")
         print("| arm | return | last episode | against sampled | against deterministic |")
         print("|---|---|---|---|---|")
         for arm, scores in returns.items():
@@ -164,10 +173,19 @@ def report(path: Path) -> None:
             print(f"| {arm} | {scores.mean():.0f} | {_improvement(scores - after['none'])} |")
 
 
+def _shared(results: list[dict], what: str) -> list[str]:
+    """The arms that every result has."""
+    return [arm for arm in results[0][what] if all(arm in r[what] for r in results)]
+
+
 def _scores(results: list[dict], what: str, arm: str) -> np.ndarray:
     """Mean returns `[seeds, tasks]`, of the tasks that every seed has."""
     seeds = sorted({r["seed"] for r in results})
-    tasks = [i for i in range(40) if {r["seed"] for r in results if r["task"] == i} == set(seeds)]
+    tasks = [
+        i
+        for i in sorted({r["task"] for r in results})
+        if {r["seed"] for r in results if r["task"] == i} == set(seeds)
+    ]
     means = {(r["seed"], r["task"]): np.mean(r[what][arm]) for r in results}
     return np.array([[means[seed, task] for task in tasks] for seed in seeds])
 

@@ -75,6 +75,10 @@ class HybridAdapter(StandardAdapter):
             ``log_probs``, ``rewards``, ``terminated``, ``truncated`` and ``next_observations``, the
             actions being the ``targets``. By default a new one of 10,000 steps.
 
+    Attributes:
+        experience_buffer: What is replayed; `reset_to_meta` leaves it as it is.
+        reward_scale: What replayed rewards are divided by.
+
     Raises:
         TypeError: An argument is of another class.
         ValueError: The model has nothing to train, or a weight of it is not finite.
@@ -91,17 +95,17 @@ class HybridAdapter(StandardAdapter):
         config = HybridAdaptationConfig() if config is None else config
         if not isinstance(config, HybridAdaptationConfig):
             raise TypeError(f"config must be a HybridAdaptationConfig, got {type(config).__name__}")
+        super().__init__(model, config)
         if experience_buffer is None:
-            device = next(model.parameters()).device
+            device = next(self.model.parameters()).device
             experience_buffer = ExperienceBuffer(10_000, device)
         if not isinstance(experience_buffer, ExperienceBuffer):
             raise TypeError(
                 "experience_buffer must be an ExperienceBuffer, "
                 f"got {type(experience_buffer).__name__}"
             )
-        super().__init__(model, config)
         self.experience_buffer = experience_buffer
-        self.reward_scale = 1.0 if config.reward_scale is None else config.reward_scale
+        self._forget_reward_scale()
 
     def update_step(
         self,
@@ -133,6 +137,20 @@ class HybridAdapter(StandardAdapter):
             return (1.0 - w) * chosen(self.model, x, y, hidden_state) + w * replay
 
         return self._descend(loss_of, lambda: self._distribution(x, y, hidden_state))
+
+    def reset_to_meta(self) -> None:
+        """Go back to the weights of the start, bitwise, with a new optimizer and average.
+
+        ``reward_scale`` is that of the config again. The buffer stays as it is: what came before is
+        what replay is for, and the buffer may be shared. To begin a task without the steps of
+        another, give ``experience_buffer`` a new one.
+        """
+        super().reset_to_meta()
+        self._forget_reward_scale()
+
+    def _forget_reward_scale(self) -> None:
+        scale = self.config.reward_scale
+        self.reward_scale = 1.0 if scale is None else scale
 
     def add_experience(self, experience: Experience) -> None:
         """Store what a policy did, with the states that the present weights come to."""

@@ -17,10 +17,11 @@ from ssm_fast.adaptation.policy_objective import (
     ActionDistribution,
     Experience,
     PolicyObjective,
+    check_finite,
     policy_batch,
 )
 from ssm_fast.adaptation.standard_adapter import StandardAdapter
-from ssm_fast.adaptation.value_ensemble import critic_scale
+from ssm_fast.adaptation.value_ensemble import critic_scale, is_constant
 from ssm_fast.checks import check_count
 from ssm_fast.core.improved_ssm import ImprovedSSM, choose_action
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any]
     )
 
+_LEAST_EXPLAINED = 0.01  # of the returns' variance, by a critic that tells its unit
 _RECORDED = tuple(field.name for field in fields(Experience) if field.name != "initial_state")
 
 Temperature = Callable[[Tensor], Tensor]
@@ -57,7 +59,8 @@ class Player:
         lengths: Of the same.
 
     Raises:
-        ValueError: The environment does not fit the model, or a number is less than 1.
+        ValueError: The environment does not fit the model, or a number is too small.
+        TypeError: A count or the seed is no integer.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Player:
         from ssm_fast.env_runner.environment import Environment
 
         check_count("num_episodes", num_episodes)
+        check_count("seed", seed, 0)
         self.env = source if isinstance(source, Environment) else Environment.wrap(source)
         check_fit(self.env, model)
         B = self.env.batch_size
@@ -195,8 +199,8 @@ def adapt_to_environment(
     """Let a `StandardAdapter` or `HybridAdapter` learn from a task while it plays it.
 
     After every stretch of ``adapt_every`` steps first the value function takes the steps of a call,
-    then the policy together with it those of another. The experience of a `HybridAdapter` goes to its buffer after
-    that.
+    then the policy together with it those of another. The experience of a `HybridAdapter` goes to
+    its buffer after that.
 
     Args:
         adapter: Its model is an `ImprovedSSM`.
@@ -215,8 +219,8 @@ def adapt_to_environment(
     Raises:
         ValueError: The environment does not fit the model, or a number is less than 1.
         TypeError: The model is another one.
-        FloatingPointError: NaN or infinity, from the environment or in an update. The weights are
-            the last good ones.
+        FloatingPointError: NaN or infinity, from the environment, the policy or an update. The
+            weights are those that played the last whole stretch.
     """
     check_count("adapt_every", adapt_every)
     model = policy_of(adapter)
@@ -227,20 +231,25 @@ def adapt_to_environment(
     player = Player(env, model, num_episodes, seed)
     stats: dict[str, Any] = {"losses": [], "steps": [], "reward_scale": []}
     scale = config.reward_scale
-    while not player.is_done:
-        experience = player.play(model, adapt_every)
-        if scale is None:
-            scale = _reward_scale(model, experience, gamma)
+    good = adapter.snapshot()
+    try:
+        while not player.is_done:
+            experience = player.play(model, adapt_every)
+            good = adapter.snapshot()
+            if scale is None:
+                scale = _reward_scale(model, experience, gamma)
+                if isinstance(adapter, HybridAdapter):
+                    adapter.reward_scale = scale
+            for loss_fn in (PolicyObjective(value_coef=1.0, policy_coef=0.0), objective):
+                batch = policy_batch(model, experience, gamma, gae_lambda, reward_scale=scale)
+                loss, steps = adapter.update_step(*batch, loss_fn=loss_fn)
             if isinstance(adapter, HybridAdapter):
-                adapter.reward_scale = scale
-        batch = policy_batch(model, experience, gamma, gae_lambda, reward_scale=scale)
-        adapter.update_step(*batch, loss_fn=PolicyObjective(value_coef=1.0, policy_coef=0.0))
-        batch = policy_batch(model, experience, gamma, gae_lambda, reward_scale=scale)
-        loss, steps = adapter.update_step(*batch, loss_fn=objective)
-        if isinstance(adapter, HybridAdapter):
-            adapter.add_experience(experience)
-        for name, value in (("losses", loss), ("steps", steps), ("reward_scale", scale)):
-            stats[name].append(value)
+                adapter.add_experience(experience)
+            for name, value in (("losses", loss), ("steps", steps), ("reward_scale", scale)):
+                stats[name].append(value)
+    except FloatingPointError:
+        adapter.restore(good)
+        raise
     stats["episode_returns"], stats["episode_lengths"] = player.returns, player.lengths
     return episode_means(player.returns), stats
 
@@ -312,8 +321,14 @@ def check_fit(env: Environment, model: ImprovedSSM) -> None:
 
 @torch.no_grad()
 def _reward_scale(model: ImprovedSSM, experience: Experience, gamma: float) -> float:
-    """Units of reward in a unit of the model's values."""
+    """Units of reward in a unit of the model's values, or of returns where those tell nothing."""
     values, _ = model.unroll(experience.observations, experience.initial_state, experience.reset)
+    check_finite("the model's values", values, FloatingPointError)
     returns = bootstrapped_returns(experience, gamma)
-    scale, _ = critic_scale(values, returns)
-    return scale or max(float(returns.std(correction=0)), 1e-6)
+    scale, explained = critic_scale(values, returns)
+    if explained < _LEAST_EXPLAINED:
+        flat = is_constant(returns)
+        scale = float(returns.abs().max() if flat else returns.std(correction=0)) or 1.0
+    if not math.isfinite(scale):
+        raise FloatingPointError(f"the returns overflow: their scale is {scale}")
+    return scale

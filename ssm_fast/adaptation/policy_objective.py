@@ -16,7 +16,7 @@ from ssm_fast.checks import check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 
 _LARGEST_RATIO = 20.0  # of log-probabilities far apart, so that none overflows
-_SMALLEST_DEVIATION = 1e-3  # of advantages, in largest returns
+SMALLEST_DEVIATION = 1e-3  # in largest values: what deviates less is rounding
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Experience:
                     f"{field.name} must have shape [B, T, ...] = {[*steps, '...']}, as rewards, "
                     f"got {list(x.shape)}"
                 )
-            _check_finite(field.name, x)
+            check_finite(field.name, x, ValueError)
         for name in ("terminated", "truncated", "reset"):
             if getattr(self, name).dtype != torch.bool:
                 raise TypeError(f"{name} must be torch.bool, got {getattr(self, name).dtype}")
@@ -138,8 +138,8 @@ class Experience:
 class PolicyObjective:
     """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, eq. 7), as a ``loss_fn``.
 
-    ``-p mean min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â) + c mean (V - R)²`` with ``ρ`` the probability of each
-    action over that by which it was taken, whoever took it: of replayed steps it is their
+    ``-p mean min(ρ Â, clip(ρ, 1 - ε, 1 + ε) Â) + c mean (V - R)²`` with ``ρ`` the probability of
+    each action over that by which it was taken, whoever took it: of replayed steps it is their
     importance ratio. `policy_batch` makes its ``x``, ``y`` and state.
 
     Args:
@@ -227,6 +227,9 @@ def policy_batch(
 
     Returns:
         ``x``, ``y`` and ``hidden_state`` of ``update_step``.
+
+    Raises:
+        FloatingPointError: The model's values or actions are not finite on these steps.
     """
     values, states = model.unroll(
         experience.observations, experience.initial_state, experience.reset
@@ -236,6 +239,7 @@ def policy_batch(
     advantages = traced_advantages(
         experience, values, next_values, ratios, gamma, gae_lambda, reward_scale
     )
+    check_finite("the advantages under the model", advantages + values, FloatingPointError)
     x = {
         "x": experience.observations,
         "reset": experience.reset,
@@ -273,9 +277,9 @@ def traced_advantages(
 ) -> Tensor:
     """GAE with traces that an unlikely action cuts (Retrace, Munos et al. 2016, arXiv 1606.02647).
 
-    ``Â_t = δ_t + γ λ min(1, ρ_{t+1}) Â_{t+1}`` within an episode, ``δ_t = r_t + γ V(s'_t) - V(s_t)``
-    without the value after a terminal state. On steps of the policy itself every ``ρ`` is 1 and it
-    is GAE (arXiv 1506.02438).
+    ``Â_t = δ_t + γ λ min(1, ρ_{t+1}) Â_{t+1}`` within an episode, with
+    ``δ_t = r_t + γ V(s'_t) - V(s_t)``, without the value after a terminal state. On steps
+    of the policy itself every ``ρ`` is 1 and it is GAE (arXiv 1506.02438).
 
     Args:
         experience: The steps.
@@ -302,7 +306,7 @@ def normalized(advantages: Tensor, returns: Tensor) -> Tensor:
 
     A deviation below a thousandth of the largest return is rounding, and is not blown up.
     """
-    floor = _SMALLEST_DEVIATION * returns.abs().max() + 1e-8
+    floor = SMALLEST_DEVIATION * returns.abs().max() + 1e-8
     deviation = torch.maximum(advantages.std(correction=0), floor)
     return (advantages - advantages.mean()) / deviation
 
@@ -328,9 +332,10 @@ def _next_values(
     return next_values
 
 
-def _check_finite(name: str, x: Tensor) -> None:
+def check_finite(name: str, x: Tensor, error: type[Exception]) -> None:
+    """Raises an error that names the first place ``[B, T, ...]`` where numbers are not finite."""
     finite = torch.isfinite(x)
     if bool(finite.all()):
         return
     row, step = (~finite).nonzero()[0].tolist()[:2]
-    raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}, step {step}")
+    raise error(f"{name} must be finite, got NaN or infinity in row {row}, step {step}")

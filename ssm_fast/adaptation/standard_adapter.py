@@ -9,18 +9,25 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast.adaptation.policy_objective import ActionDistribution, distribution_of
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.core.ssm import StateSpaceModel
+from ssm_fast.losses import default_loss
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
+from ssm_fast.nn.ssm_layer import SSMLayer, transition_pace
 
 LossFn: TypeAlias = Callable[[nn.Module, Any, Any, "Tensor | None"], Tensor]
 """Of the model, ``x``, ``y`` and the state before ``x``: a scalar."""
 
+Snapshot: TypeAlias = tuple[Tensor, dict[str, Any], "Tensor | None"]
+"""The weights ``[P]``, the optimizer's state, and the average ``[P]``."""
+
 _HALVINGS = 10  # of a step that leaves the trust region; then it is not taken
+_HORIZON = 1024  # steps over which a state must not grow
+_LARGEST_GROWTH = 1e3  # over the horizon: float32 then lasts for 13 of them
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,9 @@ class StandardAdaptationConfig:
         ema_decay: Keep an average of the weights, ``average <- d average + (1 - d) weights`` after
             every step, from the weights of the start on; None keeps none.
         entropy_weight: Weight of the mean entropy of the policy, which is added to the objective.
-        max_steps_per_call: Bound on the work of a call: gradient steps and the halvings of the trust
-            region together. A step that cannot be halved any more is not taken. None sets no bound.
+        max_steps_per_call: Bound on the work of a call: gradient steps and the halvings of the
+            trust region together. A step that cannot be halved any more is not taken. None sets no
+            bound.
 
     Raises:
         ValueError: A number is out of its range.
@@ -70,8 +78,11 @@ class StandardAdaptationConfig:
 class StandardAdapter:
     """Adapts a copy of a model by gradient steps on each batch that it is given.
 
-    A call either ends with finite weights or leaves weights, optimizer and average as they were and
-    raises. Statistics of observations (`obs_norm`) do not move.
+    A call either ends with finite weights and a finite loss or leaves weights, optimizer and
+    average as they were and raises. Transition matrices (``A``) take a tenth of every step, see
+    `transition_pace`, and less where a state would grow more than a thousandfold over 1024 steps,
+    as it would overflow in an episode longer than those that were seen. Statistics of observations
+    (`obs_norm`) do not move.
 
     Args:
         model: Where adaptation starts from, an `ImprovedSSM`, a `StateSpaceModel` or any module
@@ -83,8 +94,8 @@ class StandardAdapter:
         learning_rate: Of the next step; ``config.learning_rate`` until somebody sets it.
 
     Raises:
-        TypeError: The model is no ``nn.Module``.
-        ValueError: It has nothing to train, or a weight of it is not finite.
+        TypeError: An argument is of another class.
+        ValueError: The model has nothing to train, or a weight of it is not finite.
     """
 
     def __init__(self, model: nn.Module, config: StandardAdaptationConfig | None = None) -> None:
@@ -95,11 +106,23 @@ class StandardAdapter:
         for name, parameter in model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise ValueError(f"{name} of the model must be finite, got NaN or infinity")
-        self.config = StandardAdaptationConfig() if config is None else config
+        config = StandardAdaptationConfig() if config is None else config
+        if not isinstance(config, StandardAdaptationConfig):
+            raise TypeError(
+                f"config must be a StandardAdaptationConfig, got {type(config).__name__}"
+            )
+        self.config = config
         self.model: Any = copy.deepcopy(model)
         self.learning_rate = self.config.learning_rate
         self._meta = {name: x.clone() for name, x in self.model.state_dict().items()}
         self._weights = FlatParameters(self.model)
+        self._pace = torch.cat(
+            [
+                torch.full_like(p.detach(), transition_pace(name)).reshape(-1)
+                for name, p in self.model.named_parameters()
+                if p.requires_grad
+            ]
+        )  # [P]
         self._reset_optimizer()
 
     def update_step(
@@ -165,6 +188,20 @@ class StandardAdapter:
         self.learning_rate = self.config.learning_rate
         self._reset_optimizer()
 
+    def snapshot(self) -> Snapshot:
+        """Copies of the weights, the optimizer's state and the average, for `restore`."""
+        self._weights.read()
+        average = None if self._average is None else self._average.clone()
+        optimizer = copy.deepcopy(self._optimizer.state_dict())
+        return self._weights.vector.detach().clone(), optimizer, average
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to a snapshot of this adapter."""
+        weights, optimizer, average = snapshot
+        self._set(weights)
+        self._optimizer.load_state_dict(optimizer)
+        self._average = average
+
     def _reset_optimizer(self) -> None:
         self._weights.read()
         self._optimizer = torch.optim.Adam(
@@ -186,16 +223,11 @@ class StandardAdapter:
             distribution: Of the actions, at the weights of the model.
             kl: What the trust region bounds; by default the divergence from the policy before.
         """
-        self._weights.read()
-        before = self._weights.vector.detach().clone()  # [P]
-        optimizer = copy.deepcopy(self._optimizer.state_dict())
-        average = None if self._average is None else self._average.clone()
+        before = self.snapshot()
         try:
             return self._take_steps(loss_of, distribution, kl)
         except BaseException:
-            self._set(before)
-            self._optimizer.load_state_dict(optimizer)
-            self._average = average
+            self.restore(before)
             raise
 
     def _take_steps(
@@ -213,6 +245,7 @@ class StandardAdapter:
             def kl() -> Tensor:
                 return old.kl(distribution()).mean()
 
+        growth = max(_LARGEST_GROWTH, state_growth(self.model))
         first, steps = math.nan, 0
         while steps < config.num_steps and budget >= 1:
             loss = loss_of(steps)
@@ -224,21 +257,23 @@ class StandardAdapter:
             if config.entropy_weight:
                 objective = loss - config.entropy_weight * distribution().entropy().mean()
             start = self._weights.vector.detach().clone()  # [P]
-            self._step(objective, f"step {steps}")
+            self._step(objective, f"step {steps}", growth)
             budget -= 1
             halvings: int | None = 0
             if eps is not None and kl is not None:
-                halvings = self._backtrack(start, kl, eps, budget)
+                halvings = self._backtrack(start, kl, eps, budget, growth)
                 if halvings is None:
                     break
             steps += 1
             self._move_average()
             if halvings:
                 break
+        if eps is None:
+            self._check_result(loss_of, steps)
         return first, steps
 
-    def _step(self, loss: Tensor, where: str) -> None:
-        """One step of Adam."""
+    def _step(self, loss: Tensor, where: str, growth: float) -> None:
+        """One step of Adam, that of the transition matrices as `growth` of a state allows."""
         clip = math.inf if self.config.grad_clip_norm is None else self.config.grad_clip_norm
         norm = float(self._weights.backward(loss, clip))
         if not (math.isfinite(norm) and math.isfinite(float(loss.detach()))):
@@ -246,19 +281,45 @@ class StandardAdapter:
                 f"{where}: loss {float(loss.detach())}, gradient norm {norm}; the weights are "
                 "those before the call"
             )
+        start = self._weights.vector.detach().clone()  # [P]
         self._optimizer.param_groups[0]["lr"] = self.learning_rate
         self._optimizer.step()
+        with torch.no_grad():  # as groups of the optimizer would, on one vector
+            self._weights.vector.copy_(torch.lerp(start, self._weights.vector, self._pace))
         self._weights.write()
         if not bool(torch.isfinite(self._weights.vector).all()):
             raise FloatingPointError(
                 f"{where}: a weight is not finite; the weights are those before the call"
             )
+        self._bound_growth(start, growth)
+
+    @torch.no_grad()
+    def _bound_growth(self, start: Tensor, growth: float) -> None:
+        """Halve the step of the transition matrices from ``start`` until no state outgrows it."""
+        slow = self._pace < 1.0  # [P]
+        for halvings in range(1, _HALVINGS + 2):
+            if state_growth(self.model) <= growth:
+                return
+            vector = self._weights.vector.detach()
+            back = torch.lerp(vector, start, 0.5 if halvings <= _HALVINGS else 1.0)
+            self._set(torch.where(slow, back, vector))
+
+    def _check_result(self, loss_of: Callable[[int], Tensor], steps: int) -> None:
+        """Raises FloatingPointError where the last step led to a loss that is not finite."""
+        loss = float(loss_of(steps).detach())
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss after the last step is {loss}; the weights are those before the call"
+            )
 
     @torch.no_grad()
     def _backtrack(
-        self, start: Tensor, kl: Callable[[], Tensor], eps: float, budget: float
+        self, start: Tensor, kl: Callable[[], Tensor], eps: float, budget: float, growth: float
     ) -> int | None:
         """Halve the step from ``start`` until the policy is in the trust region.
+
+        Where a state grows beyond ``growth`` is none of it: the divergence is that on the steps
+        that were seen.
 
         Returns:
             How often, or None where it was not to be had and the weights are those of ``start``.
@@ -267,7 +328,7 @@ class StandardAdapter:
         for halvings in range(int(min(budget, _HALVINGS)) + 1):
             if halvings > 0:
                 self._set(start + 0.5**halvings * change)
-            if float(kl()) <= eps:
+            if float(kl()) <= eps and state_growth(self.model) <= growth:
                 return halvings
         self._set(start)
         return None
@@ -299,33 +360,31 @@ class StandardAdapter:
         self._weights.write()
 
 
+@torch.no_grad()
+def state_growth(model: nn.Module) -> float:
+    """The largest factor by which a state of the model may grow over 1024 steps without input.
+
+    It tells whether the model can play for longer than it was seen to. A state that is normalised
+    in the recurrence does not grow.
+    """
+    growth = 0.0
+    for module in model.modules():
+        if isinstance(module, StateSpaceModel) or (
+            isinstance(module, SSMLayer) and not module.normalize_state
+        ):
+            norm = torch.linalg.matrix_power(module.A.detach().float(), _HORIZON).norm()
+            growth = max(growth, float(norm.nan_to_num(nan=math.inf, posinf=math.inf)))
+    return growth
+
+
 def supervised_loss(model: nn.Module, x: Any, y: Any, hidden_state: Tensor | None) -> Tensor:
     """Mean squared error of the model's first output, or cross entropy of integer targets.
 
     Raises:
         ValueError: The shapes of output and target do not fit, or an integer is out of range.
-        TypeError: The target is no tensor, or of another floating dtype.
+        TypeError: The target is no tensor of floats or integers, or of another floating dtype.
     """
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y must be a tensor where loss_fn is None, got {type(y).__name__}")
-    output = first_output(model, x, hidden_state)  # [..., K]
-    if y.is_floating_point():
-        if y.shape != output.shape:
-            raise ValueError(
-                f"y must have the output's shape {list(output.shape)}, got {list(y.shape)}"
-            )
-        if y.dtype != output.dtype:
-            raise TypeError(f"y must have the output's dtype {output.dtype}, got {y.dtype}")
-        return F.mse_loss(output, y)
-    K = output.shape[-1]
-    if y.shape != output.shape[:-1]:
-        raise ValueError(
-            f"y must have shape {list(output.shape[:-1])}, the output's without its classes, "
-            f"got {list(y.shape)}"
-        )
-    if int(y.min()) < 0 or int(y.max()) >= K:
-        raise ValueError(f"y must lie in [0, {K}), got {int(y.min())} to {int(y.max())}")
-    return F.cross_entropy(output.reshape(-1, K), y.reshape(-1).long())
+    return default_loss("y", y)(first_output(model, x, hidden_state), y)
 
 
 def first_output(model: nn.Module, x: Any, hidden_state: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from ssm_fast.adaptation.policy_objective import (
     Experience,
     PolicyObjective,
     boundaries,
+    check_finite,
     distribution_of,
     importance_ratios,
     normalized,
@@ -55,8 +56,8 @@ class TestTimeAdapter(StandardAdapter):
 
     **Uncertainty** is the disagreement of the heads over that of their priors, 1 where nothing is
     known and towards 0 in what was seen. It sets the temperature of the actions, from 1 down to
-    `min_temperature`: exploration noise is paid for in return, and buys nothing where the value is known. Log-
-    probabilities are those at the temperature.
+    `min_temperature`: exploration noise is paid for in return, and buys nothing where the value is
+    known. Log-probabilities are those at the temperature.
 
     **Step size**: ``adaptation_lr 2^(2 d - 1)`` with the difficulty ``d`` of the task, 1 minus the
     share of the variance of its returns that the meta-critic explains: half the rate where training
@@ -77,7 +78,7 @@ class TestTimeAdapter(StandardAdapter):
         sequence_length: Steps of a sequence in a minibatch.
         grad_clip_norm: Gradients are scaled down to this norm.
         num_heads: Value heads.
-        min_temperature: Temperature where the heads agree.
+        min_temperature: Temperature where the heads agree, at most 1.
         seed: Of minibatches, value heads, and of the actions and the environment where
             `adapt_online` is given none; drawn from torch's global generator if None.
 
@@ -114,39 +115,27 @@ class TestTimeAdapter(StandardAdapter):
     ) -> None:
         if not isinstance(model, ImprovedSSM):
             raise TypeError(f"model must be an ImprovedSSM, got {type(model).__name__}")
-        for name, value in (
-            ("adaptation_lr", adaptation_lr),
-            ("max_kl", max_kl),
-            ("min_temperature", min_temperature),
-        ):
-            check_number(name, value, above=0.0)
-        for name, fraction in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-            check_number(name, fraction, at_least=0.0, at_most=1.0)
-        for name, count in (
-            ("adaptation_steps", adaptation_steps),
-            ("buffer_size", buffer_size),
-            ("batch_size", batch_size),
-            ("sequence_length", sequence_length),
-        ):
-            check_count(name, count)
         super().__init__(
             model,
             StandardAdaptationConfig(
-                learning_rate=adaptation_lr,
-                num_steps=adaptation_steps,
+                learning_rate=check_number("adaptation_lr", adaptation_lr, above=0.0),
+                num_steps=check_count("adaptation_steps", adaptation_steps),
                 grad_clip_norm=grad_clip_norm,
-                trust_region_eps=max_kl,
+                trust_region_eps=check_number("max_kl", max_kl, above=0.0),
             ),
         )
-        self.seed = int(torch.randint(2**31, ())) if seed is None else seed
-        self.buffer_size = buffer_size
-        self.batch_size = batch_size
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.seed = check_count("seed", seed, 0)
+        self.buffer_size = check_count("buffer_size", buffer_size)
+        self.batch_size = check_count("batch_size", batch_size)
         self.use_uncertainty = use_uncertainty
-        self.gamma = gamma
-        self.gae_lambda = gae_lambda
-        self.sequence_length = sequence_length
+        self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
+        self.gae_lambda = check_number("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
+        self.sequence_length = check_count("sequence_length", sequence_length)
         self.num_heads = num_heads
-        self.min_temperature = min_temperature
+        self.min_temperature = check_number(
+            "min_temperature", min_temperature, above=0.0, at_most=1.0
+        )
         self._objective = PolicyObjective(clip_epsilon, value_coef=0.0)
         self._calls = 0
         self._critic = torch.cat([model.critic.weight[0], model.critic.bias]).detach().clone()
@@ -182,8 +171,8 @@ class TestTimeAdapter(StandardAdapter):
 
         Raises:
             ValueError: The environment does not fit the model, or a number is less than 1.
-            FloatingPointError: NaN or infinity, from the environment or in an update. The weights
-                are the last good ones.
+            FloatingPointError: NaN or infinity, from the environment, the policy or an update. The
+                weights are those that played the last whole stretch.
         """
         check_count("adapt_every", adapt_every)
         seed = self.seed if seed is None else seed
@@ -196,14 +185,19 @@ class TestTimeAdapter(StandardAdapter):
             stats["episode_returns_without"] = play_episodes(model, env, num_episodes, seed)
         player = Player(env, model, num_episodes, seed)
         self._forget_steps(player.env.batch_size)
-        while not player.is_done:
-            experience = player.play(
-                model, adapt_every, self._temperature if self.use_uncertainty else None
-            )
-            self._store(experience)
-            stats["temperature"].append(float(experience.temperature.mean()))
-            for name, value in self.adapt().items():
-                stats[name].append(value)
+        temperature_of = self._temperature if self.use_uncertainty else None
+        good = self.snapshot()
+        try:
+            while not player.is_done:
+                experience = player.play(model, adapt_every, temperature_of)
+                good = self.snapshot()
+                self._store(experience)
+                stats["temperature"].append(float(experience.temperature.mean()))
+                for name, value in self.adapt().items():
+                    stats[name].append(value)
+        except FloatingPointError:
+            self.restore(good)
+            raise
         stats["episode_returns"], stats["episode_lengths"] = player.returns, player.lengths
         if compare:
             with_it, without = episode_means(player.returns), stats["episode_returns_without"]
@@ -221,7 +215,8 @@ class TestTimeAdapter(StandardAdapter):
 
         Raises:
             ValueError: The buffer is empty.
-            FloatingPointError: A loss, gradient or weight is not finite. The weights are as before.
+            FloatingPointError: A feature, loss, gradient or weight is not finite. The weights are
+                as before.
         """
         experience = self._recent()
         advantages, states = self._advantages(experience)
@@ -288,45 +283,39 @@ class TestTimeAdapter(StandardAdapter):
         """
         model = policy_of(self)
         weight = model.encoder.weight
-        for name, part in (("observation", observation), ("next_observation", next_observation)):
-            if not bool(torch.isfinite(torch.as_tensor(part)).all()):
-                raise ValueError(f"{name} must be finite, got NaN or infinity")
-        if row not in self._following:
-            self._following[row] = (model.init_hidden(1), True)
-        state, first = self._following[row]
-        x, beyond = (
-            torch.as_tensor(part).to(weight).reshape(1, -1)
-            for part in (observation, next_observation)
-        )
-        chosen = torch.as_tensor(action, device=weight.device)
-        chosen = chosen.reshape(1) if model.discrete else chosen.to(weight).reshape(1, -1)
+        x = _row("observation", observation, model.input_dim).to(weight)  # [1, 1, I]
+        beyond = _row("next_observation", next_observation, model.input_dim).to(weight)
+        rewards = _row("reward", reward, 1).to(weight).squeeze(-1)  # [1, 1]
+        if model.discrete:
+            chosen = _row("action", action, 1).to(weight.device).squeeze(-1)  # [1, 1]
+        else:
+            chosen = _row("action", action, model.action_dim).to(weight)  # [1, 1, K]
+        state, first = self._following.get(row, (model.init_hidden(1), True))
         with torch.no_grad():
-            given, _, _ = model.evaluate_actions(x, chosen, state)
-            *_, after = model(x, state)
+            given, _, _ = model.evaluate_actions(x[0], chosen[0], state)  # [1]
+            *_, after = model(x[0], state)
         if not bool(torch.isfinite(given).all()):
             raise FloatingPointError("the policy is not finite at the observation")
         if log_prob is not None:
             given = given.new_tensor([log_prob])
-
-        def flag(value: bool) -> Tensor:
-            return torch.tensor([[bool(value)]], device=weight.device)
-
+        ended = bool(terminated or truncated)
+        flags = torch.tensor([bool(terminated), bool(truncated), first], device=weight.device)
+        flags = flags.reshape(3, 1, 1)
         self._store(
             Experience(
-                observations=x.unsqueeze(1),
-                actions=chosen.unsqueeze(1),
+                observations=x,
+                actions=chosen,
                 log_probs=given.unsqueeze(1),
-                rewards=given.new_tensor([[float(reward)]]),
-                terminated=flag(terminated),
-                truncated=flag(truncated),
-                reset=flag(first),
-                next_observations=beyond.unsqueeze(1),
-                temperature=given.new_ones(1, 1),
+                rewards=rewards,
+                terminated=flags[0],
+                truncated=flags[1],
+                reset=flags[2],
+                next_observations=beyond,
+                temperature=torch.ones_like(rewards),
                 initial_state=state,
             ),
             (row,),
         )
-        ended = terminated or truncated
         self._following[row] = (torch.zeros_like(after) if ended else after, ended)
 
     def reset_to_meta(self) -> None:
@@ -385,11 +374,12 @@ class TestTimeAdapter(StandardAdapter):
 
     @torch.no_grad()
     def _advantages(self, experience: Experience) -> tuple[Tensor, Tensor]:
-        """Fits the heads; normalised advantages ``[B, T]``, states after each step ``[L, B, T, N]``."""
+        """Fits the heads; normalised advantages ``[B, T]``, states after each ``[L, B, T, N]``."""
         model = policy_of(self)
         features, _ = features_of(
             model, experience.observations, experience.initial_state, experience.reset
         )  # [B, T, H]
+        check_finite("the policy's features", features, FloatingPointError)
         _, states = model.unroll(
             experience.observations, experience.initial_state, experience.reset
         )
@@ -401,6 +391,7 @@ class TestTimeAdapter(StandardAdapter):
         values = next_values = None
         for _ in range(_FITS):
             returns = bootstrapped_returns(experience, self.gamma, next_values)
+            check_finite("the returns", returns, FloatingPointError)
             self.ensemble.fit(features, returns, self._critic)
             values = self.ensemble.values(features)  # [B, T]
             next_values = torch.zeros_like(values)
@@ -422,6 +413,20 @@ class TestTimeAdapter(StandardAdapter):
 
     def _temperature(self, features: Tensor) -> Tensor:
         return self.ensemble.uncertainty(features).clamp(min=self.min_temperature)
+
+
+def _row(name: str, x: Any, size: int) -> Tensor:
+    """One step of one row ``[1, 1, size]``.
+
+    Raises:
+        ValueError: There are more or less numbers, or one is not finite.
+    """
+    row = torch.as_tensor(x).reshape(1, 1, -1)
+    if row.shape[2] != size:
+        raise ValueError(f"{name} must have size {size}, got {row.shape[2]}")
+    if not bool(torch.isfinite(row).all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return row
 
 
 def _sequences(

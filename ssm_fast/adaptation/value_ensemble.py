@@ -5,22 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ssm_fast.adaptation.policy_objective import SMALLEST_DEVIATION
 from ssm_fast.checks import check_count
 
 
 class ValueEnsemble:
     """``K`` heads on the features of a policy, each fitted to a bootstrap of the returns.
 
-    Head ``k`` is the ridge regression, solved exactly, of the returns on the features ``f = (φ, 1)``
-    with a draw of its own for the prior and for the weights of the data::
+    Head ``k`` is the ridge regression, solved exactly, of the returns on the features
+    ``f = (φ, 1)``, with a draw of its own for the prior and for the weights of the data::
 
         w_k = argmin Σ_i m_ik (G_i - f_i · w)² + λ |w - (w_0 + e_k)|²
 
     ``m_ik`` are exponential, equal within a block of consecutive steps and summing to about 1 over
-    it (the Bayesian bootstrap; returns of neighbouring steps share their noise), ``e_k`` is Gaussian (randomised priors, Osband
-    et al. 2018, arXiv 1806.03335), and ``w_0`` is the best multiple of the meta-critic, so that
-    without data the heads are that critic and disagree by their priors. The prior's variance is such
-    that its deviation on a typical state is that of the meta-critic's error; ``λ`` follows.
+    it (the Bayesian bootstrap; returns of neighbouring steps share their noise), ``e_k`` is
+    Gaussian (randomised priors, Osband et al. 2018, arXiv 1806.03335), and ``w_0`` is the best
+    multiple of the meta-critic, so that without data the heads are that critic and disagree by
+    their priors. The prior's variance is such that its deviation on a typical state is that of the
+    meta-critic's error; ``λ`` follows.
 
     Args:
         num_heads: ``K``.
@@ -140,15 +142,23 @@ def critic_scale(values: Tensor, returns: Tensor) -> tuple[float, float]:
 
     Returns:
         The scale, 0 of a critic that is of no use, and the share of the returns' variance that the
-        scaled and shifted values explain, in [0, 1].
+        scaled and shifted values explain, in [0, 1]. Where the returns or the values are all the
+        same but for rounding, there is nothing to compare, and both are 0.
     """
-    spread, around = values - values.mean(), returns - returns.mean()
-    total = float(around.square().sum())
-    scale = float((spread * around).sum()) / max(float(spread.square().sum()), 1e-12)
-    if scale <= 0.0 or total <= 0.0:
+    values, returns = values.double(), returns.double()
+    if is_constant(values) or is_constant(returns):
         return 0.0, 0.0
-    left = float((around - scale * spread).square().sum())
-    return scale, min(max(1.0 - left / total, 0.0), 1.0)
+    spread, around = values - values.mean(), returns - returns.mean()
+    scale = float((spread * around).sum() / spread.square().sum())
+    if scale <= 0.0:
+        return 0.0, 0.0
+    left = float((around - scale * spread).square().sum() / around.square().sum())
+    return scale, min(max(1.0 - left, 0.0), 1.0)
+
+
+def is_constant(x: Tensor) -> bool:
+    """Whether numbers deviate by less than a thousandth of the largest, as rounding does."""
+    return bool(x.std(correction=0) <= SMALLEST_DEVIATION * x.abs().max())
 
 
 def _with_one(features: Tensor) -> Tensor:

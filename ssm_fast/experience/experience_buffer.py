@@ -19,6 +19,7 @@ VERSION = 1
 _FIRST = ("observations", "targets")
 _RESERVED = ("initial_state", "_run", "_generator")  # in sequences, and in the file
 _LARGEST = 2**40  # steps, of a file
+_LONGEST = 2**62  # steps in a row, of a file: others may follow
 
 
 class ExperienceBuffer:
@@ -221,13 +222,17 @@ class ExperienceBuffer:
         )
         if type(max_size) is not int or not 1 <= max_size <= _LARGEST:
             raise ValueError(f"max_size must lie in [1, {_LARGEST}]")
-        if not isinstance(names, list) or set(tensors) != {*names, "_run", "_generator"}:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("fields must be a list of names")
+        if sorted(tensors) != sorted([*names, "_run", "_generator"]):
             raise ValueError("its tensors must be those of its fields")
         run, generator = tensors.pop("_run"), tensors.pop("_generator")
         if run.dtype != torch.int64 or run.dim() != 1 or len(run) > max_size:
             raise ValueError("_run must be int64 [steps], at most max_size")
         if any(x.dim() == 0 or len(x) != len(run) for x in tensors.values()):
             raise ValueError("its fields must have the same number of steps")
+        if not names and len(run) > 0:
+            raise ValueError("its steps must have fields")
         buffer = cls(max_size, device, seed=0)
         try:
             buffer._generator.set_state(generator.clone())
@@ -235,8 +240,8 @@ class ExperienceBuffer:
                 buffer._insert({name: tensors[name] for name in names}, continues=False)
         except (RuntimeError, TypeError) as error:  # the generator's, or no memory for max_size
             raise ValueError(str(error)) from error
-        if bool((run < 1).any()):
-            raise ValueError("_run must be positive")
+        if bool(((run < 1) | (run > _LONGEST)).any()):
+            raise ValueError(f"_run must be positive, at most {_LONGEST}")
         if len(run) > 0:
             buffer._run[: len(run)] = run
             buffer._last_run = int(run[-1])

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ssm_fast.checks import check_count, check_number
+from ssm_fast.losses import default_loss
 from ssm_fast.meta_rl.training_state import check_step, check_tensors, load_adam, must_fit
 
 Weights: TypeAlias = dict[str, Tensor]
@@ -338,7 +338,7 @@ class MetaMAML:
 
     def _loss(self, where: str, targets: Any, state: Any, loss_fn: LossFn | None) -> Loss:
         """The loss of one task's weights on its ``(x, y)``; ``targets`` are those of all tasks."""
-        chosen = _default_loss(where, targets) if loss_fn is None else loss_fn
+        chosen = default_loss(where, targets) if loss_fn is None else loss_fn
 
         def loss(weights: Weights, batch: tuple[Any, Any]) -> Tensor:
             x, y = batch
@@ -478,41 +478,6 @@ def task_losses(loss: Loss, weights: Weights, batch: Any) -> Tensor:
 def _is_differentiable(weights: Weights, rates: float | Mapping[str, Tensor]) -> bool:
     tensors = [*weights.values(), *(rates.values() if isinstance(rates, Mapping) else ())]
     return any(x.requires_grad for x in tensors)
-
-
-def _default_loss(where: str, targets: Any) -> LossFn:
-    """Mean squared error, or the cross entropy of integers, of one task of ``targets [G, ...]``."""
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"{where} must be a tensor where loss_fn is None")
-    if targets.is_floating_point():
-        return lambda output, target: _mean_squared_error(where, output, target)
-    if targets.dtype == torch.bool or targets.is_complex():
-        raise TypeError(f"{where} must hold floats or integers, got {targets.dtype}")
-    low, high = int(targets.min()), int(targets.max())
-
-    def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-        K = output.shape[-1]
-        if target.shape != output.shape[:-1]:
-            raise ValueError(
-                f"{where} must have shape {list(output.shape[:-1])}, as the output without its "
-                f"classes, got {list(target.shape)}"
-            )
-        if low < 0 or high >= K:
-            raise ValueError(f"{where} must lie in [0, {K}), got {low} to {high}")
-        log_probs = F.log_softmax(output, dim=-1)  # [..., K]
-        return -log_probs.gather(-1, target.long().unsqueeze(-1)).mean()
-
-    return cross_entropy
-
-
-def _mean_squared_error(where: str, output: Tensor, target: Tensor) -> Tensor:
-    if target.shape != output.shape:
-        raise ValueError(
-            f"{where} must have the output's shape {list(output.shape)}, got {list(target.shape)}"
-        )
-    if target.dtype != output.dtype:
-        raise TypeError(f"{where} must have the output's dtype {output.dtype}, got {target.dtype}")
-    return F.mse_loss(output, target)
 
 
 def _same_shapes(tasks: Sequence[TaskData], size: int) -> list[list[int]]:

@@ -37,13 +37,13 @@ from ssm_fast.meta_rl.training_state import (
     save_checkpoint,
 )
 from ssm_fast.meta_rl.trajectories import Recording, Trajectories, compute_advantages
+from ssm_fast.nn.ssm_layer import TRANSITION_PACE, transition_pace
 
 TaskEnvironment: TypeAlias = Environment | TrialEnvironment
 
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
 _EVALUATION_SEED = 2**32  # the seeds of training lie below
-_TRANSITION_PACE = 0.1  # of the transition matrices, in inner and outer steps
 _LARGEST_LOG_RATIO = 20.0  # beyond, the gradient of a clipped ratio is 0 * inf
 _SETTINGS = (
     "tasks_per_epoch",
@@ -214,7 +214,8 @@ class MetaRLTrainer:
             if p.requires_grad and not name.startswith("critic.")
         }
         self.rates = {
-            name: torch.full_like(p, inner_lr * _pace(name)) for name, p in self._shared.items()
+            name: torch.full_like(p, inner_lr * transition_pace(name))
+            for name, p in self._shared.items()
         }
         learnt: list[tuple[str, Tensor]] = list(self._shared.items())
         if learn_inner_lr:
@@ -222,8 +223,11 @@ class MetaRLTrainer:
         self._learnt: list[Tensor] = [p for _, p in learnt]
         self.optimizer = torch.optim.Adam(
             [
-                {"params": [p for name, p in learnt if _pace(name) == pace], "lr": outer_lr * pace}
-                for pace in (1.0, _TRANSITION_PACE)
+                {
+                    "params": [p for name, p in learnt if transition_pace(name) == pace],
+                    "lr": outer_lr * pace,
+                }
+                for pace in (1.0, TRANSITION_PACE)
             ],
             fused=True,
         )
@@ -398,7 +402,7 @@ class MetaRLTrainer:
         learning_rate = self.outer_lr
         if self.anneal_lr:
             learning_rate *= (last - self.iteration) / (last - self._first_iteration)
-        for group, pace in zip(self.optimizer.param_groups, (1.0, _TRANSITION_PACE), strict=True):
+        for group, pace in zip(self.optimizer.param_groups, (1.0, TRANSITION_PACE), strict=True):
             group["lr"] = learning_rate * pace
         return learning_rate
 
@@ -770,11 +774,6 @@ class MetaRLTrainer:
     def _settings_of_env(self) -> dict[str, Any]:
         name, episodes = self._env
         return {"batch_size": self._batch_size, "env_name": name, "trial_episodes": episodes}
-
-
-def _pace(name: str) -> float:
-    """The length of the steps of a weight, as a part of the learning rates."""
-    return _TRANSITION_PACE if name.endswith(".A") else 1.0
 
 
 def _episodes_of(env: TaskEnvironment) -> int:

@@ -17,6 +17,20 @@ Norm = Literal["output", "state"]
 
 GAIN = 0.9  # of the orthogonal A: every mode forgets by this factor a step, in a different plane
 
+TRANSITION_PACE = 0.1  # of transition matrices in a gradient step, in learning rates
+
+
+def transition_pace(name: str) -> float:
+    """The length of the steps of a weight, as a part of the learning rate.
+
+    A step that is small for other weights takes an eigenvalue of a transition matrix beyond 1,
+    where the state grows until it overflows.
+
+    Args:
+        name: Of the parameter, as in ``named_parameters()``.
+    """
+    return TRANSITION_PACE if name.rpartition(".")[2] == "A" else 1.0
+
 
 class SSMLayer(nn.Module):
     """A state-space layer with a dense transition matrix.

@@ -114,6 +114,23 @@ class TestReplay:
         zero = policy_batch(adapter.model, e)[1]["log_probs"] - e.log_probs
         assert float(zero.abs().max()) == 0.0
 
+    def test_reset_to_meta_keeps_the_buffer_and_forgets_the_unit(self) -> None:
+        model = policy()
+        buffer = ExperienceBuffer(100)
+        adapter = HybridAdapter(model, HybridAdaptationConfig(sequence_length=4), buffer)
+        adapter.add_experience(played(model))
+        adapter.reward_scale = 7.0
+        adapter.update_step(*policy_batch(model, played(model)), PolicyObjective())
+        adapter.reset_to_meta()
+        torch.testing.assert_close(weights_of(adapter.model), weights_of(model), rtol=0, atol=0)
+        assert adapter.experience_buffer is buffer
+        assert len(buffer) == 60
+        assert adapter.reward_scale == 1.0
+        given = HybridAdapter(model, HybridAdaptationConfig(reward_scale=3.0), buffer)
+        given.reward_scale = 7.0
+        given.reset_to_meta()
+        assert given.reward_scale == 3.0
+
     def test_pieces_shorter_than_a_sequence(self) -> None:
         model = policy()
         adapter = HybridAdapter(model, HybridAdaptationConfig(sequence_length=64))
@@ -159,6 +176,10 @@ class TestErrors:
         model = regression()[0]
         with pytest.raises(TypeError, match="config must be a HybridAdaptationConfig"):
             HybridAdapter(model, StandardAdaptationConfig())
+        with pytest.raises(TypeError, match=r"model must be an nn.Module, got function"):
+            HybridAdapter(lambda x: x)
+        with pytest.raises(ValueError, match="model must have parameters"):
+            HybridAdapter(nn.Identity())
         with pytest.raises(TypeError, match="must be an ExperienceBuffer, got list"):
             HybridAdapter(model, None, [])
         with pytest.raises(TypeError, match="model must be an ImprovedSSM"):

@@ -2,21 +2,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from aim import Aim, aims
+from gymnasium.wrappers import TransformReward
 
 from ssm_fast.adaptation.hybrid_adapter import HybridAdaptationConfig, HybridAdapter
 from ssm_fast.adaptation.online import (
     Player,
+    _reward_scale,
     adapt_to_environment,
     bootstrapped_returns,
     play_episodes,
 )
 from ssm_fast.adaptation.standard_adapter import StandardAdaptationConfig, StandardAdapter
+from ssm_fast.adaptation.test_time_adapter import TestTimeAdapter
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner import Environment
@@ -27,6 +33,13 @@ pytestmark = pytest.mark.isa_independent
 def policy(discrete: bool = False) -> ImprovedSSM:
     torch.manual_seed(0)
     return ImprovedSSM(3, 3 if discrete else 2, 4, 8, 2, discrete=discrete, orthogonal_init=False)
+
+
+def overflowing(adapter: StandardAdapter) -> StandardAdapter:
+    """With a policy whose values are not finite, although its actions are."""
+    with torch.no_grad():
+        adapter.model.critic.weight.fill_(torch.inf)
+    return adapter
 
 
 class TestPlayer:
@@ -98,16 +111,85 @@ class TestAdaptToEnvironment:
         assert stats["episode_lengths"] == [[1, 1, 1, 1]]
         assert all(np.isfinite(stats["losses"]))
 
+    def test_a_long_episode_after_adapting(self) -> None:
+        torch.manual_seed(0)
+        model = ImprovedSSM(3, 2, 32, 8, 1)
+        config = StandardAdaptationConfig(3e-3, 20, trust_region_eps=0.3)
+        adapter = StandardAdapter(model, config)
+        adapt_to_environment(adapter, Aim(), 12, 20, gamma=0.5)
+        returns = play_episodes(adapter.model, Aim(horizon=300), 1, 0)
+        assert np.isfinite(returns).all()
+
+    @pytest.mark.parametrize("reward", [0.0, 1.0, -1e4])
+    def test_returns_that_are_all_the_same(self, reward: float) -> None:
+        def wrapped() -> Any:
+            return TransformReward(Aim(), lambda _: reward)
+
+        _, stats = adapt_to_environment(StandardAdapter(policy()), wrapped(), 2, 20, gamma=0.0)
+        assert stats["reward_scale"] == [abs(reward) or 1.0] * 2
+        assert max(np.abs(stats["losses"])) < 10.0
+
+    def test_a_critic_that_knows_nothing_tells_no_unit(self) -> None:
+        model = policy()
+        player = Player(aims(4), model, 30, 0)
+        part = player.play(model, 500)
+        noise = replace(part, rewards=torch.randn(part.rewards.shape))
+        values, _ = model.unroll(noise.observations, noise.initial_state, noise.reset)
+        sign = torch.sign(((values - values.mean()) * noise.rewards).sum())  # a scale above 0
+        noise = replace(noise, rewards=sign * noise.rewards)
+        assert _reward_scale(model, noise, 0.0) == pytest.approx(1.0, rel=0.1)
+        known = replace(part, rewards=5.0 * values.detach() + 3.0)
+        assert _reward_scale(model, known, 0.0) == pytest.approx(5.0, rel=1e-3)
+
     def test_errors(self) -> None:
         adapter = StandardAdapter(policy())
         before = {name: x.clone() for name, x in adapter.model.state_dict().items()}
         with pytest.raises(FloatingPointError, match="non-finite reward at step 7"):
             adapt_to_environment(adapter, Aim(nan_at=7), 2, 50)
         torch.testing.assert_close(dict(adapter.model.state_dict()), before, rtol=0, atol=0)
+        hybrid = HybridAdapter(policy(), HybridAdaptationConfig(reward_scale=1.0))
+        for broken, text in (
+            (StandardAdapter(policy()), "the model's values must be finite"),
+            (hybrid, "the advantages under the model must be finite"),
+        ):
+            with pytest.raises(FloatingPointError, match=text):
+                adapt_to_environment(overflowing(broken), Aim(), 2, 50)
+        with pytest.raises(FloatingPointError, match="the returns overflow"):
+            adapt_to_environment(adapter, TransformReward(Aim(), lambda _: 3e38), 2, 50)
         with pytest.raises(TypeError, match="model must be an ImprovedSSM"):
             adapt_to_environment(StandardAdapter(StateSpaceModel()), Environment("CartPole-v1"))
+        with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+            adapt_to_environment(adapter, Aim(), seed=-1)
         with pytest.raises(ValueError, match="adapt_every must be at least 1"):
             adapt_to_environment(adapter, Aim(), adapt_every=0)
+
+
+@pytest.mark.parametrize("kind", [StandardAdapter, HybridAdapter, TestTimeAdapter])
+def test_a_breakdown_of_play_restores_the_weights_that_played(
+    kind: type[StandardAdapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the update after the second stretch makes a policy that cannot act
+    adapter = kind(policy())
+    played, play = [], Player.play
+
+    def recorded(player: Player, model: ImprovedSSM, *arguments: Any, **named: Any) -> Any:
+        if len(played) == 2:
+            with torch.no_grad():
+                model.actor.weight.fill_(torch.nan)
+        weights = {name: x.clone() for name, x in model.state_dict().items()}
+        experience = play(player, model, *arguments, **named)
+        played.append(weights)
+        return experience
+
+    monkeypatch.setattr(Player, "play", recorded)
+    play_and_learn: Any = partial(adapt_to_environment, adapter)
+    if isinstance(adapter, TestTimeAdapter):
+        play_and_learn = adapter.adapt_online
+    with pytest.raises(FloatingPointError, match="the policy of environment 0 is not finite"):
+        play_and_learn(Aim(), 5, 20)
+    assert len(played) == 2
+    assert not torch.equal(played[0]["actor.weight"], played[1]["actor.weight"])
+    torch.testing.assert_close(dict(adapter.model.state_dict()), played[1], rtol=0, atol=0)
 
 
 def test_returns_end_where_episodes_do() -> None:

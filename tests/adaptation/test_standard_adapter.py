@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -9,9 +9,14 @@ from torch import Tensor, nn
 from torch.distributions import Categorical, kl_divergence
 
 from ssm_fast.adaptation.policy_objective import distribution_of
-from ssm_fast.adaptation.standard_adapter import StandardAdaptationConfig, StandardAdapter
+from ssm_fast.adaptation.standard_adapter import (
+    StandardAdaptationConfig,
+    StandardAdapter,
+    state_growth,
+)
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
+from ssm_fast.nn.ssm_layer import transition_pace
 
 pytestmark = pytest.mark.isa_independent
 
@@ -35,7 +40,9 @@ class TestUpdateStep:
         config = StandardAdaptationConfig(1e-2, num_steps=3, grad_clip_norm=0.1)
         adapter = StandardAdapter(model, config)
         other = copy.deepcopy(model)
-        adam = torch.optim.Adam(other.parameters(), lr=1e-2, eps=1e-5)
+        others = [p for name, p in other.named_parameters() if name != "A"]
+        groups = [{"params": others}, {"params": [other.A], "lr": 1e-3}]
+        adam = torch.optim.Adam(groups, lr=1e-2, eps=1e-5)
         for _ in range(2):
             losses = []
             for _ in range(3):
@@ -82,9 +89,10 @@ class TestConfig:
         config = StandardAdaptationConfig(1e-3, num_steps, grad_clip_norm=None)
         adapter = StandardAdapter(model, config)
         assert adapter.update_step(x, y)[1] == num_steps
-        change = (adapter.model.A - model.A).abs().max()
-        # a step of Adam moves a weight by about its rate
-        assert 0.5e-3 * num_steps < change.item() < 1.01e-3 * num_steps
+        # a step of Adam moves a weight by about its rate, a transition matrix by a tenth of it
+        for name, rate in (("A", 1e-4), ("B", 1e-3)):
+            change = (getattr(adapter.model, name) - getattr(model, name)).abs().max()
+            assert 0.5 * rate * num_steps < change.item() < 1.01 * rate * num_steps
 
     def test_grad_clip_norm(self) -> None:
         # clipped far below Adam's eps, gradients hardly move anything
@@ -191,6 +199,65 @@ class TestConfig:
             StandardAdaptationConfig(**option)
 
 
+def test_transition_pace() -> None:
+    names = [name for name, _ in ImprovedSSM(3, 2, 4, 8).named_parameters()]
+    slow = [name for name in names if transition_pace(name) != 1.0]
+    assert slow == ["layers.0.A", "layers.1.A"]
+    assert transition_pace("A") == transition_pace("layers.1.A") == 0.1
+    assert transition_pace("encoder.weightA") == 1.0
+
+
+class TestGrowth:
+    """A loss that is the better the larger the states get."""
+
+    @staticmethod
+    def grow(model: nn.Module, x: Any, y: Any, state: Any) -> Tensor:
+        assert isinstance(model, ImprovedSSM)
+        return -model.unroll(x)[1].square().mean().log()
+
+    def test_of_a_scaled_rotation(self) -> None:
+        model = ImprovedSSM(3, 2, 4, 8, 1)
+        with torch.no_grad():
+            cast(Any, model.layers[0]).A.copy_(1.01 * torch.eye(4))
+        assert state_growth(model) == pytest.approx(2.0 * 1.01**1024, rel=1e-2)
+        assert state_growth(ImprovedSSM(3, 2, 4, 8)) < 1e-6
+        assert state_growth(ImprovedSSM(3, 2, 4, 8, norm="state")) == 0.0
+        broken = StateSpaceModel(4, 3, 2, 8)
+        nn.init.constant_(broken.A, 1e3)
+        assert state_growth(broken) == float("inf")
+
+    @pytest.mark.parametrize("eps", [None, 10.0])
+    def test_stays_bounded(self, eps: float | None) -> None:
+        torch.manual_seed(0)
+        model = ImprovedSSM(3, 2, 8, 8, 1)
+        x = torch.randn(2, 10, 3)
+        adapter = StandardAdapter(model, StandardAdaptationConfig(0.1, 30, trust_region_eps=eps))
+        losses = [adapter.update_step(x, None, None, self.grow)[0] for _ in range(2)]
+        assert losses[1] < losses[0] - 0.5
+        assert 1e-6 < state_growth(adapter.model) <= 1e3
+        assert not torch.equal(adapter.model.layers[0].B, model.layers[0].B)
+
+    def test_a_model_that_grew_before(self) -> None:
+        # what it came with is its own, and does not keep it from learning
+        model, x, y = regression()
+        nn.init.eye_(model.A)
+        with torch.no_grad():
+            model.A.mul_(1.02)
+        before = state_growth(model)
+        adapter = StandardAdapter(model, StandardAdaptationConfig(1e-2, 20))
+        adapter.update_step(x, y)
+        assert state_growth(adapter.model) <= before
+        assert not torch.equal(adapter.model.B, model.B)
+
+    def test_the_last_step_counts(self) -> None:
+        # finite weights whose output is not
+        model, x, y = regression()
+        adapter = StandardAdapter(model, StandardAdaptationConfig(1e30, 1))
+        with pytest.raises(FloatingPointError, match="the loss after the last step is"):
+            adapter.update_step(x, y)
+        assert_equal(weights_of(adapter.model), weights_of(model))
+
+
 class TestMetaWeights:
     def test_never_change(self) -> None:
         model, x, y = regression()
@@ -252,6 +319,10 @@ class TestBadInput:
                 adapter.update_step(bad_x, bad_y)
         with pytest.raises(TypeError, match="y must have the output's dtype"):
             adapter.update_step(x, y.double())
+        with pytest.raises(TypeError, match=r"y must hold floats or integers, got torch.bool"):
+            adapter.update_step(x, y > 0)
+        with pytest.raises(TypeError, match="y must be a tensor where loss_fn is None, got None"):
+            adapter.update_step(x, None)
         assert_equal(weights_of(adapter.model), weights_of(model))
 
     def test_models(self) -> None:
@@ -259,6 +330,8 @@ class TestBadInput:
             StandardAdapter(lambda x: x)
         with pytest.raises(ValueError, match="must have parameters"):
             StandardAdapter(nn.Identity())
+        with pytest.raises(TypeError, match="config must be a StandardAdaptationConfig, got dict"):
+            StandardAdapter(nn.Linear(2, 2), {})
         broken = nn.Linear(2, 2)
         nn.init.constant_(broken.bias, torch.nan)
         with pytest.raises(ValueError, match="bias of the model must be finite"):

@@ -9,6 +9,8 @@ from aim import Aim, aims
 from gymnasium.vector import SyncVectorEnv
 from torch import Tensor, nn
 
+from ssm_fast.adaptation.online import play_episodes
+from ssm_fast.adaptation.policy_objective import distribution_of
 from ssm_fast.adaptation.test_time_adapter import TestTimeAdapter
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
@@ -65,15 +67,20 @@ class TestAdaptOnline:
         test_time.adapt_online(aims(1, horizon=17), 4, 7)
         e = test_time._recent()
         assert e.rewards.shape == (1, 45)
-        log_probs, _, _ = model.evaluate_actions(
-            e.observations, e.actions, e.initial_state, e.reset
-        )
-        _, log_std, _, _ = model(e.observations, e.initial_state, e.reset)
-        assert log_std is not None
-        assert bool((e.temperature < 1.0).any())
-        cold = e.temperature < 1.0
-        torch.testing.assert_close(e.log_probs[~cold], log_probs[~cold], rtol=1e-4, atol=1e-4)
+        assert float(e.temperature.min()) < 0.9
+        x = {"x": e.observations, "reset": e.reset, "temperature": e.temperature}
+        log_probs = distribution_of(model, x, e.initial_state)[0].log_prob(e.actions)
+        torch.testing.assert_close(e.log_probs, log_probs, rtol=1e-4, atol=1e-4)
         assert float(test_time._kl(e)) < 1e-6
+
+    def test_a_long_episode_after_adapting(self) -> None:
+        torch.manual_seed(0)
+        model = ImprovedSSM(3, 2, 32, 8, 1)
+        test_time = adapter(model, adaptation_lr=3e-3, adaptation_steps=20)
+        test_time.adapt_online(Aim(), 12, 20)
+        assert not torch.equal(test_time.model.layers[0].A, model.layers[0].A)
+        returns = play_episodes(test_time.model, Aim(horizon=300), 1, 0)
+        assert np.isfinite(returns).all()
 
     def test_rows_and_episodes_of_different_lengths(self) -> None:
         lengths = [5, 9]
@@ -189,14 +196,50 @@ class TestErrors:
         assert all(bool(torch.isfinite(p).all()) for p in test_time.model.parameters())
         assert not torch.equal(test_time.model.actor.weight, model.actor.weight)
 
-    @pytest.mark.parametrize("what", ["observation", "reward", "next_observation"])
+    @pytest.mark.parametrize("what", ["observation", "action", "reward", "next_observation"])
     def test_nan_in_a_transition(self, what: str) -> None:
-        values = {"observation": np.zeros(3), "reward": 1.0, "next_observation": np.zeros(3)}
+        values = {
+            "observation": np.zeros(3), "action": np.zeros(2),
+            "reward": 1.0, "next_observation": np.zeros(3),
+        }  # fmt: skip
         values[what] = values[what] * np.nan
         test_time = adapter(policy())
-        with pytest.raises((ValueError, FloatingPointError), match="finite"):
-            test_time.store_transition(action=np.zeros(2), terminated=False, **values)
+        with pytest.raises(ValueError, match=f"^{what} must be finite"):
+            test_time.store_transition(terminated=False, **values)
         with pytest.raises(ValueError, match="the buffer is empty"):
+            test_time.adapt()
+
+    def test_shapes_of_a_transition(self) -> None:
+        good = {
+            "observation": np.zeros(3), "action": np.zeros(2),
+            "reward": 1.0, "next_observation": np.zeros(3),
+        }  # fmt: skip
+        for bad in (
+            {"observation": np.zeros(2)},
+            {"action": np.zeros(3)},
+            {"reward": np.zeros(2)},
+            {"next_observation": np.zeros(4)},
+        ):
+            test_time = adapter(policy())
+            with pytest.raises(ValueError, match=f"^{next(iter(bad))} must have size"):
+                test_time.store_transition(terminated=False, **{**good, **bad})
+            assert test_time._buffers == {}
+
+    def test_an_overflow_of_the_state(self) -> None:
+        test_time = adapter(policy())
+        test_time.adapt_online(Aim(), 1, 20)
+        with torch.no_grad():
+            test_time.model.layers[0].A.fill_(1e20)
+        before = weights_of(test_time.model)
+        with pytest.raises(FloatingPointError, match="the policy's features must be finite"):
+            test_time.adapt()
+        assert_equal(weights_of(test_time.model), before)
+
+    def test_an_overflow_of_the_returns(self) -> None:
+        test_time = adapter(policy(), gamma=1.0)
+        for _ in range(5):
+            test_time.store_transition(np.zeros(3), np.zeros(2), 3e38, np.zeros(3), False)
+        with pytest.raises(FloatingPointError, match="the returns must be finite"):
             test_time.adapt()
 
     def test_a_divergence_restores_the_last_good_weights(self) -> None:
@@ -230,11 +273,15 @@ class TestErrors:
             {"max_kl": 0.0},
             {"clip_epsilon": 0.0},
             {"min_temperature": 0.0},
+            {"min_temperature": 3.0},
+            {"seed": -1},
             {"sequence_length": 0},
             {"num_heads": 1},
         )
         for option in options:
             with pytest.raises(ValueError, match=next(iter(option))):
                 TestTimeAdapter(policy(), **option)
+        with pytest.raises(TypeError, match="seed must be an int, got float"):
+            TestTimeAdapter(policy(), seed=1.5)
         with pytest.raises(TypeError, match="model must be an ImprovedSSM, got StateSpaceModel"):
             TestTimeAdapter(StateSpaceModel())

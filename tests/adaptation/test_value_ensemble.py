@@ -102,6 +102,13 @@ class TestCriticScale:
         assert critic_scale(values, factor * values) == (0.0, 0.0)
         assert critic_scale(torch.ones(50), values) == (0.0, 0.0)
 
+    def test_returns_or_values_that_are_all_the_same_but_for_rounding(self) -> None:
+        values = torch.randn(500)
+        flat = 100.0 + 1e-5 * values
+        assert critic_scale(values, flat) == (0.0, 0.0)
+        assert critic_scale(flat, values) == (0.0, 0.0)
+        assert critic_scale(values, 100.0 + values)[0] == pytest.approx(1.0, rel=1e-3)
+
 
 class TestErrors:
     def test_shapes_and_numbers(self) -> None:

@@ -258,6 +258,10 @@ class TestFile:
             ({}, {"max_size": "1e99"}, "max_size must lie in"),
             ({}, {"max_size": "5000000000000"}, "max_size must lie in"),
             ({}, {"fields": "[]"}, "its tensors must be"),
+            ({}, {"fields": '[["a"]]'}, "fields must be a list of names"),
+            ({}, {"fields": '{"a": 1}'}, "fields must be a list of names"),
+            ({}, {"fields": '["observations", "targets", "_run"]'}, "its tensors must be"),
+            ({"_run": torch.full((3,), 2**63 - 1)}, {}, "_run must be positive, at most"),
             ({}, {"fields": '["targets", "targets"]'}, "its tensors must be"),
             ({"targets": torch.zeros(2)}, {}, "same number of steps"),
             ({"_run": torch.zeros(3, dtype=torch.int64)}, {}, "_run must be positive"),
@@ -267,6 +271,11 @@ class TestFile:
             save_file(good | tensors, path, header | entries)
             with pytest.raises(ValueError, match=f"is not an experience buffer: .*{match}"):
                 ExperienceBuffer.load(path)
+        save_file(
+            {name: good[name] for name in ("_run", "_generator")}, path, header | {"fields": "[]"}
+        )
+        with pytest.raises(ValueError, match="is not an experience buffer: its steps must have"):
+            ExperienceBuffer.load(path)
 
 
 class TestBadInput:
