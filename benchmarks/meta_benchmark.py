@@ -261,7 +261,7 @@ def summarise(options: Options, setting: Setting) -> None:
             f"| {' | '.join(cells)} | {commits} |"
         )
     bars = ", ".join(f"above {value:g} after {k}" for k, value in setting.bar.items())
-    lines += ["", f"To be beaten: {bars}.", ""]
+    lines += ["", f"To be beaten: {bars}.", "", *modes_table(runs)]
     (options.out / f"{options.env}.md").write_text("\n".join(lines))
     (options.out / f"{options.env}.json").write_text(
         json.dumps({"env": setting.env, "bar": setting.bar, "methods": table}, indent=2) + "\n"
@@ -269,6 +269,20 @@ def summarise(options: Options, setting: Setting) -> None:
     plot_steps(options, setting, runs)
     plot_curves(options, setting, runs)
     say("\n".join(lines))
+
+
+def modes_table(runs: list[dict[str, Any]]) -> list[str]:
+    """What the modes of the same policies earn, in rounds of their own."""
+    lines = [
+        "Deterministic, the mean:",
+        "",
+        "| method | 0 | 1 | 2 | 3 |",
+        "|---" * (STEPS + 2) + "|",
+    ]
+    for method, scores in of_methods(runs, "test_tasks_modes").items():
+        means = [f"{x:.1f}" for x in scores.mean((0, 2))]
+        lines.append(f"| {LABELS[method]} | {' | '.join(means)} |")
+    return [*lines, ""]
 
 
 def load(folder: Path, env: str) -> list[dict[str, Any]]:
