@@ -31,6 +31,7 @@ from ssm_fast.cli.options import ADAPT_DEFAULTS, EVALUATION_SEED, Adapt
 from ssm_fast.cli.settings import stored_settings
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner import Environment, Task, get_family
+from ssm_fast.experience.experience_buffer import ExperienceBuffer
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 
@@ -191,5 +192,6 @@ def _adapter(method: str, model: ImprovedSSM, chosen: dict[str, Any]) -> Standar
         "trust_region_eps": chosen["max_kl"],
     }
     if method == "hybrid":
-        return HybridAdapter(model, HybridAdaptationConfig(**shared))
+        memory = ExperienceBuffer(10_000 * chosen["rows"], seed=chosen["seed"])
+        return HybridAdapter(model, HybridAdaptationConfig(**shared), memory)
     return StandardAdapter(model, StandardAdaptationConfig(**shared))

@@ -380,7 +380,7 @@ class TestResume:
         trainer = PolicyGradientTrainer(_model(), seed=7)
         state = trainer.state_dict()
         del state[key]
-        with pytest.raises(ValueError, match=f"does not fit: '{key}'"):
+        with pytest.raises(ValueError, match=f"does not fit: it lacks '{key}'"):
             PolicyGradientTrainer(_model(), seed=7).load_state_dict(state)
 
     def test_another_model_or_nan(self) -> None:
