@@ -55,20 +55,24 @@ def load_upload(visitor: Visitor, uploaded: str | None, env_id: str | None) -> I
         raise ValueError("choose a file first")
     path = Path(uploaded)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path.name} is no .safetensors file, and no other is opened here")
+        raise ValueError(
+            f"the file {path.name} is no .safetensors file, and no other is opened here"
+        )
     if path.stat().st_size > LARGEST_UPLOAD:
-        raise ValueError(f"{path.name} is larger than {LARGEST_UPLOAD // 2**20} MB")
+        raise ValueError(f"the file {path.name} is larger than {LARGEST_UPLOAD // 2**20} MB")
     try:
         yield _loaded(visitor, path, path.stem, env_id)
     except ValueError as error:
-        # The visitor's name for the file, not the server's.
-        raise ValueError(str(error).replace(repr(str(path)), path.name)) from error
+        message = str(error)
+        for server_name in (repr(str(path)), str(path)):
+            message = message.replace(server_name, f"the file {path.name}")
+        raise ValueError(message) from error
 
 
 def _loaded(visitor: Visitor, path: Path, name: str, env_id: str | None) -> LoadView:
     named = "env_id" in read_metadata(path)
     if not named and not (env_id or "").strip():
-        raise ValueError(f"{path.name} does not say which environment it is for: type its id below")
+        raise ValueError(f"{path} does not say which environment it is for: type its id below")
     chosen = checked_env_id(environment_of(path, None if named else checked_env_id(env_id)))
     policy = visitor.add_policy(path, name, chosen)
     text = f"Loaded {policy.name}: {policy.model}, {policy.parameters:,} weights, for {chosen}."

@@ -14,7 +14,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import ssm_fast
 from ssm_fast.app.adapting import USUAL_TASK, place
@@ -139,18 +138,17 @@ def film(
     import imageio_ffmpeg
 
     env_id, chosen = _environment_and_task(policy.env_id, task)
-    route_mujoco_warnings(env_id)
     torch.manual_seed(seed)
     player = ssm_fast.load_policy(policy.path)
-    single = _make(env_id)
+    single = _drawn(env_id)
+    if isinstance(single, _NoOpenGL):
+        send(single)
+        return
     with Environment.wrap(single) as env:
         if chosen is not None:
             env.set_tasks([chosen])
         observation, _ = env.reset(seed=seed)
-        frame = _first_frame(env, env_id)
-        if isinstance(frame, _NoOpenGL):
-            send(frame)
-            return
+        frame = env.render()[0]  # [height, width, 3]
         writer = imageio_ffmpeg.write_frames(
             str(video),
             (frame.shape[1], frame.shape[0]),
@@ -203,24 +201,22 @@ def _environment_and_task(env_id: str, task: str) -> tuple[str, Task | None]:
     return env_id, chosen
 
 
-def _make(env_id: str) -> gymnasium.Env[Any, Any]:
-    arguments: dict[str, Any] = _SIZE if _is_mujoco(env_id) else {}
+def _drawn(env_id: str) -> gymnasium.Env[Any, Any] | _NoOpenGL:
+    """The environment, once it has drawn a frame."""
+    is_mujoco = _is_mujoco(env_id)
+    arguments: dict[str, Any] = _SIZE if is_mujoco else {}
     try:
+        route_mujoco_warnings(env_id)
         env = gymnasium.make(env_id, render_mode="rgb_array", **arguments)
-    except (gymnasium.error.Error, ImportError, TypeError) as error:
-        raise ValueError(f"{env_id} cannot be drawn: {error}") from error
-    if _is_mujoco(env_id):
-        # Without a graphics card, shadows take two thirds of the time of a frame.
-        env.unwrapped.model.vis.quality.shadowsize = 0  # type: ignore[attr-defined]
-    return env
-
-
-def _first_frame(env: Environment, env_id: str) -> NDArray[np.uint8] | _NoOpenGL:
-    """The first frame; drivers that are missing come to light here, with errors of any kind."""
-    try:
-        frame: NDArray[np.uint8] = env.render()[0]
-    except Exception as error:
-        if _is_mujoco(env_id):
+        if is_mujoco:
+            # Without a graphics card, shadows take two thirds of the time of a frame.
+            env.unwrapped.model.vis.quality.shadowsize = 0  # type: ignore[attr-defined]
+        env.reset()
+        env.render()
+    except Exception as error:  # a driver that is missing can raise nearly anything
+        if is_mujoco:
             return _NoOpenGL(f"{type(error).__name__}: {error}")
+        if isinstance(error, (gymnasium.error.Error, ImportError, TypeError)):
+            raise ValueError(f"{env_id} cannot be drawn: {error}") from error
         raise
-    return frame
+    return env
