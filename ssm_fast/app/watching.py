@@ -216,7 +216,5 @@ def _drawn(env_id: str) -> gymnasium.Env[Any, Any] | _NoOpenGL:
     except Exception as error:  # a driver that is missing can raise nearly anything
         if is_mujoco:
             return _NoOpenGL(f"{type(error).__name__}: {error}")
-        if isinstance(error, (gymnasium.error.Error, ImportError, TypeError)):
-            raise ValueError(f"{env_id} cannot be drawn: {error}") from error
-        raise
+        raise ValueError(f"{env_id} cannot be drawn: {error}") from error
     return env
