@@ -442,8 +442,10 @@ def _bind(
         status = Status("Too many are waiting: try again in a minute.", "error")
         return [gr.Button(interactive=True), gr.Button(interactive=False), _line(status)]
 
-    def stop(request: gr.Request) -> None:
-        _visitor(page.visitors, request).stop(kind)
+    def stop(request: gr.Request) -> Any:
+        if _visitor(page.visitors, request).stop(kind):
+            return gr.skip()
+        return _line(Status("Stopped: it will not begin when its turn comes.", "busy"))
 
     started = panel.start.click(announce, None, buttons, **_QUIET, queue=False).then(
         run,
@@ -454,7 +456,7 @@ def _bind(
         concurrency_id=kind,
     )
     started.failure(fail, None, buttons, **_QUIET, queue=False)
-    panel.stop.click(stop, None, None, **_QUIET, queue=False)
+    panel.stop.click(stop, None, panel.status, **_QUIET, queue=False)
 
 
 def _visitor(visitors: Visitors, request: gr.Request) -> Visitor:

@@ -100,14 +100,15 @@ class Visitor:
         if job is not None:
             job.stop()
 
-    def stop(self, kind: str) -> None:
-        """Stops work of a kind, or keeps it from starting."""
+    def stop(self, kind: str) -> bool:
+        """Stops work of a kind, or keeps it from starting; says whether it had started."""
         with self._lock:
             job = self._jobs.get(kind)
             if job is None:
                 self._dropped.add(kind)
         if job is not None:
             job.stop()
+        return job is not None
 
     @property
     def is_busy(self) -> bool:

@@ -209,8 +209,7 @@ def _drawn(env_id: str) -> gymnasium.Env[Any, Any] | _NoOpenGL:
         route_mujoco_warnings(env_id)
         env = gymnasium.make(env_id, render_mode="rgb_array", **arguments)
         if is_mujoco:
-            # Without a graphics card, shadows take two thirds of the time of a frame.
-            env.unwrapped.model.vis.quality.shadowsize = 0  # type: ignore[attr-defined]
+            _set_camera(env.unwrapped)
         env.reset()
         env.render()
     except Exception as error:  # a driver that is missing can raise nearly anything
@@ -218,3 +217,14 @@ def _drawn(env_id: str) -> gymnasium.Env[Any, Any] | _NoOpenGL:
             return _NoOpenGL(f"{type(error).__name__}: {error}")
         raise ValueError(f"{env_id} cannot be drawn: {error}") from error
     return env
+
+
+def _set_camera(env: Any) -> None:
+    """Follows the robot, where its model has a camera that does, and leaves shadows out."""
+    import mujoco
+
+    # Without a graphics card, shadows take two thirds of the time of a frame.
+    env.model.vis.quality.shadowsize = 0
+    camera = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    if camera != -1:
+        env.mujoco_renderer.camera_id = camera

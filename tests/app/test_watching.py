@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import imageio_ffmpeg
 import pytest
 
@@ -66,6 +67,13 @@ def test_mujoco(visitor: Visitor, save_cheetah: Save) -> None:
     assert view.video is not None
     frame = next(imageio_ffmpeg.read_frames(str(view.video), pix_fmt="gray"))
     assert frame["size"] == (480, 360)
+
+
+@pytest.mark.parametrize(("env_id", "camera"), [("HalfCheetah-v5", 0), ("InvertedPendulum-v5", -1)])
+def test_the_camera_follows_where_it_can(env_id: str, camera: int) -> None:
+    with gymnasium.make(env_id, render_mode="rgb_array") as env:
+        watching._set_camera(env.unwrapped)
+        assert env.unwrapped.mujoco_renderer.camera_id == camera  # type: ignore[attr-defined]
 
 
 def test_mujoco_without_opengl(
