@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import gradio as gr
 import pandas as pd
 
 from ssm_fast.app import adapting, kernels, loading, training, watching
-from ssm_fast.app.status import Status, View
+from ssm_fast.app.status import Status, View, as_html
 from ssm_fast.app.visitors import Visitor, Visitors
 
 NO_POLICY = "none yet: train one or load one"
@@ -233,7 +232,7 @@ def _load_tab(page: _Page) -> None:
 
     def loaded(visitor: Visitor, views: Iterator[loading.LoadView]) -> Components:
         view = list(views)[-1]
-        return [_line(view.status), _choice(visitor, view.policy)]
+        return [as_html(view.status), _choice(visitor, view.policy)]
 
     def upload(file: str | None, env_id: str | None, request: gr.Request) -> Components:
         visitor = _visitor(page.visitors, request)
@@ -427,25 +426,25 @@ def _bind(
     def announce(request: gr.Request) -> Components:
         _visitor(page.visitors, request).announce(kind)
         waiting = Status("Waiting for its turn ...", "busy")
-        return [gr.Button(interactive=False), gr.Button(interactive=True), _line(waiting)]
+        return [gr.Button(interactive=False), gr.Button(interactive=True), as_html(waiting)]
 
     def run(request: gr.Request, *values: Any) -> Iterator[Components]:
         visitor = _visitor(page.visitors, request)
         view = None
         for view in handler(visitor, *values):
             name = getattr(view, "policy", None)
-            yield [gr.skip(), gr.skip(), _line(view.status), _choice(visitor, name), *show(view)]
+            yield [gr.skip(), gr.skip(), as_html(view.status), _choice(visitor, name), *show(view)]
         kept = [gr.skip()] * (len(outputs) + 2)
         yield [gr.Button(interactive=True), gr.Button(interactive=False), *kept]
 
     def fail() -> Components:
         status = Status("Too many are waiting: try again in a minute.", "error")
-        return [gr.Button(interactive=True), gr.Button(interactive=False), _line(status)]
+        return [gr.Button(interactive=True), gr.Button(interactive=False), as_html(status)]
 
     def stop(request: gr.Request) -> Any:
         if _visitor(page.visitors, request).stop(kind):
             return gr.skip()
-        return _line(Status("Stopped: it will not begin when its turn comes.", "busy"))
+        return as_html(Status("Stopped: it will not begin when its turn comes.", "busy"))
 
     started = panel.start.click(announce, None, buttons, **_QUIET, queue=False).then(
         run,
@@ -502,22 +501,7 @@ def _buttons(label: str) -> tuple[gr.Button, gr.Button]:
 
 
 def _status_line(text: str) -> gr.HTML:
-    return gr.HTML(_line(Status(text)), elem_classes="line")
-
-
-def _line(status: Status) -> str:
-    """A status as HTML; its texts may come from a stranger's file."""
-    bar = ""
-    if status.kind == "busy" and status.fraction is None:
-        bar = '<div class="bar unknown"><div></div></div>'
-    elif status.kind == "busy":
-        bar = (
-            f'<div class="bar"><div style="width: {100 * (status.fraction or 0):.1f}%"></div></div>'
-        )
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in status.notes)
-    notes = f"<ul>{notes}</ul>" if notes else ""
-    role = "alert" if status.kind == "error" else "status"
-    return f'<div class="status {status.kind}" role="{role}">{html.escape(status.text)}{bar}{notes}</div>'
+    return gr.HTML(as_html(Status(text)), elem_classes="line")
 
 
 def _choice(visitor: Visitor, name: str | None) -> Any:

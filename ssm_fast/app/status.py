@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,21 @@ class View:
     """What a tab shows; handlers yield one after the other."""
 
     status: Status = field(default_factory=Status)
+
+
+def as_html(status: Status) -> str:
+    """A status as HTML; its texts may come from a stranger's file."""
+    bar = ""
+    if status.kind == "busy" and status.fraction is None:
+        bar = '<div class="bar unknown"><div></div></div>'
+    elif status.kind == "busy":
+        bar = (
+            f'<div class="bar"><div style="width: {100 * (status.fraction or 0):.1f}%"></div></div>'
+        )
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in status.notes)
+    notes = f"<ul>{notes}</ul>" if notes else ""
+    role = "alert" if status.kind == "error" else "status"
+    return f'<div class="status {status.kind}" role="{role}">{html.escape(status.text)}{bar}{notes}</div>'
 
 
 V = TypeVar("V", bound=View)

@@ -56,6 +56,7 @@ class Visitor:
         self._dropped: set[str] = set()  # kinds of work that were stopped before they began
         self._lock = threading.Lock()
         self._folders = 0
+        self._is_gone = False
         folder.mkdir(parents=True)
 
     def new_folder(self, kind: str) -> Path:
@@ -82,9 +83,11 @@ class Visitor:
         """Starts work in a process; None where it was stopped while it waited for its turn.
 
         Raises:
-            ValueError: There is work of that kind under way.
+            ValueError: There is work of that kind under way, or the visitor has left.
         """
         with self._lock:
+            if self._is_gone:
+                raise ValueError("the visit is over")
             if kind in self._jobs:
                 raise ValueError(f"{kind} is under way already: stop it first")
             if kind in self._dropped:
@@ -118,6 +121,7 @@ class Visitor:
     def leave(self) -> None:
         """Stops all work and removes the folder."""
         with self._lock:
+            self._is_gone = True
             jobs = list(self._jobs.values())
         for job in jobs:
             job.stop()

@@ -65,6 +65,8 @@ def test_visitors_are_apart(tmp_path: Path, save_policy: Save) -> None:
     assert list(job.batches())[-1] == []  # stopped
     assert not one.folder.exists()
     assert other.folder.exists()
+    with pytest.raises(ValueError, match="the visit is over"):
+        one.start("training", app_work.wait)
     assert visitors.of("one") is not one
     visitors.close()
     assert not any((tmp_path / "visitors").iterdir())
