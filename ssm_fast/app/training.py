@@ -14,13 +14,13 @@ from typing import Any, TypeAlias
 import torch
 
 import ssm_fast
-from ssm_fast.app.jobs import Note, Send, as_sentence
+from ssm_fast.app.jobs import JobError, Note, Send, as_sentence
 from ssm_fast.app.status import Status, View, with_errors_as_sentences
 from ssm_fast.app.visitors import Visitor
 from ssm_fast.cli.environments import FAMILY_OF, route_mujoco_warnings
 from ssm_fast.cli.evaluate import describe
 from ssm_fast.cli.messages import check_option
-from ssm_fast.cli.options import DEFAULTS, EVALUATION_EPISODES, EVALUATION_SEED, LARGEST_SEED, Train
+from ssm_fast.cli.options import DEFAULTS, EVALUATION_EPISODES, EVALUATION_SEED, Train
 from ssm_fast.cli.settings import make_environment, make_trainer, settings_of, total_of
 from ssm_fast.core import ImprovedSSM, StateSpaceModel
 from ssm_fast.env_runner import evaluate
@@ -127,10 +127,10 @@ def train(visitor: Visitor, mode: str, env_id: str, form: Mapping[str, Any]) -> 
     if job is None:
         yield TrainView(Status("Stopped before it began.", "done"))
         return
+    curve: list[list[Point]] = []  # of each iteration
+    notes: list[str] = []
+    progress, result, failure = Progress(0.0, 0, {}), "", ""
     try:
-        curve: list[list[Point]] = []  # of each iteration
-        notes: list[str] = []
-        progress, result = Progress(0.0, 0, {}), ""
         for batch in job.batches():
             for message in batch:
                 if isinstance(message, Progress):
@@ -144,17 +144,24 @@ def train(visitor: Visitor, mode: str, env_id: str, form: Mapping[str, Any]) -> 
             status = Status(f"{text}{_time_left(progress)}", "busy", fraction, tuple(notes))
             view = TrainView(status, _thinned(curve))
             yield view
+    except JobError as error:
+        failure = str(error)
     finally:
         visitor.end(KIND)
-    result = result or _figures(progress, mode)
-    text = f"{'Stopped' if job.is_stopped else 'Done'}. {result}"
     policy_file = folder / "policy.safetensors"
     if not policy_file.exists():
-        yield replace(view, status=Status("Stopped before there was anything to keep.", "done"))
+        text = failure or "Stopped before there was anything to keep."
+        yield replace(view, status=Status(text, "error" if failure else "done"))
         return
+    result = result or _figures(progress, mode)
+    status = Status(
+        f"{'Stopped' if job.is_stopped else 'Done'}. {result}", "done", None, tuple(notes)
+    )
+    if failure:
+        status = Status(f"{failure} The policy is the one of before.", "error")
     run = folder if mode == "meta_rl" and any((folder / "checkpoints").iterdir()) else None
     policy = visitor.add_policy(policy_file, f"{mode} {options.env}", str(options.env), run=run)
-    yield replace(view, status=Status(text, "done", notes=tuple(notes)), policy=policy.name)
+    yield replace(view, status=status, policy=policy.name)
 
 
 def options_of(mode: str, env_id: str | None, form: Mapping[str, Any]) -> Train:
@@ -228,7 +235,6 @@ def learn(send: Send, options: Train, folder: Path) -> None:
         folder: The run folder.
     """
     settings = settings_of(options, folder)
-    check_option("seed", settings["seed"], 0, LARGEST_SEED)
     route_mujoco_warnings(settings["env"])
     torch.manual_seed(settings["seed"])
     with make_environment(settings) as env, RunDirectory(folder) as run:

@@ -124,16 +124,9 @@ def film(
     deterministic: bool,
     video: Path,
 ) -> None:
-    """Plays an episode and writes its video, in a child process.
+    """Plays an episode and writes its video, in a child process; arguments as for `watch`.
 
-    Args:
-        send: Takes the number of steps now and then, and the result at last.
-        policy: What plays.
-        task: See `watch`.
-        steps: See `watch`.
-        seed: See `watch`.
-        deterministic: See `watch`.
-        video: The file to write.
+    It sends the number of steps now and then, and at last what came of it.
     """
     import imageio_ffmpeg
 

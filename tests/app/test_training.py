@@ -97,6 +97,16 @@ def test_stop_keeps_what_was_learnt(visitor: Visitor) -> None:
     assert not visitor.is_busy
 
 
+def test_a_breakdown_keeps_what_was_learnt(visitor: Visitor) -> None:
+    views = train(visitor, "improved", "CartPole-v1", {"steps": 10_000_000, **SMALL})
+    for view in views:
+        if view.curve and visitor.is_busy:
+            visitor._jobs[training.KIND]._process.kill()  # as the kernel does without memory
+    assert view.status.kind == "error"
+    assert view.status.text.startswith("The work ended unexpectedly (exit code -9).")
+    assert visitor.policy(view.policy).path.is_file()
+
+
 def test_stop_before_it_begins(visitor: Visitor) -> None:
     visitor.stop(training.KIND)
     *_, view = train(visitor, "improved", "CartPole-v1", {})
