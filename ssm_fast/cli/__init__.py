@@ -1,4 +1,4 @@
-"""The command line `ssm-fast`: train, evaluate, adapt, info."""
+"""The command line `ssm-fast`: train, evaluate, adapt, app, info."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ try:
     from ssm_fast.cli.evaluate import run_evaluation
     from ssm_fast.cli.info import print_info
     from ssm_fast.cli.messages import sentence
-    from ssm_fast.cli.options import Adapt, Evaluate, Info, Train
+    from ssm_fast.cli.options import Adapt, App, Evaluate, Info, Train
     from ssm_fast.cli.train import run_training
 except ModuleNotFoundError as error:
     sys.stderr.write(f"ssm-fast: {error.name} is missing: pip install 'ssm_fast[rl]'\n")
@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
         infinity, 2 for a mistake in the input, 130 after Ctrl-C.
     """
     options = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "evaluate": Evaluate, "adapt": Adapt, "info": Info},
+        {"train": Train, "evaluate": Evaluate, "adapt": Adapt, "app": App, "info": Info},
         prog="ssm-fast",
         description="State-space-model policies: training, evaluation and adaptation.",
         args=args,
@@ -46,6 +46,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 run_evaluation(options)
             elif isinstance(options, Adapt):
                 run_adaptation(options)
+            elif isinstance(options, App):
+                _run_app(options)
             else:
                 print_info()
         except (ValueError, OSError) as error:
@@ -57,6 +59,16 @@ def main(args: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interrupt:
             return _fail(130, sentence(interrupt) or "interrupted")
     return 0
+
+
+def _run_app(options: App) -> None:
+    """Starts the web app; what it needs is an extra of its own."""
+    from ssm_fast.app.server import run_app
+
+    try:
+        run_app(options)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: pip install 'ssm_fast[app]'") from None
 
 
 def _fail(code: int, reason: str) -> int:

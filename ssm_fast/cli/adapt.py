@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,52 @@ from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 
 
+@dataclass(frozen=True)
+class AdaptationReport:
+    """Returns of a policy as it was and of its adapted copy, means over the rows.
+
+    Attributes:
+        env_id: What was played.
+        without: Of each episode (of `gradient`: each round), not adapting.
+        adapting: Of the same, from the same first states, while the copy adapted.
+        before: Of as many other episodes, played deterministically by the policy as it was.
+        after: Of the same, by the adapted copy.
+    """
+
+    env_id: str
+    without: list[float]
+    adapting: list[float]
+    before: list[float]
+    after: list[float]
+
+
 def run_adaptation(options: Adapt) -> None:
-    """Adapts a copy of a policy, writes it, and compares it with the policy as it was."""
+    """Adapts a copy of a policy, writes it, and prints the comparison with the policy as it was."""
+    report = adapt_policy(options)
+    say(f"{'episode':>14} {'without':>10} {'adapting':>10}")
+    for i, row in enumerate(zip(report.without, report.adapting, strict=True)):
+        say(f"{i + 1:>14} {row[0]:>10.1f} {row[1]:>10.1f}")
+    _say_means("mean", report.without, report.adapting)
+    _say_means("deterministic", report.before, report.after)
+    say(
+        f"adapted to {report.env_id} by {options.method}, seed {options.seed}; policy {options.out}"
+    )
+
+
+def _say_means(name: str, without: Sequence[float], adapting: Sequence[float]) -> None:
+    means = [sum(returns) / len(returns) for returns in (without, adapting)]
+    say(f"{name:>14} {means[0]:>10.1f} {means[1]:>10.1f}")
+
+
+def adapt_policy(
+    options: Adapt, on_stage: Callable[[str], None] = lambda _: None
+) -> AdaptationReport:
+    """Adapts a copy of a policy and writes it.
+
+    Args:
+        options: Those of the command.
+        on_stage: Called with a few words on what begins.
+    """
     path = policy_file(options.path)
     model = load_model(path, ImprovedSSM)
     if options.out.resolve() == path.resolve():
@@ -56,23 +101,25 @@ def run_adaptation(options: Adapt) -> None:
     with _environment(env_id, task, chosen) as env:
         if run is not None:
             trainer = trained_meta_rl(run, settings, env)
-            adapted, without, returns = _by_gradient_steps(trainer, env, chosen)
+            on_stage("playing with and without gradient steps")
+            adapted, without, adapting = _by_gradient_steps(trainer, env, chosen)
         else:
             adapter = _adapter(options.method, model, chosen)
             adapted = adapter.model
+            on_stage("playing without adapting")
             without = episode_means(play_episodes(model, env, chosen["episodes"], options.seed))
-            returns = _by_adapter(adapter, env, chosen)
+            on_stage("playing and adapting")
+            adapting = _by_adapter(adapter, env, chosen)
         metadata = env.policy_metadata() | critic
         if task is not None:
             metadata["task"] = json.dumps(task.as_dict())
         save_model(options.out, adapted, metadata)
-        _compare(without, returns)
-        played = [
+        on_stage("playing both deterministically")
+        before, after = (
             episode_means(play_episodes(policy, env, chosen["episodes"], EVALUATION_SEED, True))
             for policy in (model, adapted)
-        ]
-        _compare_means("deterministic", *played)
-    say(f"adapted to {env_id} by {options.method}, seed {options.seed}; policy {options.out}")
+        )
+    return AdaptationReport(env_id, without, adapting, before, after)
 
 
 def _meta_rl_run(path: Path) -> tuple[RunDirectory, dict[str, Any]]:
@@ -148,18 +195,6 @@ def _by_adapter(adapter: StandardAdapter, env: Environment, chosen: dict[str, An
     if isinstance(adapter, TestTimeAdapter):
         return adapter.adapt_online(*arguments, seed=chosen["seed"])[0]
     return adapt_to_environment(adapter, *arguments, seed=chosen["seed"])[0]
-
-
-def _compare(without: Sequence[float], adapting: Sequence[float]) -> None:
-    say(f"{'episode':>14} {'without':>10} {'adapting':>10}")
-    for i, row in enumerate(zip(without, adapting, strict=True)):
-        say(f"{i + 1:>14} {row[0]:>10.1f} {row[1]:>10.1f}")
-    _compare_means("mean", without, adapting)
-
-
-def _compare_means(name: str, without: Sequence[float], adapting: Sequence[float]) -> None:
-    means = [sum(returns) / len(returns) for returns in (without, adapting)]
-    say(f"{name:>14} {means[0]:>10.1f} {means[1]:>10.1f}")
 
 
 def _task(env_id: str, options: Adapt) -> Task | None:

@@ -236,5 +236,15 @@ class Adapt:
 
 
 @dataclass(frozen=True)
+class App:
+    """Open the web app: train, load, adapt and watch policies, and time the kernels."""
+
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in. There is no password."""
+    port: int = 7860
+    """Port to listen at."""
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions, instruction sets, threads and GPUs."""

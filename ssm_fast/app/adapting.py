@@ -1,0 +1,211 @@
+"""The tab Adapt: a copy of the policy learns a task while it plays it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from ssm_fast.app.jobs import Note, Send
+from ssm_fast.app.status import Status, View, with_errors_as_sentences
+from ssm_fast.app.visitors import StoredPolicy, Visitor
+from ssm_fast.cli.adapt import AdaptationReport, adapt_policy
+from ssm_fast.cli.environments import FAMILY_OF
+from ssm_fast.cli.messages import check_option
+from ssm_fast.cli.options import ADAPT_DEFAULTS, DEFAULTS, Adapt
+from ssm_fast.env_runner import Task, get_family
+
+KIND = "adapting"
+METHODS = {
+    "test_time": "value ensemble, exploration by uncertainty, step size by difficulty",
+    "standard": "learns from the last stretch",
+    "hybrid": "with replay of the stretches before",
+    "gradient": "the steps that a meta_rl training of this visit has learnt",
+}
+BOUNDS = {
+    "episodes": (1, 20),
+    "rows": (1, 64),
+    "adapt_every": (1, 10_000),
+    "steps": (1, 200),
+    "seed": (0, 2**31 - 1),
+}
+_ROWS = 8  # with fewer, what is learnt in a few episodes cannot be told from noise
+_DEFAULTS: dict[str, Any] = {**ADAPT_DEFAULTS, "rows": _ROWS, "adapt_every": 200, "seed": 0}
+_DEFAULTS_OF_GRADIENT = {"episodes": 4, "rows": DEFAULTS["meta_rl"]["batch_size"], "seed": 0}
+USUAL_TASK = ""  # what the environment plays anyway
+_LONGEST_DESCRIPTION = 5  # numbers of a task that are still read
+
+
+@dataclass(frozen=True)
+class AdaptView(View):
+    """What the tab shows.
+
+    Attributes:
+        curve: Points `(episode or gradient steps, return, name of the line)`.
+        table: A row each, the means at the end.
+        policy: Name of the adapted policy.
+    """
+
+    curve: tuple[tuple[float, float, str], ...] = ()
+    table: tuple[tuple[str, float, float, float], ...] = ()
+    policy: str | None = None
+
+
+@with_errors_as_sentences(AdaptView)
+def adapt(
+    visitor: Visitor, name: str | None, method: str, task: str, form: Mapping[str, Any]
+) -> Iterator[AdaptView]:
+    """Adapts a policy of a visitor's.
+
+    Args:
+        visitor: Who has the policy, and is to have the adapted one.
+        name: Of the policy.
+        method: One of `METHODS`.
+        task: One of `task_choices`.
+        form: Options of the command `adapt` by name; None takes the default of the method.
+    """
+    policy = visitor.policy(name)
+    folder = visitor.new_folder(KIND)
+    options = options_of(policy, method, task, form, folder / "adapted.safetensors")
+    view = AdaptView(Status("Starting ...", "busy"))
+    yield view
+    job = visitor.start(KIND, work, options)
+    if job is None:
+        yield AdaptView(Status("Stopped before it began.", "done"))
+        return
+    try:
+        report: AdaptationReport | None = None
+        notes: list[str] = []
+        for batch in job.batches():
+            for message in batch:
+                if isinstance(message, AdaptationReport):
+                    report = message
+                elif isinstance(message, Note):
+                    notes.append(message.text.replace(f"{policy.path} ", "the policy "))
+                else:
+                    text = f"{message[:1].upper()}{message[1:]} ..."
+                    view = AdaptView(Status(text, "busy", notes=tuple(notes)))
+            yield view
+    finally:
+        visitor.end(KIND)
+    if report is None:
+        yield replace(view, status=Status("Stopped; nothing has changed.", "done"))
+        return
+    where = place(task, report.env_id)
+    label = f"{policy.name}, {method} in {where}"
+    adapted = visitor.add_policy(options.out, label, report.env_id, task=task)
+    status = Status(_summary(report, where), "done", notes=tuple(notes))
+    yield AdaptView(status, _curve(report, method), _table(report, method), adapted.name)
+
+
+def options_of(
+    policy: StoredPolicy, method: str, task: str, form: Mapping[str, Any], out: Path
+) -> Adapt:
+    """The options of the command, checked.
+
+    Raises:
+        ValueError: The method is unknown or not for this policy, or a number is out of bounds.
+        TypeError: A count is no integer.
+    """
+    if method not in METHODS:
+        raise ValueError(f"the method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method == "gradient" and policy.run is None:
+        raise ValueError(
+            "gradient takes the steps that a meta_rl training has learnt, and their lengths are not "
+            "in a policy's file: train one with meta_rl in this visit, or choose another method"
+        )
+    if policy.model != "ImprovedSSM":
+        raise ValueError(
+            f"{policy.name} is a {policy.model}, which has no critic: "
+            "adapt one that improved or meta_rl has trained"
+        )
+    given = _defaults_of(method)
+    given |= {name: x for name, x in form.items() if name in given and x is not None}
+    for name, value in given.items():
+        if name in BOUNDS:
+            check_option(name, value, *BOUNDS[name])
+    if task != USUAL_TASK:
+        split, _, number = task.rpartition(" ")
+        if split not in get_args(get_type_hints(Adapt)["split"]) or not number.isdecimal():
+            raise ValueError(f"there is no task {task!r}")
+        given |= {"split": split, "task": int(number)}
+    path = policy.run if method == "gradient" and policy.run is not None else policy.path
+    options: dict[str, Any] = {"env": policy.env_id, "method": method, "out": out, **given}
+    return Adapt(path, **options)
+
+
+def default_of(method: str, name: str) -> float | None:
+    """What an option comes to where it is not given; None if the method has no such option."""
+    return _defaults_of(method).get(name)
+
+
+def _defaults_of(method: str) -> dict[str, Any]:
+    return dict(_DEFAULTS_OF_GRADIENT if method == "gradient" else _DEFAULTS)
+
+
+def work(send: Send, options: Adapt) -> None:
+    """Adapts as the command does, in a child process: sends its stages, then its report."""
+    send(adapt_policy(options, on_stage=send))
+
+
+def task_choices(env_id: str) -> list[tuple[str, str]]:
+    """What may be chosen as a task in an environment: `(label, value)`."""
+    choices = [("as it was trained", USUAL_TASK)]
+    try:
+        family = get_family(FAMILY_OF.get(env_id, env_id))
+    except ValueError:
+        return choices
+    for split in ("test", "out_of_range"):
+        tasks = getattr(family, f"{split}_tasks")
+        choices += [
+            (place(f"{split} {i}", "") + _described(task), f"{split} {i}")
+            for i, task in enumerate(tasks)
+        ]
+    return choices
+
+
+def place(task: str, env_id: str) -> str:
+    """Where a policy plays, in words."""
+    split, _, number = task.rpartition(" ")
+    return env_id if task == USUAL_TASK else f"{split.replace('_', ' ')} task {number}"
+
+
+def _described(task: Task) -> str:
+    numbers = task.as_dict()
+    if len(numbers) > _LONGEST_DESCRIPTION or any(isinstance(x, tuple) for x in numbers.values()):
+        return ""
+    return ": " + ", ".join(f"{name} {x:.3g}" for name, x in numbers.items())
+
+
+def _curve(report: AdaptationReport, method: str) -> tuple[tuple[float, float, str], ...]:
+    first = 0 if method == "gradient" else 1
+    lines = {"not adapting": report.without, "adapting": report.adapting}
+    return tuple(
+        (i, value, name)
+        for name, values in lines.items()
+        for i, value in enumerate(values, start=first)
+    )
+
+
+def _table(report: AdaptationReport, method: str) -> tuple[tuple[str, float, float, float], ...]:
+    name, first = ("after {} gradient steps", 0) if method == "gradient" else ("episode {}", 1)
+    rows = [
+        (name.format(i), *pair)
+        for i, pair in enumerate(zip(report.without, report.adapting, strict=True), start=first)
+    ]
+    rows.append(("mean", _mean(report.without), _mean(report.adapting)))
+    rows.append(("deterministic, before and after", _mean(report.before), _mean(report.after)))
+    return tuple((what, round(a, 1), round(b, 1), round(b - a, 1)) for what, a, b in rows)
+
+
+def _summary(report: AdaptationReport, where: str) -> str:
+    before, after = _mean(report.before), _mean(report.after)
+    return (
+        f"Adapted to {where}. Deterministic return {before:.1f} before and {after:.1f} after, over "
+        f"{len(report.before)} episodes that it did not learn from."
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

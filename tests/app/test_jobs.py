@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import time
+
+import app_work
+import pytest
+
+from ssm_fast.app.jobs import Job, JobError, Note, as_sentence
+
+pytestmark = pytest.mark.isa_independent
+
+
+def messages(job: Job) -> list[object]:
+    return [message for batch in job.batches() for message in batch]
+
+
+def test_messages_in_their_order() -> None:
+    job = Job(app_work.count, 500)
+    assert messages(job) == list(range(500))
+    job.stop()  # too late to be a stop
+    assert not job.is_stopped
+
+
+def test_environment_is_the_child_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SSM_FAST_TEST", raising=False)
+    environment = {"SSM_FAST_TEST": "1"}
+    assert messages(Job(app_work.tell_environment, "SSM_FAST_TEST", environment=environment)) == [
+        "1"
+    ]
+    assert messages(Job(app_work.tell_environment, "SSM_FAST_TEST")) == [None]
+
+
+def test_warnings_are_notes() -> None:
+    assert messages(Job(app_work.warn)) == [Note("The sky is falling.")]
+
+
+@pytest.mark.parametrize(
+    ("work", "text"),
+    [
+        (app_work.raise_value_error, "Width must be at least 1."),
+        (app_work.divide_by_zero, r"Something went wrong \(ZeroDivisionError\): Integer division"),
+        (app_work.crash, r"The work ended unexpectedly \(exit code 3\)."),
+    ],
+)
+def test_errors_are_sentences(work: object, text: str) -> None:
+    with pytest.raises(JobError, match=text):
+        messages(Job(work))  # type: ignore[arg-type]
+
+
+def test_stop() -> None:
+    job = Job(app_work.wait)
+    seen = []
+    for batch in job.batches():
+        seen += batch
+        if seen and not job.is_stopped:
+            began = time.monotonic()
+            job.stop()
+    assert seen == ["waiting"]
+    assert job.is_stopped
+    assert time.monotonic() - began < 5.0  # where nothing else is at work, a few milliseconds
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("--lr must be positive", "Lr must be positive."),
+        ("two\n lines", "Two lines."),
+        ("done.", "Done."),
+    ],
+)
+def test_as_sentence(text: str, sentence: str) -> None:
+    assert as_sentence(ValueError(text)) == sentence
