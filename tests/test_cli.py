@@ -276,7 +276,7 @@ def test_options_of_the_modes() -> None:
         "improved": {*sizes, "num_layers"},
         "meta_rl": {*sizes, "num_layers"},
     }
-    shared = {"gamma", "max_grad_norm", "anneal_lr", "checkpoint_interval"}
+    shared = {"gamma", "max_grad_norm", "anneal_lr", "checkpoint_interval", "device"}
     ppo = {"gae_lambda", "clip_epsilon", "num_steps"}
     inner = {"inner_lr", "inner_steps", "first_order", "learn_inner_lr"}
     outer = {"outer_lr", "outer_epochs", "tasks_per_epoch", "tasks_per_minibatch"}
