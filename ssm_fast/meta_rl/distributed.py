@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TIMEOUT = 300.0  # seconds: more than any rank lets the others wait, a checkpoint's disk included
+_PAUSE = 0.01  # seconds between two looks for a rank that is not there yet
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 _SHARED_ERRORS = (FloatingPointError, ValueError, OSError)
 
@@ -213,12 +216,14 @@ class _Processes(World):
         nccl = torch.cuda.is_available() and dist.is_nccl_available()
         self._dist = dist
         with _or_lost():
-            self._store, self.rank, self.size = next(rendezvous("env://", timeout=patience))
-            self._store.set_timeout(patience)
+            store, self.rank, self.size = next(rendezvous("env://", timeout=patience))
+            store.set_timeout(patience)
+            prefix = _meet(store, self.rank, self.size, timeout)
+            self._store = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if nccl else "gloo",
                 timeout=patience,
-                store=dist.PrefixStore("ssm_fast", self._store),  # type: ignore[attr-defined]
+                store=self._store,
                 rank=self.rank,
                 world_size=self.size,
             )
@@ -345,6 +350,35 @@ class _Processes(World):
     def close(self) -> None:
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
+
+
+def _meet(store: Any, rank: int, size: int, timeout: float) -> str:
+    """A name that the processes of this start share, and no other start with the same store.
+
+    torchrun keeps its store over restarts, with the addresses of the processes before: gloo takes
+    these for the new ones. So each process leaves a name that nobody knows yet, rank 0 answers all
+    that it finds with a name of its own, and the right ones acknowledge that.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"hello/{rank}", name)
+        shared: str = store.get(f"welcome/{name}").decode()
+        store.set(f"met/{shared}/{rank}", "")
+        return shared
+    deadline = time.monotonic() + timeout
+    missing, welcomed = set(range(1, size)), set()
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):
+                found = store.get(f"hello/{other}").decode()
+                if found not in welcomed:
+                    store.set(f"welcome/{found}", name)
+                    welcomed.add(found)
+        missing = {other for other in missing if not store.check([f"met/{name}/{other}"])}
+        if missing and time.monotonic() > deadline:
+            raise RuntimeError(f"ranks {sorted(missing)} did not come within {timeout:.0f} s")
+        time.sleep(_PAUSE if missing else 0.0)
+    return name
 
 
 @contextmanager
