@@ -26,7 +26,8 @@ PPO: dict[str, tuple[str, int, dict[str, Any]]] = {
     "continuous": ("Pendulum-v1", 4, {"learning_rate": 1e-3}),
 }
 META: dict[str, tuple[str, dict[str, Any]]] = {
-    "discrete": ("ssm_fast/CartPoleFamily-v0", {"inner_steps": 1, "learn_inner_lr": True}),
+    # minibatches of 2 tasks and of 1, and of 3, of which two processes take 2 and 1
+    "discrete": ("ssm_fast/CartPoleFamily-v0", {"inner_steps": 1, "tasks_per_minibatch": 2}),
     "continuous": ("ssm_fast/HalfCheetahDir-v0", {"inner_steps": 2, "first_order": True}),
 }
 
@@ -61,14 +62,16 @@ def train_meta_rl(kind: str, world: World) -> dict[str, Any]:
     env = Environment(env_id, 2 * len(world.share(3)))
     trainer = MetaRLTrainer(
         _model(env),
-        tasks_per_epoch=3,
-        tasks_per_minibatch=2,
-        num_steps=12,
-        outer_epochs=2,
-        evaluation_interval=2,
-        seed=5,
         world=world,
-        **options,
+        **{
+            "tasks_per_epoch": 3,
+            "tasks_per_minibatch": 3,
+            "num_steps": 12,
+            "outer_epochs": 2,
+            "evaluation_interval": 2,
+            "seed": 5,
+            **options,
+        },
     )
     result = trainer.train(env, 3, test_tasks=env.family.test_tasks[:4])
     return _summary(trainer, result) | {"rates": {n: r.detach() for n, r in trainer.rates.items()}}

@@ -849,7 +849,8 @@ class PPOTrainer:
         torch.set_rng_state(self._random_state)
         if self.device.type == "cuda":
             if self._cuda_random_state is None:
-                torch.cuda.manual_seed(self.seed)
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(self.seed)
             else:
                 torch.cuda.set_rng_state(self._cuda_random_state, self.device)
 

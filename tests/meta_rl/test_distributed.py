@@ -30,7 +30,7 @@ from ssm_fast.meta_rl.run import RunDirectory
 
 pytestmark = pytest.mark.isa_independent
 
-PATIENCE = 120.0  # seconds, for a busy machine
+PATIENCE = 300.0  # seconds, for a busy machine
 KILLS = """
 import os
 import signal
@@ -288,7 +288,7 @@ class TestLostRank:
             assert second.wait(PATIENCE) == -signal.SIGKILL
             killed = time.monotonic()
             out, error = first.communicate(timeout=PATIENCE)
-            assert time.monotonic() - killed < 15.0
+            assert time.monotonic() - killed < 30.0
             assert first.returncode == 1
             assert "ssm-fast: training stopped: another process of this run is lost: " in error
             resume_it = "ssm-fast train --resume --out run --env kills:Kills-v0"
