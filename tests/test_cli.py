@@ -737,7 +737,7 @@ class TestResume:
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert cli.main([*META, "--epochs", "1", "--out", "out"]) == 0
+        assert cli.main([*META, "--inner_steps", "0", "--epochs", "1", "--out", "out"]) == 0
         path = Path("out/config.json")
         assert json.loads(path.read_text())["device"] is None
         path.write_text(json.dumps({**json.loads(path.read_text()), "device": "cuda"}))
