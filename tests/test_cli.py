@@ -313,7 +313,7 @@ def test_options_of_the_modes() -> None:
         "improved": {*sizes, "num_layers"},
         "meta_rl": {*sizes, "num_layers"},
     }
-    shared = {"gamma", "max_grad_norm", "anneal_lr", "checkpoint_interval"}
+    shared = {"gamma", "max_grad_norm", "anneal_lr", "checkpoint_interval", "device"}
     ppo = {"gae_lambda", "clip_epsilon", "num_steps"}
     inner = {"inner_lr", "inner_steps", "first_order", "learn_inner_lr"}
     outer = {"outer_lr", "outer_epochs", "tasks_per_epoch", "tasks_per_minibatch"}
@@ -484,6 +484,18 @@ class TestAdapt:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("mode", [REINFORCE, [*PPO, "--steps", "80"], META])
+    def test_without_a_gpu(
+        self,
+        mode: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert cli.main([*mode, "--device", "cuda", "--out", "out"]) == 2
+        assert capsys.readouterr().err == "ssm-fast: --device: this torch sees no GPU\n"
+        assert not Path("out").exists()
+
     @pytest.mark.parametrize(
         ("args", "text"),
         [
@@ -734,6 +746,8 @@ class TestResume:
             ({"seed": "0"}, "seed must be int, got '0'"),
             ({"batch_size": None}, "batch_size must be int, got None"),
             ({"gamma": True}, "gamma must be float, got True"),
+            ({"device": "tpu"}, "device must be one of ['cpu', 'cuda'], got 'tpu'"),
+            ({"device": 0}, "device must be one of ['cpu', 'cuda'], got 0"),
             ({"state_dim": 33}, "does not fit"),
         ],
     )
@@ -755,6 +769,21 @@ class TestResume:
         assert cli.main(resume_it) == 0
         assert torch.get_num_threads() == 2
         assert json.loads(Path("out/config.json").read_text())["threads"] == 2
+
+    def test_on_another_device(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert cli.main([*META, "--inner_steps", "0", "--epochs", "1", "--out", "out"]) == 0
+        path = Path("out/config.json")
+        assert json.loads(path.read_text())["device"] is None
+        path.write_text(json.dumps({**json.loads(path.read_text()), "device": "cuda"}))
+        assert cli.main(["evaluate", "out"]) == 0  # on the CPU, wherever it was trained
+        resume_it = ["train", "--resume", "--epochs", "2", "--out", "out"]
+        assert cli.main(resume_it) == 2
+        assert "--device: this torch sees no GPU" in capsys.readouterr().err
+        assert cli.main([*resume_it, "--device", "cpu"]) == 0
+        assert json.loads(path.read_text())["device"] == "cpu"
 
     @pytest.mark.parametrize("header", ["", "step,x", "iteration,timesteps,episode_return", "\xff"])
     def test_with_a_damaged_curve(self, header: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 try:
@@ -16,6 +17,7 @@ try:
     from ssm_fast.cli.messages import sentence
     from ssm_fast.cli.options import Adapt, App, Evaluate, Info, Train
     from ssm_fast.cli.train import run_training
+    from ssm_fast.meta_rl.distributed import LostRank, World, join_world
 except ModuleNotFoundError as error:
     sys.stderr.write(f"ssm-fast: {error.name} is missing: pip install 'ssm_fast[rl]'\n")
     raise SystemExit(2) from None
@@ -29,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 when training, an adaptation or an evaluation broke down on NaN or
-        infinity, 2 for a mistake in the input, 130 after Ctrl-C.
+        infinity, or lost one of its processes, 2 for a mistake in the input, 130 after Ctrl-C.
     """
     options = tyro.extras.subcommand_cli_from_dict(
         {"train": Train, "evaluate": Evaluate, "adapt": Adapt, "app": App, "info": Info},
@@ -37,11 +39,13 @@ def main(args: Sequence[str] | None = None) -> int:
         description="State-space-model policies: training, evaluation and adaptation.",
         args=args,
     )
-    with warnings.catch_warnings():
+    world = World()
+    with warnings.catch_warnings(), ExitStack() as leaving:
         warnings.showwarning = _show_warning
         try:
             if isinstance(options, Train):
-                run_training(options)
+                world = leaving.enter_context(join_world())
+                run_training(options, world)
             elif isinstance(options, Evaluate):
                 run_evaluation(options)
             elif isinstance(options, Adapt):
@@ -50,14 +54,14 @@ def main(args: Sequence[str] | None = None) -> int:
                 _run_app(options)
             else:
                 print_info()
-        except (ValueError, OSError) as error:
-            return _fail(2, sentence(error))
-        except FloatingPointError as error:
+        except (FloatingPointError, LostRank) as error:
             names = {Train: "training", Adapt: "adaptation"}
             stopped = names.get(type(options), "evaluation")
-            return _fail(1, f"{stopped} stopped: {sentence(error)}")
+            return _fail(world, 1, f"{stopped} stopped: {sentence(error)}")
+        except (ValueError, OSError) as error:
+            return _fail(world, 2, sentence(error))
         except KeyboardInterrupt as interrupt:
-            return _fail(130, sentence(interrupt) or "interrupted")
+            return _fail(world, 130, sentence(interrupt) or "interrupted")
     return 0
 
 
@@ -71,8 +75,9 @@ def _run_app(options: App) -> None:
         raise ValueError(f"{error.name} is missing: pip install 'ssm_fast[app]'") from None
 
 
-def _fail(code: int, reason: str) -> int:
-    sys.stderr.write(f"ssm-fast: {reason}\n")
+def _fail(world: World, code: int, reason: str) -> int:
+    if world.is_first_to_say(reason):
+        sys.stderr.write(f"ssm-fast: {reason}\n")
     return code
 
 

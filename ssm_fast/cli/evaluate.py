@@ -70,7 +70,7 @@ def trained_meta_rl(
     checkpoint = run.latest_checkpoint()
     if checkpoint is None:
         raise ValueError(f"{run.path} has no checkpoint yet")
-    trainer = make_trainer(settings, env)
+    trainer = make_trainer(settings | {"device": "cpu"}, env)
     assert isinstance(trainer, MetaRLTrainer)
     load_checkpoint(checkpoint, trainer)
     return trainer

@@ -62,6 +62,8 @@ def _default(text: str, metavar: str) -> Any:
 class Train:
     """Train a policy and evaluate it.
 
+    Under torchrun, the processes train one policy together; see docs/distributed.md.
+
     The run folder receives config.json, checkpoints, TensorBoard events, curve.csv, curve.png,
     policy.safetensors (for `ssm-fast evaluate` and `ssm_fast.load_policy`) and evaluation.json.
     What is not given takes the default of the mode and its trainer, or, with --resume, the value
@@ -98,6 +100,9 @@ class Train:
     """Run folder."""
     resume: bool = False
     """Continue the run in the run folder exactly where its last checkpoint left it."""
+    device: Annotated[Literal["cpu", "cuda"] | None, _default("cpu", "{cpu,cuda}")] = None
+    """Where the policy acts and learns; the environments stay on the CPU. A run may be continued on
+    another one."""
     threads: Annotated[int | None, _default("1", "INT")] = None
     """Threads of torch and the kernels. These models are too small to gain from more, and where
     another process has the core, more are several times slower."""
@@ -112,8 +117,8 @@ class Train:
     batch_size: Annotated[
         int | None, _default("improved: 8, policy_gradient: 16, meta_rl: 20", "INT")
     ] = None
-    """Environments side by side; in meta_rl those of each task, the trajectories of a gradient
-    step."""
+    """Environments side by side, of all processes together; in meta_rl those of each task, the
+    trajectories of a gradient step."""
     state_dim: Annotated[
         int | None, _default("improved, meta_rl: 64, policy_gradient: 32", "INT")
     ] = None

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeAlias, get_args, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+
+import torch
 
 from ssm_fast.checks import check_count
 from ssm_fast.cli.environments import FAMILY_OF, refuse_import
@@ -15,6 +17,7 @@ from ssm_fast.cli.options import DEFAULTS, Train
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner import Environment, TrialEnvironment, get_family
+from ssm_fast.meta_rl.distributed import World
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.policy_gradient_trainer import PolicyGradientTrainer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
@@ -94,9 +97,9 @@ def _in_terms_of(mode: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _continued(given: dict[str, Any], stored: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
-    """The settings of the run, with as many steps or episodes as are asked for now."""
+    """The settings of the run, with the steps or episodes and the device asked for now."""
     for name, value in given.items():
-        if name in LIMITS[stored["mode"]]:
+        if name in (*LIMITS[stored["mode"]], "device"):
             stored[name] = value
         elif stored.get(name) != value:
             option = "lr" if name == "learning_rate" else name
@@ -119,7 +122,12 @@ def stored_settings(run: RunDirectory) -> dict[str, Any]:
         value, kind = stored.get(name), get_args(kinds[name])[0]
         if value is None and name not in DEFAULTS[mode].keys() - {"episodes", "steps"}:
             continue
-        if type(value) is not kind:
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise ValueError(
+                    f"{run.config_path}: {name} must be one of {list(get_args(kind))}, got {value!r}"
+                )
+        elif type(value) is not kind:
             raise ValueError(f"{run.config_path}: {name} must be {kind.__name__}, got {value!r}")
     return {name: stored.get(name) for name in ("mode", *_options_of(mode))}
 
@@ -130,27 +138,43 @@ def _options_of(mode: str) -> tuple[str, ...]:
     return shared + trial + MODEL_OPTIONS[mode] + TRAINER_OPTIONS[mode]
 
 
-def make_environment(settings: dict[str, Any]) -> Environment | TrialEnvironment:
-    """The environments that the run plays in."""
+def make_environment(
+    settings: dict[str, Any], world: World | None = None
+) -> Environment | TrialEnvironment:
+    """The environments that the run plays in: this process's share of them."""
+    world = world or World()
     env_id, rows, seed = settings["env"], settings["batch_size"], settings["seed"]
+    sharded = "tasks_per_epoch" if settings["mode"] == "meta_rl" else "batch_size"
+    for name in ("batch_size", sharded):
+        check_count(f"--{name}", settings[name])
+    if settings[sharded] < world.size:
+        raise ValueError(
+            f"--{sharded} must be at least the number of processes, {world.size}, "
+            f"got {settings[sharded]}"
+        )
+    share = len(world.share(settings[sharded]))
     if settings["mode"] != "meta_rl":
-        return Environment(env_id, rows, seed=seed)
-    tasks = settings["tasks_per_epoch"]
-    for name, value in (("batch_size", rows), ("tasks_per_epoch", tasks)):
-        check_count(f"--{name}", value)
+        return Environment(env_id, share, seed=seed)
     get_family(env_id)
-    env = Environment(env_id, rows * tasks, seed=seed)
+    env = Environment(env_id, rows * share, seed=seed)
     episodes = settings["trial_episodes"]
     return env if episodes == 1 else TrialEnvironment(env, episodes)
 
 
-def make_trainer(settings: dict[str, Any], env: Environment | TrialEnvironment) -> Trainer:
+def make_trainer(
+    settings: dict[str, Any],
+    env: Environment | TrialEnvironment,
+    world: World | None = None,
+) -> Trainer:
     """The model and trainer of the settings; what is None is left to their defaults."""
+    world = world or World()
 
     def chosen(names: tuple[str, ...]) -> dict[str, Any]:
         return {name: settings[name] for name in names if settings[name] is not None}
 
     mode = settings["mode"]
+    if mode == "policy_gradient" and world.size > 1:
+        raise ValueError("--mode policy_gradient trains in one process")
     if mode == "policy_gradient" and not env.discrete:
         raise ValueError(
             f"--mode policy_gradient needs discrete actions; {env.env_name} has "
@@ -158,6 +182,7 @@ def make_trainer(settings: dict[str, Any], env: Environment | TrialEnvironment) 
         )
     model_options = chosen(MODEL_OPTIONS[mode])
     trainer_options = chosen(TRAINER_OPTIONS[mode]) | {"seed": settings["seed"]}
+    trainer_options["device"] = _device(settings["device"], world)
     if mode == "policy_gradient":
         standard = StateSpaceModel(
             input_dim=env.input_dim, output_dim=env.action_dim, **model_options
@@ -171,8 +196,22 @@ def make_trainer(settings: dict[str, Any], env: Environment | TrialEnvironment) 
         **model_options,
     )
     if mode == "meta_rl":
-        return MetaRLTrainer(improved, **trainer_options)
-    return PPOTrainer(improved, num_threads=None, **trainer_options)
+        return MetaRLTrainer(improved, **trainer_options, world=world)
+    return PPOTrainer(improved, num_threads=None, **trainer_options, world=world)
+
+
+def _device(name: str | None, world: World) -> torch.device:
+    """The CPU, or a GPU for each process of this machine."""
+    if name != "cuda":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device: this torch sees no GPU")
+    count = torch.cuda.device_count()
+    if world.local_rank >= count:
+        raise ValueError(f"--device: every process of a machine needs a GPU, and there are {count}")
+    device = torch.device("cuda", world.local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def total_of(

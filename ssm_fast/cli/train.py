@@ -6,7 +6,8 @@ import json
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ssm_fast.cli.settings import (
     total_of,
 )
 from ssm_fast.env_runner import Environment, TrialEnvironment, evaluate
+from ssm_fast.meta_rl.distributed import LostRank, World
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
 from ssm_fast.meta_rl.run import RunDirectory
@@ -36,10 +38,14 @@ from ssm_fast.meta_rl.training_state import load_checkpoint, save_policy
 _MOST_THREADS = 1024
 
 
-def run_training(options: Train) -> None:
-    """Trains, or continues to, and evaluates."""
+def run_training(options: Train, world: World) -> None:
+    """Trains, or continues to, and evaluates; rank 0 alone reads and writes the run folder."""
     out = options.out or default_folder(options)
-    settings = settings_of(options, out)
+    settings: dict[str, Any] = {}
+    with world.together():
+        if world.rank == 0:
+            settings = settings_of(options, out)
+    settings = world.first(settings)
     mode, env_id, seed = settings["mode"], settings["env"], settings["seed"]
     route_mujoco_warnings(env_id)
     check_option("threads", settings["threads"], 1, _MOST_THREADS)
@@ -47,37 +53,50 @@ def run_training(options: Train) -> None:
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(seed)
     start = time.perf_counter()
-    with make_environment(settings) as env:
-        try:
-            trainer = make_trainer(settings, env)
-        except (RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond the memory
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"the model of this size cannot be made: {reason}") from error
+    with ExitStack() as open_things:
+        with world.together():
+            env: Environment | TrialEnvironment = make_environment(settings, world)
+            open_things.callback(env.close)
+            trainer = _make_trainer(settings, env, world)
         total = total_of(settings, env, trainer)
-        with RunDirectory(out, resume=options.resume) as run:
-            run.write_config({**settings, "versions": versions()})
-            say(f"training in {env_id} ({mode}, seed {seed}); run folder {run.path}")
-            with _can_be_resumed(run):
-                _learn(trainer, env, settings, total, run, options.resume)
+        run: RunDirectory | None = None
+        with world.together():
+            if world.rank == 0:
+                run = open_things.enter_context(RunDirectory(out, resume=options.resume))
+                run.write_config({**settings, "versions": versions()})
+                say(f"training in {env_id} ({mode}, seed {seed}); run folder {run.path}")
+        with _can_be_resumed(out, env_id, run):
+            _learn(trainer, env, settings, total, run, options.resume, world)
+        if run is not None:
             # The weights of the last checkpoint, or newer ones where --episodes ended the run.
             save_policy(run.model_path, trainer, env)
             run.plot_curve(f"{env_id}, {mode}, seed {seed}")
-            _report(trainer, env, run, time.perf_counter() - start)
+        _report(trainer, env, run, start)
+
+
+def _make_trainer(
+    settings: dict[str, Any], env: Environment | TrialEnvironment, world: World
+) -> Trainer:
+    try:
+        return make_trainer(settings, env, world)
+    except (RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond the memory
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the model of this size cannot be made: {reason}") from error
 
 
 @contextmanager
-def _can_be_resumed(run: RunDirectory) -> Iterator[None]:
+def _can_be_resumed(out: Path, env_id: str, run: RunDirectory | None) -> Iterator[None]:
     """Leaves a run folder that can be used on, whatever ends the training, and says how."""
     try:
         yield
     except ValueError:
-        if not run.read_rows():
+        if run is not None and not run.read_rows():
             run.config_path.unlink()  # nothing was learnt: the folder stays free
         raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(run)}") from None
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error}; {_how_to_resume(run)}") from error
+        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(out, env_id)}") from None
+    except (FloatingPointError, LostRank) as error:
+        raise type(error)(f"{error}; {_how_to_resume(out, env_id)}") from error
 
 
 def _learn(
@@ -85,8 +104,9 @@ def _learn(
     env: Environment | TrialEnvironment,
     settings: dict[str, Any],
     total: int,
-    run: RunDirectory,
+    run: RunDirectory | None,
     resume: bool,
+    world: World,
 ) -> None:
     """Runs the trainer up to the limits of the settings."""
     names = [name for name in ("epochs", "episodes", "steps") if settings.get(name) is not None]
@@ -95,16 +115,24 @@ def _learn(
     if isinstance(trainer, PPOTrainer):
         limits.pop("steps", None)  # it stops by itself, after whole rollouts
     done = {"epochs": 0.0, "episodes": 0.0, "steps": 0.0}
-    checkpoint = run.latest_checkpoint() if resume else None
-    if checkpoint is not None:
-        done["episodes"] = _episodes_until(checkpoint.iteration, run)
-        load_checkpoint(checkpoint, trainer)
-        done["epochs"], done["steps"] = float(trainer.iteration), float(trainer.timesteps)
+    checkpoint = None
+    with world.together():
+        if run is not None and resume:
+            checkpoint = run.latest_checkpoint()
+        if run is not None and checkpoint is not None:
+            done["episodes"] = _episodes_until(checkpoint.iteration, run)
+            load_checkpoint(checkpoint, trainer)
+            done["epochs"], done["steps"] = float(trainer.iteration), float(trainer.timesteps)
+    world.synchronize(trainer)
 
     def is_done() -> bool:
         return any(done[name] >= limits[name] for name in limits)
 
-    if checkpoint is not None and is_done():
+    if world.first(checkpoint is not None and is_done()):
+        return
+    arguments: dict[str, Any] = {"run": run, "resume": resume}
+    if run is None:  # rank 0 shows the progress, and ends the training
+        _train(trainer, env, total, arguments)
         return
     run.open_tensorboard(purge_step=int(done["steps"]) + 1 if resume else None)
     with show_progress(limit, unit) as show:
@@ -116,12 +144,20 @@ def _learn(
             show(done[unit], metrics)
             return not is_done()
 
-        arguments: dict[str, Any] = {"callback": after_iteration, "run": run, "resume": resume}
-        if isinstance(trainer, MetaRLTrainer):
-            trainer.train(env, total, **arguments)
-        else:
-            assert isinstance(env, Environment)
-            trainer.train(env, total, **arguments)
+        _train(trainer, env, total, {"callback": after_iteration, **arguments})
+
+
+def _train(
+    trainer: Trainer,
+    env: Environment | TrialEnvironment,
+    total: int,
+    arguments: dict[str, Any],
+) -> None:
+    if isinstance(trainer, MetaRLTrainer):
+        trainer.train(env, total, **arguments)
+    else:
+        assert isinstance(env, Environment)
+        trainer.train(env, total, **arguments)
 
 
 def _episodes_until(iteration: int, run: RunDirectory) -> float:
@@ -133,14 +169,20 @@ def _episodes_until(iteration: int, run: RunDirectory) -> float:
 
 
 def _report(
-    trainer: Trainer, env: Environment | TrialEnvironment, run: RunDirectory, seconds: float
+    trainer: Trainer, env: Environment | TrialEnvironment, run: RunDirectory | None, start: float
 ) -> None:
-    """Evaluates what was learnt: for evaluation.json, for TensorBoard, and to be read."""
+    """Evaluates what was learnt: for evaluation.json, for TensorBoard, and to be read.
+
+    All ranks adapt to the tasks of a `MetaRLTrainer`; rank 0, which has the run, does the rest.
+    """
+    seconds = time.perf_counter() - start
     if isinstance(trainer, MetaRLTrainer):
         report, lines = evaluate_adaptation(trainer, env)
         means = [row["mean"] for row in report["test_tasks"]]
         scalars = {f"evaluation/return_{k}": x for k, x in enumerate(means) if x is not None}
-    else:
+    if run is None:
+        return
+    if not isinstance(trainer, MetaRLTrainer):
         policy = ssm_fast.load_policy(run.model_path)
         result = evaluate(policy, env.env_name, EVALUATION_EPISODES, EVALUATION_SEED)
         report = {
@@ -165,9 +207,8 @@ def _report(
         say(line)
 
 
-def _how_to_resume(run: RunDirectory) -> str:
-    command = f"ssm-fast train --resume --out {shlex.quote(str(run.path))}"
-    env_id = run.read_config()["env"]
+def _how_to_resume(out: Path, env_id: str) -> str:
+    command = f"ssm-fast train --resume --out {shlex.quote(str(out))}"
     if ":" in env_id:  # never imported on the word of config.json
         command += f" --env {shlex.quote(env_id)}"
     return f"the last checkpoint is intact, continue with: {command}"

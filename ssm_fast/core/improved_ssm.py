@@ -145,6 +145,15 @@ class ImprovedSSM(nn.Module):
         check_count("batch_size", batch_size)
         return self.encoder.weight.new_zeros(self.num_layers, batch_size, self.state_dim)
 
+    def draw_noise(self, batch_size: int) -> Tensor:
+        """What ``get_action`` draws the actions of a step from.
+
+        Returns:
+            ``[B, K]``, standard normal, or of the exponential distribution when ``discrete``.
+        """
+        noise = self.encoder.weight.new_empty(batch_size, self.action_dim)
+        return noise.exponential_() if self.discrete else noise.normal_()
+
     def forward(
         self,
         x: Tensor,
@@ -182,6 +191,7 @@ class ImprovedSSM(nn.Module):
         hidden_state: Tensor | None = None,
         deterministic: bool = False,
         reset: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Choose actions.
 
@@ -190,6 +200,8 @@ class ImprovedSSM(nn.Module):
             hidden_state: ``[L, B, N]``; zeros when ``None``. It is not modified.
             deterministic: Take the mode instead of a sample.
             reset: ``[B]`` or ``[B, T]``, as in ``forward``.
+            noise: What to draw the actions from, ``[B, K]`` or ``[B, T, K]``, as `draw_noise`
+                returns it; drawn here when ``None``, and not read when ``deterministic``.
 
         Returns:
             - The action ``[B, K]`` (not clipped to any bounds), or ``[B]`` int64 when
@@ -204,20 +216,23 @@ class ImprovedSSM(nn.Module):
             ValueError: If a shape does not fit.
             TypeError: If a dtype does not fit.
         """
-        weights = self._step_weights(x, hidden_state, reset)
+        if noise is not None:
+            check_noise(noise, [*x.shape[:-1], self.action_dim], x)
+        weights = self._step_weights(x, hidden_state, reset, noise)
         if weights is not None:
-            return self._native_action(x, hidden_state, deterministic, reset, weights)
+            return self._native_action(x, hidden_state, deterministic, reset, noise, weights)
         features, states = self._features(x, hidden_state, reset)
         mean = self.actor(features)  # [B, K] or [B, T, K]
         value = self.critic(features).squeeze(-1)  # [B] or [B, T]
         next_hidden = torch.stack(states)  # [L, B, N]
         if self.log_std is None:
-            action, log_prob = choose_action(mean, deterministic)  # [B], [B]
+            action, log_prob = choose_action(mean, deterministic, noise)  # [B], [B]
         else:
             action = mean.detach()
             if not deterministic:
                 std = self.log_std.detach().exp()  # [K]
-                action = torch.addcmul(action, torch.randn_like(action), std)  # [B, K]
+                noise = torch.randn_like(action) if noise is None else noise
+                action = torch.addcmul(action, noise, std)  # [B, K]
             log_prob = gaussian_log_prob(action, mean, self.log_std)  # [B]
         return action, log_prob, value, next_hidden
 
@@ -227,17 +242,18 @@ class ImprovedSSM(nn.Module):
         hidden_state: Tensor | None,
         deterministic: bool,
         reset: Tensor | None,
+        noise: Tensor | None,
         weights: PolicyWeights,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``get_action`` of one step without gradients, in one native call."""
         self._check(x, hidden_state, reset)
+        if noise is None and not deterministic:
+            noise = self.draw_noise(len(x))
         action, log_prob, value, next_hidden = policy_step(
             x,
             hidden_state,
             None if reset is None else reset.bool(),
-            None
-            if deterministic or self.discrete
-            else torch.randn(len(x), self.action_dim, dtype=x.dtype, device=x.device),
+            None if noise is None or deterministic or self.discrete else noise.contiguous(),
             weights,
             self.observations(),
             self.norm == "state",
@@ -245,7 +261,7 @@ class ImprovedSSM(nn.Module):
             NORM_EPS,
         )
         if log_prob is None:
-            action, log_prob = choose_action(action, deterministic)  # [B], [B]
+            action, log_prob = choose_action(action, deterministic, noise)  # [B], [B]
         return action, log_prob, value, next_hidden
 
     def evaluate_actions(
@@ -505,12 +521,22 @@ def _is_untouched(module: nn.Module) -> bool:
     )
 
 
-def choose_action(logits: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
+def check_noise(noise: Tensor, expected: list[int], x: Tensor) -> None:
+    """Raises where the draws for an action are not those that the observations ask for."""
+    if list(noise.shape) != expected:
+        raise ValueError(f"noise must have shape {expected}, got {list(noise.shape)}")
+    check_dtype("noise", noise, x)
+
+
+def choose_action(
+    logits: Tensor, deterministic: bool, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The mode of a categorical distribution or a draw from it, with its log-probability.
 
     Args:
         logits: ``[..., K]``.
         deterministic: Take the mode.
+        noise: Exponential draws ``[..., K]`` to draw with; new ones when ``None``.
 
     Returns:
         int64 ``[...]`` and ``[...]``.
@@ -519,7 +545,8 @@ def choose_action(logits: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
     scores = log_probs.detach()
     if not deterministic:
         # The argmax of log p - log E with E ~ Exp(1) is a draw from p (Gumbel-max).
-        scores = scores - torch.empty_like(scores).exponential_().log()
+        noise = torch.empty_like(scores).exponential_() if noise is None else noise
+        scores = scores - noise.log()
     action = scores.argmax(-1)  # [...]
     return action, log_probs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
 

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
 
-from ssm_fast.core.improved_ssm import NORM_EPS, ImprovedSSM, choose_action, gaussian_log_prob
+from ssm_fast.core.improved_ssm import (
+    NORM_EPS,
+    ImprovedSSM,
+    check_noise,
+    choose_action,
+    gaussian_log_prob,
+)
 from ssm_fast.nn.ssm_layer import check_dtype
 from ssm_fast.ops.backend import is_plain
 from ssm_fast.ops.policy_step import PolicyWeights, policy_step
@@ -62,15 +68,24 @@ class TaskPolicies:
         hidden_state: Tensor | None = None,
         deterministic: bool = False,
         reset: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Choose actions of one step.
 
         Arguments, results and errors are those of `ImprovedSSM.get_action`, with ``[G, B]`` in the
-        place of ``[B]``: ``x`` is ``[G, B, I]``, the state ``[L, G, B, N]``.
+        place of ``[B]``: ``x`` is ``[G, B, I]``, the state ``[L, G, B, N]``. The noise alone has
+        the rows of all tasks in one dimension, ``[G B, K]``.
         """
         self._check(x, hidden_state, reset)
-        native = self._native_action(x, hidden_state, deterministic, reset)
-        return native or self._vmapped_action(x, hidden_state, deterministic, reset)
+        if deterministic:
+            noise = None
+        elif noise is None:
+            noise = self.model.draw_noise(len(x) * x.shape[1])
+        else:
+            check_noise(noise, [len(x) * x.shape[1], self.model.action_dim], x)
+            noise = noise.contiguous()
+        native = self._native_action(x, hidden_state, reset, noise)
+        return native or self._vmapped_action(x, hidden_state, reset, noise)
 
     def _check(self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None) -> None:
         model = self.model
@@ -94,19 +109,19 @@ class TaskPolicies:
             )
 
     def _native_action(
-        self, x: Tensor, hidden_state: Tensor | None, deterministic: bool, reset: Tensor | None
+        self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """All groups in one call, or ``None`` where the modules themselves have to run."""
         model, groups, rows = self.model, x.shape[:2], x.flatten(0, 1)  # [G B, I]
         state = None if hidden_state is None else hidden_state.flatten(1, 2)  # [L, G B, N]
         starts = None if reset is None else reset.flatten().bool()  # [G B]
-        if not (self._is_plain and model.can_step_natively(rows, state, starts)):
+        if not (self._is_plain and model.can_step_natively(rows, state, starts, noise)):
             return None
         action, log_prob, value, next_hidden = policy_step(
             rows,
             state,
             starts,
-            self._noise(groups, x, deterministic),
+            None if model.discrete else noise,
             self._step_weights,
             model.observations(),
             model.norm == "state",
@@ -115,7 +130,7 @@ class TaskPolicies:
             self.tasks,
         )
         if log_prob is None:
-            action, log_prob = choose_action(action, deterministic)
+            action, log_prob = choose_action(action, noise is None, noise)
         return (
             action.view(*groups, *action.shape[1:]),
             log_prob.view(groups),
@@ -124,7 +139,7 @@ class TaskPolicies:
         )
 
     def _vmapped_action(
-        self, x: Tensor, hidden_state: Tensor | None, deterministic: bool, reset: Tensor | None
+        self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The modules, vmapped over the tasks."""
         arguments = (x, hidden_state, reset)
@@ -136,17 +151,10 @@ class TaskPolicies:
 
         run = vmap(step, (0, *in_dims), (0, 0, 1))
         mean, value, next_hidden = run(self.weights, *arguments)
+        noise = None if noise is None else noise.view_as(mean)  # [G, B, K]
         if self.model.discrete:
-            return *choose_action(mean, deterministic), value, next_hidden
+            return *choose_action(mean, noise is None, noise), value, next_hidden
         action, log_std = mean, self.weights["log_std"].unsqueeze(1)  # [G, 1, K]
-        noise = self._noise(x.shape[:2], x, deterministic)
         if noise is not None:
-            action = torch.addcmul(mean, noise.view_as(mean), log_std.exp())
+            action = torch.addcmul(mean, noise, log_std.exp())
         return action, gaussian_log_prob(action, mean, log_std), value, next_hidden
-
-    def _noise(self, groups: torch.Size, like: Tensor, deterministic: bool) -> Tensor | None:
-        """Standard normal draws, [G B, K]."""
-        if deterministic or self.model.discrete:
-            return None
-        size = groups.numel(), self.model.action_dim
-        return torch.randn(size, dtype=like.dtype, device=like.device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssm_fast.meta_rl.distributed import World
+
 
 class FlatParameters:
     """The trainable parameters of a model as one vector, for an optimizer.
@@ -14,13 +16,15 @@ class FlatParameters:
 
     Args:
         model: Its trainable parameters have one dtype and device.
+        world: The processes whose gradients are averaged.
 
     Attributes:
         vector: All of them in order ``[P]``, what the optimizer steps.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, world: World | None = None) -> None:
         self._model = model
+        self._world = world or World()
         self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.vector = nn.Parameter(nn.utils.parameters_to_vector(self._parameters).detach())
         self._views: list[Tensor] = [
@@ -50,12 +54,13 @@ class FlatParameters:
         """Give the vector's values to the model."""
         torch._foreach_copy_(self._parameters, self._views)
 
-    def backward(self, loss: Tensor, max_norm: float) -> Tensor:
+    def backward(self, loss: Tensor, max_norm: float, weight: float = 1.0) -> Tensor:
         """Set the vector's gradient to that of ``loss``; the parameters' own stay as they are.
 
         Args:
             loss: A scalar.
             max_norm: Scale the gradient down to this norm, as ``nn.utils.clip_grad_norm_`` does.
+            weight: Of this process's loss in the mean over all of them.
 
         Returns:
             The norm before that.
@@ -64,6 +69,7 @@ class FlatParameters:
             loss, self._parameters, allow_unused=True, materialize_grads=True
         )
         gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])  # [P]
+        gradient = self._world.average(gradient, weight)
         norm: Tensor = torch.linalg.vector_norm(gradient)
         self.vector.grad = gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

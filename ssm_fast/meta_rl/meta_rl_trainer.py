@@ -23,6 +23,7 @@ from ssm_fast.core.task_policies import TaskPolicies
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.env_runner.task_families import Task
 from ssm_fast.env_runner.trial_environment import TrialEnvironment
+from ssm_fast.meta_rl.distributed import Rows, World
 from ssm_fast.meta_rl.meta_maml import Weights, inner_update, task_losses
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
@@ -30,13 +31,14 @@ from ssm_fast.meta_rl.training_state import (
     check_settings,
     check_step,
     check_tensors,
-    continue_run,
     load_adam,
     must_fit,
     read_count,
     save_checkpoint,
+    start_run,
 )
 from ssm_fast.meta_rl.trajectories import Recording, Trajectories, compute_advantages
+from ssm_fast.nn.running_norm import RunningNorm
 from ssm_fast.nn.ssm_layer import TRANSITION_PACE, transition_pace
 
 TaskEnvironment: TypeAlias = Environment | TrialEnvironment
@@ -125,6 +127,9 @@ class MetaRLTrainer:
     Every epoch starts from seeds that follow from `seed` and its number alone: a resumed run equals
     the uninterrupted one bitwise on the same machine.
 
+    Several processes train as one would, to rounding: each plays and adapts its share of the tasks,
+    and takes an even part of every minibatch; see docs/distributed.md.
+
     Args:
         model: The policy. It is moved to `device`. Parameters that need no gradient stay as they are.
         inner_lr: `α`; where the rates are learnt, at the start.
@@ -149,6 +154,7 @@ class MetaRLTrainer:
         seed: Of the tasks, the environments and the action noise. By default drawn from torch's
             global generator.
         device: Where the model acts and learns.
+        world: The processes that train together; see `join_world`. By default this one alone.
 
     Attributes:
         rates: The inner rates by the names of the weights.
@@ -184,6 +190,7 @@ class MetaRLTrainer:
         evaluation_steps: int = 3,
         seed: int | None = None,
         device: str | torch.device = "cpu",
+        world: World | None = None,
     ) -> None:
         if not isinstance(model, ImprovedSSM):
             raise TypeError(f"model must be an ImprovedSSM, got {type(model).__name__}")
@@ -204,7 +211,8 @@ class MetaRLTrainer:
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
         self.evaluation_interval = check_count("evaluation_interval", evaluation_interval)
         self.evaluation_steps = check_count("evaluation_steps", evaluation_steps, at_least=0)
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.world = world or World()
+        seed = self.world.first(int(torch.randint(2**31, ()))) if seed is None else seed
         self.seed = check_count("seed", seed, at_least=0)
         self.device = torch.device(device)
         self.model = model.to(self.device)
@@ -254,7 +262,7 @@ class MetaRLTrainer:
 
         Args:
             env: The environment of a task family, with `R` rows for each of `tasks_per_epoch`
-                tasks.
+                tasks; of several processes, for each of this one's share of them.
             total_epochs: Epochs. A second call adds as many, with a learning-rate schedule of its
                 own.
             log_interval: Epochs between lines of the log (logger
@@ -263,8 +271,9 @@ class MetaRLTrainer:
             test_tasks: Tasks to evaluate on; by default the family's, as many as are played at
                 once. An empty sequence leaves evaluations out.
             callback: Called with the metrics after each epoch; training stops after the one for
-                which it returns False.
-            run: Where checkpoints, the learning curve and TensorBoard events go.
+                which it returns False, on rank 0.
+            run: Where checkpoints, the learning curve and TensorBoard events go; of several
+                processes, rank 0 alone has it.
             resume: Continue from the newest intact checkpoint of `run`, where it has one;
                 `total_epochs` then counts from the start of the run.
 
@@ -280,15 +289,15 @@ class MetaRLTrainer:
                 or a gradient. The last checkpoint is intact.
             ValueError: The environment does not fit the model or the settings, or the checkpoint
                 these settings.
+            LostRank: Another process has died or does not answer. The last checkpoint is intact.
         """
         check_count("total_epochs", total_epochs)
         check_count("log_interval", log_interval)
         train_tasks, test_tasks = self._choose_tasks(env, train_tasks, test_tasks)
         self._first_iteration = self.iteration
-        self._batch_size = env.batch_size
+        self._batch_size = self._rows(env).total
         self._env = (env.env_name, _episodes_of(env))
-        if resume:
-            continue_run(run, self)
+        start_run(self.world, run, self, resume)
         last = self._first_iteration + total_epochs
         metrics: list[dict[str, float]] = []
         episode_returns: list[float] = []
@@ -300,7 +309,8 @@ class MetaRLTrainer:
                     raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
                 metrics.append(row)
                 episode_returns += returns
-                if self.iteration % log_interval == 0 or self.iteration == last:
+                due = self.iteration % log_interval == 0 or self.iteration == last
+                if due and self.world.rank == 0:
                     _LOGGER.info(
                         "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
                         self.iteration,
@@ -308,7 +318,7 @@ class MetaRLTrainer:
                         row["episode_return"],
                         row["steps_per_second"],
                     )
-                stop = callback is not None and callback(dict(row)) is False
+                stop = self.world.first(callback is not None and callback(dict(row)) is False)
                 if run is not None:
                     self._record(run, env, row, stop or self.iteration == last)
                 if stop:
@@ -323,7 +333,7 @@ class MetaRLTrainer:
     ) -> tuple[Sequence[Task], Sequence[Task]]:
         """The tasks to learn from and to evaluate on, of an environment that fits."""
         self._check_env(env)
-        self._check_rows(env, self.tasks_per_epoch)
+        self._rows(env)
         assert env.family is not None
         train_tasks = env.family.train_tasks if train_tasks is None else tuple(train_tasks)
         if test_tasks is None:
@@ -363,13 +373,8 @@ class MetaRLTrainer:
         learning_rate = self._set_learning_rate(last)
         norm = self.model.obs_norm
         if norm is not None and float(norm.count) == 0:
-            self._set_tasks(env, tasks)
-            warm_up = self.collect(env, self.shared_weights(G), int(draws.integers(2**31)))
-            norm.update(warm_up.observations.flatten(0, 2))
-        try:
-            adaptation = self.adapt(env, tasks, self.inner_steps, int(draws.integers(2**31)))
-        except PolicyBreakdown as error:
-            raise FloatingPointError(f"{tasks[error.task]}: {error.reason}") from error
+            self._warm_up(env, tasks, norm, int(draws.integers(2**31)))
+        adaptation = self._adapt_all(env, tasks, self.inner_steps, int(draws.integers(2**31)))
         played = time.perf_counter()
         losses = self.update(adaptation.rounds)
         if norm is not None:
@@ -406,6 +411,61 @@ class MetaRLTrainer:
             group["lr"] = learning_rate * pace
         return learning_rate
 
+    def _warm_up(
+        self, env: TaskEnvironment, tasks: Sequence[Task], norm: RunningNorm, seed: int
+    ) -> None:
+        """Gives `obs_norm` its first statistics, from a round that is not learnt from."""
+        with self.world.together():
+            own = self._own(tasks)
+            self._set_tasks(env, own)
+            played = self.collect(env, self.shared_weights(len(own)), seed, rows=self._rows(env))
+        self.world.update(norm, played.observations.flatten(0, 2))
+
+    def _adapt_all(
+        self,
+        env: TaskEnvironment,
+        tasks: Sequence[Task],
+        steps: int,
+        seed: int,
+        deterministic: bool = False,
+        keep_going: bool = False,
+    ) -> Adaptation:
+        """Takes gradient steps in each of `tasks_per_epoch` tasks: every rank in its share of them.
+
+        Returns:
+            What all ranks played, with the weights of this one's tasks.
+        """
+        world, share = self.world, self.world.share(len(tasks))
+        own_tasks = self._own(tasks)
+        with world.together():
+            rows = self._rows(env)
+            try:
+                own = self.adapt(env, own_tasks, steps, seed, deterministic, keep_going, rows)
+            except PolicyBreakdown as error:
+                raise FloatingPointError(f"{own_tasks[error.task]}: {error.reason}") from error
+        rounds = [{name: world.gather(x) for name, x in batch.items()} for batch in own.rounds]
+        broken = [(share[g], error.reason) for g, error in own.breakdowns.items()]
+        breakdowns = {
+            g: PolicyBreakdown(g, reason) for part in world.exchange(broken) for g, reason in part
+        }
+        return Adaptation(world.gather(own.returns, 1), own.weights, rounds, breakdowns)
+
+    def _own(self, tasks: Sequence[Task]) -> list[Task]:
+        """This rank's share of the tasks."""
+        return [tasks[g] for g in self.world.share(len(tasks))]
+
+    def _rows(self, env: TaskEnvironment) -> Rows:
+        """The rows of the environment, a share of the tasks, among those of all the tasks."""
+        share = self.world.share(self.tasks_per_epoch)
+        if not share:
+            raise ValueError(
+                f"tasks_per_epoch must be at least {self.world.size}, the number of processes, "
+                f"got {self.tasks_per_epoch}"
+            )
+        self._check_rows(env, len(share))
+        R = env.batch_size // len(share)
+        return Rows(share.start * R, env.batch_size, self.tasks_per_epoch * R)
+
     def _test_returns(self, env: TaskEnvironment, tasks: Sequence[Task]) -> NDArray[np.float64]:
         """Returns on held-out tasks after each step, NaN where they are not known."""
         steps = self.evaluation_steps if self.inner_steps else 0  # only what is trained for
@@ -427,7 +487,8 @@ class MetaRLTrainer:
         """Adapts to tasks of any number, and plays after each gradient step.
 
         Args:
-            env: The environment, of `R` rows for each of `tasks_per_epoch` tasks.
+            env: The environment, of `R` rows for each of `tasks_per_epoch` tasks, as in `train`. All
+                processes make the call.
             tasks: The tasks, `M`.
             steps: Gradient steps `K`, each on a round of `R` trajectories.
             seed: Of the environments and of the actions.
@@ -452,7 +513,7 @@ class MetaRLTrainer:
                 for first in range(0, len(tasks), G):
                     chunk = list(tasks[first : first + G])
                     filled = (chunk * G)[:G]  # every row plays
-                    adaptation = self.adapt(
+                    adaptation = self._adapt_all(
                         env, filled, steps, seed, deterministic, keep_going=True
                     )
                     returns.append(adaptation.returns[:, : len(chunk)])
@@ -480,6 +541,7 @@ class MetaRLTrainer:
         seed: int,
         deterministic: bool = False,
         keep_going: bool = False,
+        rows: Rows | None = None,
     ) -> Adaptation:
         """Takes gradient steps in each of some tasks.
 
@@ -492,6 +554,8 @@ class MetaRLTrainer:
             deterministic: Return what the modes of the policies earn, in rounds of their own.
             keep_going: Where the policy of a task breaks down, go on with the shared weights there;
                 its returns are NaN from then on.
+            rows: Where the rows of `env` are the part of a larger number: they start and act as they
+                would in an environment of all of these.
 
         Raises:
             PolicyBreakdown: An inner step leads to weights, or a policy to actions, that are not
@@ -505,6 +569,7 @@ class MetaRLTrainer:
             self._set_tasks(env, tasks)
         rates = {name: rate.detach() for name, rate in self.rates.items()}
         weights = self.shared_weights(1 if tasks is None else len(tasks))
+        rows = rows or Rows(0, env.batch_size, env.batch_size)
         returns: list[Tensor] = []
         rounds: list[dict[str, Tensor]] = []
         breakdowns: dict[int, PolicyBreakdown] = {}
@@ -512,9 +577,9 @@ class MetaRLTrainer:
             if k > 0:
                 with torch.no_grad():
                     weights, _ = inner_update(self._inner_loss, weights, rounds[-1], rates)
-            first_seed = seed + k * env.batch_size  # no round starts where another one did
+            first_seed = seed + k * rows.total  # no round starts where another one did
             noted = breakdowns if keep_going and k > 0 else None
-            played, measured = self._play(env, weights, k, first_seed, deterministic, noted)
+            played, measured = self._play(env, weights, k, first_seed, deterministic, noted, rows)
             earned = measured.episode_returns.clone()  # [G, R, E]
             earned[list(breakdowns)] = math.nan
             returns.append(earned)
@@ -529,6 +594,7 @@ class MetaRLTrainer:
         seed: int,
         deterministic: bool,
         breakdowns: dict[int, PolicyBreakdown] | None,
+        rows: Rows,
     ) -> tuple[Trajectories, Trajectories]:
         """What the policies play after `step` inner steps, and what is measured of it.
 
@@ -539,10 +605,10 @@ class MetaRLTrainer:
         while True:
             try:
                 _check_weights(weights, step)
-                played = self.collect(env, weights, seed)
+                played = self.collect(env, weights, seed, rows=rows)
                 if not deterministic:
                     return played, played
-                return played, self.collect(env, weights, seed, deterministic=True)
+                return played, self.collect(env, weights, seed, True, rows)
             except PolicyBreakdown as error:
                 if breakdowns is None or error.task in replaced:
                     raise
@@ -562,7 +628,12 @@ class MetaRLTrainer:
         return {name: p.detach().expand(tasks, *p.shape) for name, p in self._shared.items()}
 
     def collect(
-        self, env: TaskEnvironment, weights: Weights, seed: int, deterministic: bool = False
+        self,
+        env: TaskEnvironment,
+        weights: Weights,
+        seed: int,
+        deterministic: bool = False,
+        rows: Rows | None = None,
     ) -> Trajectories:
         """Plays a round from a reset on: `R` rows of each task, with the weights of the task.
 
@@ -571,6 +642,7 @@ class MetaRLTrainer:
             weights: `[G, ...]` by name.
             seed: Of the environments.
             deterministic: Take the mode of the policy.
+            rows: As in `adapt`.
 
         Raises:
             FloatingPointError: A policy, an observation or a reward is not finite.
@@ -579,13 +651,15 @@ class MetaRLTrainer:
         G, R = policies.tasks, env.batch_size // policies.tasks
         dtype = next(self.model.parameters()).dtype
         recording = Recording(env.batch_size, self._steps_of(env), env.input_dim, _episodes_of(env))
-        observation, _ = env.reset(seed=seed)
+        rows = rows or Rows(0, env.batch_size, env.batch_size)
+        observation, _ = env.reset(seed=seed + rows.first)
         first = np.ones(env.batch_size, dtype=np.bool_)  # [B]
         state = None
         for t in range(recording.steps):
             x = torch.from_numpy(observation).to(self.device, dtype).view(G, R, -1)
             starts = torch.from_numpy(first).to(self.device).view(G, R)
-            action, log_prob, _, state = policies.get_action(x, state, deterministic, starts)
+            noise = None if deterministic else rows.of(self.model.draw_noise(rows.total))
+            action, log_prob, _, state = policies.get_action(x, state, deterministic, starts, noise)
             if not bool(torch.isfinite(log_prob).all()):
                 g, r = torch.isfinite(log_prob).logical_not().nonzero()[0].tolist()
                 raise PolicyBreakdown(
@@ -597,13 +671,16 @@ class MetaRLTrainer:
                 raise FloatingPointError(f"step {t}: {error}") from error
             recording.add(observation, first, action, log_prob, step)
             observation, first = step[0], step[2] | step[3]
-        self.timesteps += env.batch_size * recording.steps
+        self.timesteps += rows.total * recording.steps
         return recording.trajectories(G, dtype, self.device)
 
     # Learning
 
     def update(self, rounds: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
         """Moves the shared weights by the rounds of an `Adaptation`.
+
+        Args:
+            rounds: The rounds of `tasks_per_epoch` tasks, the same on all ranks.
 
         Returns:
             `meta_loss` and `grad_norm`, means over the minibatches.
@@ -612,14 +689,18 @@ class MetaRLTrainer:
             FloatingPointError: A gradient is not finite, or a weight after a step. The weights are as
                 before the minibatch.
         """
-        figures = []
+        figures, weights = [], []
         for _ in range(self.outer_epochs):
             order = torch.randperm(len(rounds[0]["rewards"]))
-            for tasks in order.split(self.tasks_per_minibatch):  # type: ignore[no-untyped-call]
+            for minibatch in order.split(self.tasks_per_minibatch):  # type: ignore[no-untyped-call]
+                tasks, weight = self.world.split(minibatch)
                 batches = [{name: x[tasks] for name, x in batch.items()} for batch in rounds]
                 loss = self._outer_loss(batches)
-                gradients = torch.autograd.grad(
-                    loss, self._learnt, allow_unused=True, materialize_grads=True
+                gradients = self.world.average_all(
+                    torch.autograd.grad(
+                        loss, self._learnt, allow_unused=True, materialize_grads=True
+                    ),
+                    weight,
                 )
                 for p, gradient in zip(self._learnt, gradients, strict=True):
                     p.grad = gradient
@@ -632,11 +713,14 @@ class MetaRLTrainer:
                 self.optimizer.step()
                 check_step(self._learnt, before)
                 figures.append(torch.stack([loss.detach(), norm]))
+                weights.append(weight)
         if self.learn_inner_lr:
             with torch.no_grad():
                 for rate in self.rates.values():
                     rate.clamp_(min=0.0)  # a step uphill is never meant
-        means = torch.stack(figures).mean(0).tolist()
+        stacked = torch.stack(figures)  # [M, 2]
+        share = stacked.new_tensor(weights).unsqueeze(1)  # [M, 1]
+        means = self.world.average(stacked, share).mean(0).tolist()
         return dict(zip(("meta_loss", "grad_norm"), means, strict=True))
 
     def _outer_loss(self, rounds: Sequence[dict[str, Tensor]]) -> Tensor:

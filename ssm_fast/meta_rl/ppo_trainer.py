@@ -22,16 +22,17 @@ from ssm_fast import ops
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
+from ssm_fast.meta_rl.distributed import Rows, World
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.meta_rl.training_state import (
     check_settings,
     check_tensors,
-    continue_run,
     load_adam,
     must_fit,
     read_count,
     save_checkpoint,
+    start_run,
 )
 from ssm_fast.nn.running_norm import RunningNorm
 
@@ -143,6 +144,9 @@ class PPOTrainer:
     the uninterrupted one bitwise on the same machine. A reset cuts episodes off, so where the
     environment has a time limit, at least five times as many steps lie between two of them.
 
+    Several processes train as one with all of their environments would, to rounding, where each
+    makes the trainer and calls `train` with its own environments; see docs/distributed.md.
+
     Args:
         model: The policy. It is moved to `device`.
         learning_rate: Of Adam, at the start.
@@ -171,6 +175,7 @@ class PPOTrainer:
             busy core they take many times as long.
         seed: Of the environments, the action noise and the shuffling. By default drawn from torch's
             global generator.
+        world: The processes that train together; see `join_world`. By default this one alone.
 
     Raises:
         ValueError: A number is out of its range.
@@ -203,6 +208,7 @@ class PPOTrainer:
         checkpoint_interval: int = 20,
         num_threads: int | None = 1,
         seed: int | None = None,
+        world: World | None = None,
     ) -> None:
         self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
         self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
@@ -226,12 +232,13 @@ class PPOTrainer:
         )
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
         self.num_threads = None if num_threads is None else check_count("num_threads", num_threads)
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        self.world = world or World()
+        seed = self.world.first(int(torch.randint(2**31, ()))) if seed is None else seed
         self.seed = check_count("seed", seed, at_least=0)
         self.device = torch.device(device)
         self.model = model.to(self.device)
 
-        self._weights = FlatParameters(self.model)
+        self._weights = FlatParameters(self.model, self.world)
         self.optimizer = torch.optim.Adam(
             [self._weights.vector], lr=learning_rate, eps=1e-5, fused=True
         )
@@ -246,6 +253,8 @@ class PPOTrainer:
         self._shuffle = torch.Generator().manual_seed(self.seed)
         self._random_state = torch.Generator().manual_seed(self.seed).get_state()
         self._cuda_random_state: Tensor | None = None
+
+        self._rows: tuple[Environment | None, Rows] = (None, Rows(0, 0, 0))  # of the environment
 
         # Where the environments stand between two rollouts.
         self._env: Environment | None = None
@@ -267,14 +276,16 @@ class PPOTrainer:
         """Collects and learns until `total_timesteps` environment steps are taken.
 
         Args:
-            env: The environments. A single one is stepped alone; a batch learns faster.
+            env: The environments, of several processes those of this one. A single one is stepped
+                alone; a batch learns faster.
             total_timesteps: Steps over all environments, rounded up to whole rollouts. A second
                 call adds as many, with a learning-rate schedule of its own.
             log_interval: Iterations between lines of the log (logger `ssm_fast.meta_rl.ppo_trainer`,
                 level INFO).
             callback: Called with the metrics after each iteration; training stops after the one for
-                which it returns False.
-            run: Where checkpoints, the learning curve and TensorBoard events go.
+                which it returns False, on rank 0.
+            run: Where checkpoints, the learning curve and TensorBoard events go; of several
+                processes, rank 0 alone has it.
             resume: Continue from the newest intact checkpoint of `run`, where it has one;
                 `total_timesteps` then counts from the start of the run.
 
@@ -285,16 +296,16 @@ class PPOTrainer:
             FloatingPointError: NaN or infinity in an observation, a reward, a gradient or a weight.
                 The last checkpoint is intact.
             ValueError: The environment does not fit the model, or the checkpoint these settings.
+            LostRank: Another process has died or does not answer. The last checkpoint is intact.
         """
         check_number("total_timesteps", total_timesteps, at_least=1)
         check_count("log_interval", log_interval)
         env = self._prepare(env)
         self._first_iteration = self.iteration
-        self._batch_size = env.batch_size
-        if resume:
-            continue_run(run, self)
+        self._batch_size = self._rows_of(env).total
+        start_run(self.world, run, self, resume)
         last = self._first_iteration + math.ceil(
-            total_timesteps / (self._steps_of(env) * env.batch_size)
+            total_timesteps / (self._steps_of(env) * self._batch_size)
         )
         interval = self.reset_interval(env)
         result = TrainingResult(0, 0, [], [], [])
@@ -306,7 +317,8 @@ class PPOTrainer:
                 if run is not None and (self.iteration % interval == 0 or self.iteration == last):
                     self._keep_random_state()
                     save_checkpoint(run, self, env)
-                if self.iteration % log_interval == 0 or self.iteration == last:
+                due = self.iteration % log_interval == 0 or self.iteration == last
+                if due and self.world.rank == 0:
                     _LOGGER.info(
                         "%d steps, return %.1f, KL %.4f, %.0f steps/s",
                         self.timesteps,
@@ -314,7 +326,7 @@ class PPOTrainer:
                         metrics["approx_kl"],
                         metrics["steps_per_second"],
                     )
-                if callback is not None and callback(dict(metrics)) is False:
+                if self.world.first(callback is not None and callback(dict(metrics)) is False):
                     break
             self._keep_random_state()
         return TrainingResult(
@@ -344,7 +356,7 @@ class PPOTrainer:
         Raises:
             ValueError: The environment has no time limit.
         """
-        limit, B, T = env.max_episode_steps, env.batch_size, self._steps_of(env)
+        limit, B, T = env.max_episode_steps, self._rows_of(env).total, self._steps_of(env)
         if limit is None:
             raise ValueError(f"the episodes of {env.env_name} have no time limit")
         interval = self.reset_interval(env)
@@ -366,16 +378,18 @@ class PPOTrainer:
                 learning_rate *= (last - self.iteration) / (last - self._first_iteration)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            rollout = self.collect_rollout(env)
+            with self.world.together():
+                rollout = self.collect_rollout(env)
             losses = self.update(rollout)
         except FloatingPointError as error:
             raise FloatingPointError(f"iteration {self.iteration}: {error}") from error
         self.iteration += 1
 
-        result.episode_returns.extend(rollout.episode_returns)
-        result.episode_lengths.extend(rollout.episode_lengths)
-        self._recent_returns.extend(rollout.episode_returns)
-        self._recent_lengths.extend(rollout.episode_lengths)
+        returns, lengths = self._ended_episodes(rollout, self._rows_of(env))
+        result.episode_returns.extend(returns)
+        result.episode_lengths.extend(lengths)
+        self._recent_returns.extend(returns)
+        self._recent_lengths.extend(lengths)
         seconds = time.perf_counter() - start
         self._seconds += seconds
         metrics = {
@@ -383,7 +397,7 @@ class PPOTrainer:
             "timesteps": float(self.timesteps),
             "episode_return": _mean(self._recent_returns),
             "episode_length": _mean(self._recent_lengths),
-            "episodes": float(len(rollout.episode_returns)),
+            "episodes": float(len(returns)),
             **losses,
             "learning_rate": learning_rate,
             "seconds": self._seconds,
@@ -396,6 +410,16 @@ class PPOTrainer:
                 {f"train/{name}": value for name, value in metrics.items()}, self.timesteps
             )
         return metrics
+
+    def _ended_episodes(self, rollout: Rollout, rows: Rows) -> tuple[list[float], list[int]]:
+        """Returns and lengths of the episodes that ended on all ranks, in one process's order."""
+        step, row = (rollout.terminated | rollout.truncated).cpu().T.nonzero().unbind(1)  # [E]
+        place = step * rows.total + rows.first + row  # [E]
+        columns = (place, rollout.episode_returns, rollout.episode_lengths)
+        table = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in columns], dim=1)
+        table = self.world.gather(table)  # [E, 3]
+        _, returns, lengths = table[table[:, 0].argsort()].unbind(1)
+        return returns.tolist(), lengths.long().tolist()
 
     # Collecting
 
@@ -413,7 +437,7 @@ class PPOTrainer:
         """
         if self._env is not env:
             self._begin(env, self.seed)
-        model, device = self.model, self.device
+        model, device, rows = self.model, self.device, self._rows_of(env)
         B, T = env.batch_size, num_steps or self._steps_of(env)
         dtype = next(model.parameters()).dtype
         observations = np.empty((B, T, env.input_dim), dtype=np.float32)  # [B, T, input_dim]
@@ -431,7 +455,8 @@ class PPOTrainer:
         with torch.no_grad():
             for t in range(T):
                 x = torch.from_numpy(observation).to(device, dtype)  # [B, input_dim]
-                action, log_prob, value, state = model.get_action(x, state)
+                noise = rows.of(model.draw_noise(rows.total))  # [B, action_dim]
+                action, log_prob, value, state = model.get_action(x, state, noise=noise)
                 finite = torch.isfinite(log_prob + value)  # [B]; both are NaN where the action is
                 if not bool(finite.all()):
                     self._env = None
@@ -457,12 +482,12 @@ class PPOTrainer:
                     lengths.extend(info["episode_length"][first].tolist())
                 elif t < T - 1:
                     continue
-                rows = np.flatnonzero(~ends if t == T - 1 else cut & ~ends)
-                boundary_rows.append(rows)
-                boundary_steps.append(np.full_like(rows, t))
-                boundary_observations.append(info["final_obs"][rows])
+                beyond = np.flatnonzero(~ends if t == T - 1 else cut & ~ends)
+                boundary_rows.append(beyond)
+                boundary_steps.append(np.full_like(beyond, t))
+                boundary_observations.append(info["final_obs"][beyond])
         self._observation, self._state, self._reset = observation, state, first
-        self.timesteps += B * T
+        self.timesteps += rows.total * T
         return Rollout(
             torch.from_numpy(observations).to(device, dtype),
             torch.stack(actions, dim=1),
@@ -499,16 +524,24 @@ class PPOTrainer:
         return env
 
     def _steps_of(self, env: Environment) -> int:
-        steps = self.num_steps or max(1, _STEPS_PER_ITERATION // env.batch_size)
+        steps = self.num_steps or max(1, _STEPS_PER_ITERATION // self._rows_of(env).total)
         if self.sequence_length is not None and steps % self.sequence_length:
             raise ValueError(
                 f"num_steps must be a multiple of sequence_length = {self.sequence_length}, got {steps}"
             )
         return steps
 
+    def _rows_of(self, env: Environment) -> Rows:
+        """The rows of the environment among those of all ranks."""
+        if self._rows[0] is not env:
+            self._rows = env, self.world.rows(env.batch_size)
+        return self._rows[1]
+
     def _begin(self, env: Environment, seed: int) -> None:
         """Resets the environments, their states and their running returns."""
-        self._observation, _ = env.reset(seed=seed)
+        first_seed = seed + self._rows_of(env).first
+        with self.world.together():
+            self._observation, _ = env.reset(seed=first_seed)
         self._state = self.model.init_hidden(env.batch_size)
         self._reset = np.ones(env.batch_size, dtype=np.bool_)
         self._return = torch.zeros(env.batch_size, dtype=torch.float64)
@@ -524,14 +557,18 @@ class PPOTrainer:
         if norm is None or float(norm.count) > 0:
             return
         self._begin(env, self._episode_seed(2**32 - 1))
-        steps = min(self._steps_of(env), max(1, _WARM_UP_STEPS // env.batch_size))
-        rollout = self.collect_rollout(env, steps)
-        norm.update(rollout.observations.flatten(0, 1))
+        steps = min(self._steps_of(env), max(1, _WARM_UP_STEPS // self._rows_of(env).total))
+        with self.world.together():
+            rollout = self.collect_rollout(env, steps)
+        self.world.update(norm, rollout.observations.flatten(0, 1))
 
     # Learning
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learns from a rollout, then moves the observation statistics.
+
+        Args:
+            rollout: The rollout, of several processes that of this one.
 
         Returns:
             The means over the minibatches of `policy_loss`, `value_loss`, `entropy`, `approx_kl`
@@ -540,6 +577,7 @@ class PPOTrainer:
         """
         B, T = rollout.rewards.shape
         L = self._sequence_length_for(T)
+        rows, each = self.world.rows(B), T // L  # each row has so many sequences
         rewards = self._scaled_rewards(rollout)  # [B, T]
         observations = _sequences(rollout.observations, L)  # [S, L, input_dim]
         actions = _sequences(rollout.actions, L)  # [S, L, ...]
@@ -547,6 +585,7 @@ class PPOTrainer:
         reset = _sequences(rollout.reset, L)  # [S, L]
         explained_variance = math.nan
         sums: list[Tensor] = []
+        weights: list[float] = []
         self._weights.read()
         for epoch in range(self.ppo_epochs):
             if epoch == 0 or self.recompute_advantages:
@@ -555,11 +594,15 @@ class PPOTrainer:
                     rewards, values, next_values, rollout.terminated, rollout.truncated
                 )
                 if epoch == 0:
-                    explained_variance = _explained_variance(values, returns)
+                    explained_variance = self._explained_variance(values, returns)
                     old_values = _sequences(values, L)  # [S, L]
                 advantages, returns = _sequences(advantages, L), _sequences(returns, L)  # [S, L]
             first = len(sums)
-            for i in self._minibatches(B * T // L, L):
+            minibatches = self._minibatches(rows.total * each, L)
+            parts = [rows.part(i, each).to(self.device) for i in minibatches]
+            weights += [part.weight for part in parts]
+            scaled = self.world.standardize([advantages[i] for i, _ in parts], weights[first:])
+            for (i, weight), advantage in zip(parts, scaled, strict=True):
                 sums.append(
                     self._step(
                         observations[i],
@@ -568,20 +611,22 @@ class PPOTrainer:
                         reset[i],
                         states[:, i],
                         old_values[i],
-                        advantages[i],
+                        advantage,
                         returns[i],
+                        weight,
                         f"epoch {epoch}",
                     )
                 )
-            approx_kl = torch.stack(sums[first:]).mean(0)[3]
-            if self.target_kl is not None and float(approx_kl) > self.target_kl:
-                break
+            if self.target_kl is not None:
+                approx_kl = self._means(sums[first:], weights[first:])[3]
+                if approx_kl > self.target_kl:
+                    break
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise FloatingPointError(f"parameter {name} is not finite after the update")
         if self.model.obs_norm is not None:
-            self.model.obs_norm.update(rollout.observations.flatten(0, 1))
-        means = torch.stack(sums).mean(0).tolist()
+            self.world.update(self.model.obs_norm, rollout.observations.flatten(0, 1))
+        means = self._means(sums, weights)
         names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
         return {
             **dict(zip(names, means, strict=True)),
@@ -645,15 +690,18 @@ class PPOTrainer:
         old_values: Tensor,
         advantages: Tensor,
         returns: Tensor,
+        weight: float,
         where: str,
     ) -> Tensor:
-        """One gradient step on a minibatch of sequences; returns its figures `[6]`."""
+        """One gradient step on a minibatch of sequences; returns its figures `[6]`.
+
+        Advantages are standardized. The weight is that of these sequences in the minibatch.
+        """
         log_probs, values, entropies = self.model.evaluate_actions(
             observations, actions, states, reset
         )
         log_ratio = log_probs - old_log_probs  # [S, L]
         ratio = log_ratio.exp()
-        advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
         clipped = ratio.clamp(1.0 - self.clip_epsilon, 1.0 + self.clip_epsilon)
         policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
         errors = (values - returns).square()
@@ -665,7 +713,7 @@ class PPOTrainer:
         loss = policy_loss + self.value_coef * value_loss
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropy
-        grad_norm = self._weights.backward(loss, self.max_grad_norm)
+        grad_norm = self._weights.backward(loss, self.max_grad_norm, weight)
         if not math.isfinite(float(grad_norm)):
             raise FloatingPointError(
                 f"{where}: loss {float(loss.detach())}, gradient norm {float(grad_norm)}"
@@ -679,9 +727,20 @@ class PPOTrainer:
                 (policy_loss, value_loss, entropy, approx_kl, clip_fraction, grad_norm)
             )
 
+    def _means(self, figures: list[Tensor], weights: list[float]) -> list[float]:
+        """The means over minibatches of the figures of each, over all ranks."""
+        stacked = torch.stack(figures)  # [M, 6]
+        share = stacked.new_tensor(weights).unsqueeze(1)  # [M, 1]
+        means: list[float] = self.world.average(stacked, share).mean(0).tolist()
+        return means
+
+    def _explained_variance(self, values: Tensor, returns: Tensor) -> float:
+        variance, residual = self.world.variances(returns, returns - values)
+        return math.nan if variance == 0.0 else 1.0 - residual / variance
+
     def _minibatches(self, S: int, L: int) -> Iterator[Tensor]:
         """Shuffles `S` sequences into minibatches of about `mini_batch_size` steps."""
-        order = torch.randperm(S, generator=self._shuffle).to(self.device)
+        order = torch.randperm(S, generator=self._shuffle)
         yield from torch.split(order, max(1, self.mini_batch_size // L))
 
     def _sequence_length_for(self, T: int) -> int:
@@ -705,7 +764,7 @@ class PPOTrainer:
         keep = self.gamma * (~rollout.reset.cpu()).to(torch.float64)  # [B, T]
         discounted = ops.linear_scan(keep, rewards, self._return)  # [B, T]
         self._return = discounted[:, -1]
-        self.return_norm.update(discounted.reshape(-1, 1))
+        self.world.update(self.return_norm, discounted.reshape(-1, 1))
         deviation = float((self.return_norm.var + 1e-8).sqrt())
         return (rollout.rewards / deviation).clamp(-_REWARD_CLIP, _REWARD_CLIP)
 
@@ -790,7 +849,8 @@ class PPOTrainer:
         torch.set_rng_state(self._random_state)
         if self.device.type == "cuda":
             if self._cuda_random_state is None:
-                torch.cuda.manual_seed(self.seed)
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(self.seed)
             else:
                 torch.cuda.set_rng_state(self._cuda_random_state, self.device)
 
@@ -811,13 +871,6 @@ def _threads(count: int | None) -> Iterator[None]:
 def _sequences(x: Tensor, L: int) -> Tensor:
     """`[B, T, ...]` as `[B * (T / L), L, ...]`."""
     return x.reshape(-1, L, *x.shape[2:])
-
-
-def _explained_variance(values: Tensor, returns: Tensor) -> float:
-    variance = float(returns.var(correction=0))
-    if variance == 0.0:
-        return math.nan
-    return 1.0 - float((returns - values).var(correction=0)) / variance
 
 
 def _mean(values: deque[float] | deque[int]) -> float:

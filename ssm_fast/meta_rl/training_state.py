@@ -17,6 +17,7 @@ from ssm_fast.checks import check_number
 if TYPE_CHECKING:
     from ssm_fast.env_runner.environment import Environment
     from ssm_fast.env_runner.trial_environment import TrialEnvironment
+    from ssm_fast.meta_rl.distributed import World
     from ssm_fast.meta_rl.run import Checkpoint, RunDirectory
 
 _LARGEST_COUNT = 2**53  # as large as float64, in which the learning curve holds it, is exact
@@ -58,6 +59,27 @@ def save_checkpoint(
 def save_policy(path: Path, trainer: Resumable, env: Environment | TrialEnvironment) -> None:
     """Writes the policy, with what whoever loads it must know of its environment and training."""
     save_model(path, trainer.model, env.policy_metadata() | dict(trainer.policy_metadata))
+
+
+def start_run(world: World, run: RunDirectory | None, trainer: Resumable, resume: bool) -> None:
+    """Puts the trainers of all ranks where that of rank 0 stands, or its run left it.
+
+    Args:
+        world: The processes of the run.
+        run: The run; rank 0 has it alone.
+        trainer: The trainer of this rank.
+        resume: Continue the run.
+
+    Raises:
+        ValueError: There is no run to continue, its checkpoint does not fit the trainer, or the
+            trainers of two ranks do not fit each other.
+    """
+    with world.together():
+        if world.rank and run is not None:
+            raise ValueError("run must be None on all ranks but rank 0")
+        if resume and world.rank == 0:
+            continue_run(run, trainer)
+    world.synchronize(trainer)
 
 
 def continue_run(run: RunDirectory | None, trainer: Resumable) -> None:

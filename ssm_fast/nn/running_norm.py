@@ -62,12 +62,8 @@ class RunningNorm(nn.Module):
         y = (x - self.mean) * torch.rsqrt(self.var + self.eps)  # [..., F] float64
         return y.clamp(-self.clip, self.clip).to(x.dtype)  # [..., F]
 
-    @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Merge a batch of observations into the statistics.
-
-        The parallel formula of Chan, Golub and LeVeque (1979): with counts ``n``, ``m`` and
-        ``δ = mean_m - mean_n``, ``M2 = M2_n + M2_m + δ² n m / (n + m)``.
 
         Args:
             x: Observations ``[..., F]``; every leading dimension is a batch dimension.
@@ -76,19 +72,43 @@ class RunningNorm(nn.Module):
             ValueError: If the last dimension is not ``F`` or a value is not finite; the
                 statistics are then untouched.
         """
+        self.merge(*self.moments(x))
+
+    @torch.no_grad()
+    def moments(self, x: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Number, mean ``[F]`` and population variance ``[F]``, float64, of a batch.
+
+        Arguments and errors are those of ``update``, which merges them.
+        """
         if x.ndim == 0 or x.shape[-1] != self.num_features:
             raise ValueError(f"x must have shape [..., {self.num_features}], got {list(x.shape)}")
         batch = x.reshape(-1, self.num_features).to(torch.float64)  # [M, F]
-        m = batch.shape[0]
-        if m == 0:
-            return
+        if len(batch) == 0:
+            return 0, torch.zeros_like(self.mean), torch.zeros_like(self.var)
         if not bool(torch.isfinite(batch).all()):
             raise ValueError("x must be finite, got NaN or Inf")
         batch_var, batch_mean = torch.var_mean(batch, dim=0, correction=0)  # [F], [F]
-        total = self.count + m  # []
-        weight = m / total.to(torch.float64)  # []
-        delta = batch_mean - self.mean  # [F]
-        self.var.mul_(1.0 - weight).add_(weight * (batch_var + (1.0 - weight) * delta.square()))
+        return len(batch), batch_mean, batch_var
+
+    @torch.no_grad()
+    def merge(self, count: int, mean: Tensor, var: Tensor) -> None:
+        """Merge the moments of a batch into the statistics.
+
+        The parallel formula of Chan, Golub and LeVeque (1979): with counts ``n``, ``m`` and
+        ``δ = mean_m - mean_n``, ``M2 = M2_n + M2_m + δ² n m / (n + m)``.
+
+        Args:
+            count: Number of observations.
+            mean: Their mean ``[F]``.
+            var: Their population variance ``[F]``.
+        """
+        if count == 0:
+            return
+        total = self.count + count  # []
+        weight = count / total.to(torch.float64)  # []
+        delta = mean.to(self.mean.device) - self.mean  # [F]
+        spread = var.to(self.var.device) + (1.0 - weight) * delta.square()  # [F]
+        self.var.mul_(1.0 - weight).add_(weight * spread)
         self.mean.add_(weight * delta)
         self.count.copy_(total)
 

@@ -231,6 +231,32 @@ def test_samples_are_seeded() -> None:
         assert not torch.equal(model.get_action(x, h)[0], drawn[0])
 
 
+@pytest.mark.parametrize("discrete", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_noise_of_some_rows_gives_the_actions_that_they_take_among_all(
+    discrete: bool, grad: bool
+) -> None:
+    model = make(discrete=discrete)
+    x, state, *_ = inputs(model)
+    with torch.set_grad_enabled(grad):  # the modules, and the native step
+        torch.manual_seed(5)
+        whole = model.get_action(x[:, 0], state)
+        torch.manual_seed(5)
+        noise = model.draw_noise(len(x))
+        part = model.get_action(x[1:3, 0], state[:, 1:3], noise=noise[1:3])
+        every_second = model.get_action(x[::2, 0], state[:, ::2], noise=noise[::2])
+        alike = model.get_action(x[:, 0], state, True, noise=noise)
+        mode = model.get_action(x[:, 0], state, True)
+    for i in range(3):
+        torch.testing.assert_close(part[i], whole[i][1:3])
+        torch.testing.assert_close(every_second[i], whole[i][::2])
+        assert torch.equal(alike[i], mode[i])
+    with pytest.raises(ValueError, match=r"noise must have shape \[4, \d\], got \[2, \d\]"):
+        model.get_action(x[:, 0], state, noise=noise[:2])
+    with pytest.raises(TypeError, match="noise"):
+        model.get_action(x[:, 0], state, noise=noise.float())
+
+
 @pytest.mark.parametrize("discrete", [True, False])
 def test_log_prob_of_a_sample_has_the_policy_gradient(discrete: bool) -> None:
     # REINFORCE: the action is a constant; a reparametrised sample would have no gradient of mean.

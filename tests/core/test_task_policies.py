@@ -75,6 +75,23 @@ def test_native_step_equals_the_modules(options: dict[str, Any], with_state: boo
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_noise_of_some_tasks_gives_the_actions_that_they_take_among_all(
+    options: dict[str, Any],
+) -> None:
+    model = make(**options)
+    weights = task_weights(model)
+    x, h, reset = inputs()
+    torch.manual_seed(3)
+    whole = TaskPolicies(model, weights).get_action(x, h, False, reset)
+    torch.manual_seed(3)
+    noise = model.draw_noise(G * B)
+    some = TaskPolicies(model, {name: w[1:] for name, w in weights.items()})
+    part = some.get_action(x[1:], h[:, 1:], False, reset[1:], noise[B:])
+    for i in range(3):
+        torch.testing.assert_close(part[i], whole[i][1:])
+
+
 def test_keeps_the_weights_it_was_made_with() -> None:
     model = make()
     weights = task_weights(model)
@@ -108,3 +125,5 @@ def test_wrong_arguments() -> None:
         policies.get_action(x, h[:, :2])
     with pytest.raises(ValueError, match="reset must have shape"):
         policies.get_action(x, h, reset=reset[:2])
+    with pytest.raises(ValueError, match=r"noise must have shape \[15, 2\], got \[5, 2\]"):
+        policies.get_action(x, h, noise=model.draw_noise(B))

@@ -515,9 +515,9 @@ class TestFailures:
         get_action = trainer.model.get_action
         states: list[Tensor] = []
 
-        def overflow(x: Tensor, state: Tensor) -> Any:
+        def overflow(x: Tensor, state: Tensor, noise: Tensor) -> Any:
             states.append(state)
-            action, log_prob, value, after = get_action(x, torch.zeros_like(state))
+            action, log_prob, value, after = get_action(x, torch.zeros_like(state), noise=noise)
             return action, log_prob, value, torch.full_like(after, math.inf)
 
         monkeypatch.setattr(trainer.model, "get_action", overflow)
