@@ -34,7 +34,7 @@ def make_env(memory: SSMModule, seed: int) -> TransformedEnv:
     return env
 
 
-def main(frames: int = 24_576, steps: int = 128, epochs: int = 4, seed: int = 0) -> float:
+def main(frames: int = 24_576, steps: int = 32, epochs: int = 20, seed: int = 0) -> float:
     """Train, then return the mean return of the most likely actions."""
     torch.manual_seed(seed)
     memory = SSMModule(4, 64, norm="state", in_key="observation", out_key="features")
@@ -47,28 +47,27 @@ def main(frames: int = 24_576, steps: int = 128, epochs: int = 4, seed: int = 0)
         return_log_prob=True,
     )
     critic = TensorDictSequential(memory, value)
-    advantage = GAE(gamma=0.98, lmbda=0.9, value_network=critic)
-    loss_module = ClipPPOLoss(actor, critic, entropy_coeff=0.0, normalize_advantage=True)
-    optimizer = torch.optim.Adam(loss_module.parameters(), lr=1e-3)
-
+    advantage = GAE(gamma=0.98, lmbda=0.8, value_network=critic)
+    ppo = ClipPPOLoss(actor, critic, entropy_coeff=0.0, critic_coeff=0.1, normalize_advantage=True)
+    optimizer = torch.optim.Adam(ppo.parameters(), lr=1e-3)
+    batch = ENVS * steps
     collector = Collector(
-        make_env(memory, seed), actor, frames_per_batch=ENVS * steps, total_frames=frames
+        make_env(memory, seed), actor, frames_per_batch=batch, total_frames=frames
     )
+    returns: list[float] = []
     begin = time.perf_counter()
     for i, data in enumerate(collector):  # [ENVS, steps]
+        with set_recurrent_mode(True), torch.no_grad():
+            advantage(data)
         for _ in range(epochs):
-            with set_recurrent_mode(True), torch.no_grad():
-                advantage(data)
-            for rows in torch.randperm(ENVS).split(ENVS // 2):  # whole sequences
-                losses = loss_module(data[rows])
-                loss = sum(value for key, value in losses.items() if key.startswith("loss_"))
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(loss_module.parameters(), 0.5)
-                optimizer.step()
-        if i % 4 == 3:
-            returns = data["next", "episode_reward"][data["next", "done"]]
-            print(f"{(i + 1) * ENVS * steps} frames: return {returns.mean():.1f}")
+            losses = ppo(data)  # in recurrent mode by itself
+            optimizer.zero_grad()
+            (losses["loss_objective"] + losses["loss_critic"]).backward()
+            torch.nn.utils.clip_grad_norm_(ppo.parameters(), 0.5)
+            optimizer.step()
+        returns += data["next", "episode_reward"][data["next", "done"]].tolist()
+        if i % 16 == 15:
+            print(f"{(i + 1) * batch:6} frames: return {sum(returns[-20:]) / 20:.1f}")
     print(f"{time.perf_counter() - begin:.1f} s")
 
     with set_exploration_type(ExplorationType.MODE), torch.no_grad():
