@@ -1,7 +1,7 @@
 """The same model and training loop with nn.GRU, nn.LSTM and ssm_fast.SSM, side by side.
 
-Which of eight frequencies is buried in the noise? The signal has the variance of half the noise, a
-random phase, and the model answers after the last step.
+Which of eight frequencies is buried in noise of twice its variance? Phases are random, and the
+answer comes after the last step.
 
 pip install .
 python examples/swap_gru.py
@@ -85,7 +85,7 @@ def main(steps: int = 300, length: int = 100, hidden_size: int = 64) -> dict[str
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description="nn.GRU, nn.LSTM and ssm_fast.SSM")
     for name, default in (("steps", 300), ("length", 100), ("hidden-size", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     main(**vars(parser.parse_args()))
