@@ -288,6 +288,51 @@ class SSM(nn.Module):
         h = torch.stack(h_next)  # [L, B, N]
         return (x, h) if batched else (x.squeeze(0), h.squeeze(1))
 
+    def replay(
+        self, input: Tensor, states: Tensor, *, reset: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run sequences that were stored with their states, as in a replay buffer.
+
+        As ``forward`` from the first stored state, but where an episode begins inside a sequence
+        it starts from the state stored there, and every state is returned.
+
+        Args:
+            input: ``[T, B, I]``, or ``[B, T, I]`` with ``batch_first``.
+            states: State before each step, ``[T, B, L, N]`` or ``[B, T, L, N]``. It is read at the
+                first step and where ``reset`` is set.
+            reset: ``[T, B]`` or ``[B, T]``, boolean or 0/1: where an episode begins.
+
+        Returns:
+            The output of the last layer, in the layout of ``input`` with ``H`` features, and the
+            state after each step, shaped as ``states``.
+
+        Raises:
+            ValueError: If a shape does not fit.
+            TypeError: If a dtype does not fit.
+        """
+        time = 1 if self.batch_first else 0
+        if input.ndim != 3 or input.shape[-1] != self.input_size or input.shape[time] == 0:
+            layout = "[B, T, I]" if self.batch_first else "[T, B, I]"
+            raise ValueError(
+                f"input must have shape {layout} with T >= 1 and I = {self.input_size}, "
+                f"got {list(input.shape)}"
+            )
+        x = input
+        self._check_dtypes(x, states)
+        expected = [*x.shape[:2], self.num_layers, self.state_size]
+        if list(states.shape) != expected:
+            raise ValueError(f"states must have shape {expected}, got {list(states.shape)}")
+        if reset is not None and reset.shape != x.shape[:2]:
+            raise ValueError(f"reset must have shape {list(x.shape[:2])}, got {list(reset.shape)}")
+        after: list[Tensor] = []
+        for i, layer in enumerate(self._ssm_layers()):
+            before = states[:, :, i]  # as x, N features
+            s0 = before.select(time, 0)  # [B, N]
+            s = layer.states(x, s0, reset, self.batch_first, before)  # as x, N features
+            after.append(s)
+            x = self._join(i, x, layer.readout(s, x))  # as x, H features
+        return x, torch.stack(after, 2)
+
     def flatten_parameters(self) -> None:
         """Do nothing: code written for ``nn.GRU`` calls it to please cuDNN."""
 

@@ -176,6 +176,7 @@ class SSMLayer(nn.Module):
         s0: Tensor | None = None,
         reset: Tensor | None = None,
         batch_first: bool = True,
+        restart: Tensor | None = None,
     ) -> Tensor:
         """Every state of a sequence, without the read-out.
 
@@ -185,11 +186,17 @@ class SSMLayer(nn.Module):
             reset: ``[B, T]`` or ``[T, B]``, as ``x``.
             batch_first: The layout of ``x``, ``reset`` and the result. The input projection runs
                 in that layout, so that a time-major sequence is not copied.
+            restart: ``[B, T, N]`` or ``[T, B, N]``, as ``x``: where ``reset`` is set, the state to
+                go on from instead of zeros. What it holds elsewhere is never used.
 
         Returns:
             States ``[B, T, N]`` or ``[T, B, N]``.
         """
         u = F.linear(x, self.B, self.bias)  # [B, T, N] or [T, B, N]
+        if reset is not None and restart is not None:
+            # The scan zeroes the state there, so that A r comes in with the drive.
+            r = restart.masked_fill((reset == 0).unsqueeze(-1), 0.0)  # [B, T, N] or [T, B, N]
+            u = u + F.linear(r, self.A)
         if not batch_first:
             u = u.transpose(0, 1)  # [B, T, N]
             reset = None if reset is None else reset.transpose(0, 1)  # [B, T]

@@ -177,6 +177,61 @@ def test_a_reset_starts_a_sequence_anew(dtype: torch.dtype) -> None:
     torch.testing.assert_close(y_t, module(x)[0][:, 0])
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm", [None, "output", "state"])
+def test_replay_restarts_from_stored_states(batch_first: bool, norm: Any) -> None:
+    module = make(norm=norm, residual=True, activation="silu", batch_first=batch_first)
+    x, _, reset = inputs(module)
+    stored = torch.randn(3, 7, 2, 4, dtype=torch.float64)
+    stored[:, 1:][~reset[:, 1:]] = float("nan")  # never read
+    given = [v if batch_first else v.transpose(0, 1) for v in (x, stored, reset)]
+    y, after = module.replay(given[0], given[1], reset=given[2])
+    if not batch_first:
+        y, after = y.transpose(0, 1), after.transpose(0, 1)
+    h = stored[:, 0].transpose(0, 1)
+    for t in range(7):
+        h = torch.where(reset[:, t, None], stored[:, t].transpose(0, 1), h)
+        y_t, h = module.step(x[:, t], h)
+        torch.testing.assert_close(y[:, t], y_t)
+        torch.testing.assert_close(after[:, t], h.transpose(0, 1))
+    alone = make(norm=norm, residual=True, activation="silu")
+    whole, _ = alone(x, stored[:, 0].transpose(0, 1))
+    torch.testing.assert_close(alone.replay(x, stored)[0], whole)
+
+
+def test_gradients_of_replay() -> None:
+    module = make(norm="state")
+    x, _, reset = inputs(module)
+    stored = torch.randn(3, 7, 2, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, stored: Tensor) -> Any:
+        return module.replay(x, stored, reset=reset)
+
+    assert gradcheck(run, (x.requires_grad_(), stored), fast_mode=True)
+
+
+def test_bad_replay() -> None:
+    module = make()
+    x, _, reset = inputs(module)
+    stored = torch.zeros(3, 7, 2, 4, dtype=torch.float64)
+    bad_values = [
+        (
+            x[0],
+            stored,
+            None,
+            r"input must have shape \[B, T, I\] with T >= 1 and I = 3, got \[7, 3",
+        ),
+        (x[:, :0], stored[:, :0], None, r"T >= 1 and I = 3, got \[3, 0, 3\]"),
+        (x, stored[:, 0], None, r"states must have shape \[3, 7, 2, 4\], got \[3, 2, 4\]"),
+        (x, stored, reset.t(), r"reset must have shape \[3, 7\], got \[7, 3\]"),
+    ]
+    for x_bad, stored_bad, reset_bad, message in bad_values:
+        with pytest.raises(ValueError, match=message):
+            module.replay(x_bad, stored_bad, reset=reset_bad)
+    with pytest.raises(TypeError, match="must have the parameters' dtype"):
+        module.replay(x, stored.float())
+
+
 def pack(sequences: list[Tensor], sort: bool) -> PackedSequence:
     return pack_sequence(sequences, enforce_sorted=sort)
 

@@ -1,0 +1,1 @@
+"""State-space layers inside other libraries; each module needs the library that it is named after."""
