@@ -154,7 +154,7 @@ class World:
         """What rank 0 says: numbers, strings, and lists and dicts of them."""
         return value
 
-    def exchange(self, value: T) -> list[T]:
+    def exchange(self, value: Any) -> list[Any]:
         """What every rank says, in the order of the ranks; tuples become lists."""
         return [value]
 
@@ -307,7 +307,7 @@ class _Processes(World):
         chosen: T = self.exchange(value if self.rank == 0 else None)[0]
         return chosen
 
-    def exchange(self, value: T) -> list[T]:
+    def exchange(self, value: Any) -> list[Any]:
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = torch.cat(self._gather(torch.tensor([len(text)]))).tolist()
         texts = torch.split(self.gather(text), lengths)
