@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import random
-import re
 import shutil
-import statistics
 import subprocess
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from ssm_fast.bench import timing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,27 +38,16 @@ def contest(
     Returns:
         The median of each contender in milliseconds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
-        run()
-    start = time.perf_counter()
-    order, generator = list(contenders.items()), random.Random(0)
-    while len(seconds[ours]) < ROUNDS:
-        generator.shuffle(order)  # nobody always finds the caches and threads of the same one
-        for name, run in order:
-            began = time.perf_counter()
-            for _ in range(calls):
-                run()
-            seconds[name].append((time.perf_counter() - began) / calls)
-        if time.perf_counter() - start > MAX_SECONDS and len(seconds[ours]) >= 3:
-            break
-    medians = {name: statistics.median(times) * 1e3 for name, times in seconds.items()}
+    found = timing.take_turns(
+        contenders, rounds=ROUNDS, seconds=MAX_SECONDS, least_rounds=3, calls=calls
+    )
+    medians = found.milliseconds
     benchmark.extra_info |= {
         "ours": ours,
         "floor": floor,
         "median_ms": medians,
         "over_ours": {name: ms / medians[ours] for name, ms in medians.items()},
-        "rounds": len(seconds[ours]),
+        "rounds": found.rounds,
     }
     benchmark.pedantic(contenders[ours], rounds=5, iterations=1)
     return medians
@@ -72,29 +55,7 @@ def contest(
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on, and which commit they are of."""
-    import ssm_fast
-    from ssm_fast.ops.backend import native
-
-    return {
-        "ssm_fast": ssm_fast.__version__,
-        "commit": _commit(),
-        "processor": _processor(),
-        "processors": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "isa": native.isa(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"model name\s*: (.+)", cpuinfo.read_text())
-        if match:
-            return match[1]
-    return platform.processor() or platform.machine()
+    return {**timing.machine(), "commit": _commit()}
 
 
 def _commit() -> str | None:

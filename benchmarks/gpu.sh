@@ -31,7 +31,7 @@ tests=0
 if "$python" -c 'import pytest' 2>/dev/null; then
   logs=$(mktemp -d)
   pids=()
-  for file in "$root"/tests/kernels/test_*.py; do
+  for file in "$root"/tests/kernels/test_*.py "$root"/tests/meta_rl/test_gpu.py; do
     timeout 150 "$python" -m pytest -q -p no:cacheprovider -c "$root/benchmarks/gpu/pytest.ini" \
       --rootdir "$root" "$file" >"$logs/$(basename "$file" .py)" 2>&1 &
     pids+=($!)

@@ -346,6 +346,58 @@ def test_a_run_keeps_the_defaults_it_was_started_with() -> None:
     assert None not in config.values()
 
 
+@pytest.mark.filterwarnings("default:other programs are at work")
+class TestBench:
+    QUICK = ("bench", "--quick", "--seconds", "0.01", "--threads", "1", "--ops", "output_norm")
+
+    def test_measures_and_compares(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*self.QUICK]) == 0
+        contests = json.loads(Path("bench/bench.json").read_text())["contests"]
+        assert [contest["name"] for contest in contests] == [
+            "output_norm B8 T256 N64, forward",
+            "output_norm B8 T256 N64, with gradients",
+        ]
+        assert "| output_norm B8 T256 N64, forward |" in Path("bench/bench.md").read_text()
+        assert Path("bench/bench.png").stat().st_size > 10_000
+        again = [*self.QUICK, "--compare", "bench/bench.json", "--tolerance", "99"]
+        assert cli.main(again) == 0
+        assert "2 contests of bench/bench.json: 0 slower" in capsys.readouterr().out
+
+    def test_says_what_has_become_slower(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*self.QUICK, "--out", "old"]) == 0
+        path = Path("old/bench.json")
+        saved = json.loads(path.read_text())
+        for contest in saved["contests"]:
+            contest["milliseconds"]["output_norm"] /= 1e3
+        path.write_text(json.dumps(saved))
+        assert cli.main([*self.QUICK, "--compare", str(path)]) == 1
+        assert "slower: output_norm B8 T256 N64, forward," in capsys.readouterr().out
+        saved["machine"] |= {"processor": "another", "threads": 7}
+        path.write_text(json.dumps(saved))
+        assert cli.main([*self.QUICK, "--compare", str(path)]) == 1
+        assert "differs in processor (another, now" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("options", "text"),
+        [
+            (["--seconds", "0"], "--seconds must be"),
+            (["--threads", "0"], "--threads must be at least 1"),
+            (["--compare", "missing.json"], "missing.json"),
+            (["--device", "cuda"], "--device: this torch sees no GPU"),
+        ],
+    )
+    def test_mistakes(
+        self,
+        options: list[str],
+        text: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert cli.main([*self.QUICK, *options]) == 2
+        assert text in capsys.readouterr().err
+
+
 class TestPresets:
     @pytest.mark.parametrize("name", preset_names())
     def test_is_complete(self, name: str) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +14,7 @@ from ssm_fast import SSM, _native
 from ssm_fast.app.jobs import Note, Send
 from ssm_fast.app.status import Status, View, with_errors_as_sentences
 from ssm_fast.app.visitors import Visitor
+from ssm_fast.bench.timing import take_turns
 from ssm_fast.cli.messages import check_option
 from ssm_fast.ops import dense_scan, norm_scan
 
@@ -130,19 +128,7 @@ def _row(
     contenders: dict[str, Callable[[], Tensor]],
     call: Callable[[Callable[[], Tensor]], None],
 ) -> Row:
-    """Medians over rounds in which the contenders take turns, in an order that changes."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order, shuffle = list(contenders.items()), random.Random(0)
-    for _, run in order:
-        call(run)
-    start = time.perf_counter()
-    for _ in range(ROUNDS):
-        shuffle.shuffle(order)  # nobody always finds the caches of the same one
-        for name, run in order:
-            began = time.perf_counter()
-            call(run)
-            seconds[name].append(time.perf_counter() - began)
-        if time.perf_counter() - start > _SECONDS_OF_CONTEST:
-            break
-    medians: dict[str, Any] = {name: statistics.median(x) * 1e3 for name, x in seconds.items()}
+    """Medians over rounds in which the contenders take turns."""
+    runs = {name: partial(call, run) for name, run in contenders.items()}
+    medians = take_turns(runs, rounds=ROUNDS, seconds=_SECONDS_OF_CONTEST).milliseconds
     return Row(what, medians["native"], medians["eager"], medians.get("gru"))

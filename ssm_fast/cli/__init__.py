@@ -12,10 +12,11 @@ try:
     import tyro
 
     from ssm_fast.cli.adapt import run_adaptation
+    from ssm_fast.cli.bench import run_bench
     from ssm_fast.cli.evaluate import run_evaluation
     from ssm_fast.cli.info import print_info
     from ssm_fast.cli.messages import sentence
-    from ssm_fast.cli.options import Adapt, App, Evaluate, Info, Train
+    from ssm_fast.cli.options import Adapt, App, Bench, Evaluate, Info, Train
     from ssm_fast.cli.train import run_training
     from ssm_fast.meta_rl.distributed import LostRank, World, join_world
 except ModuleNotFoundError as error:
@@ -30,11 +31,18 @@ def main(args: Sequence[str] | None = None) -> int:
         args: The arguments; `sys.argv[1:]` by default.
 
     Returns:
-        The exit code: 0, 1 when training, an adaptation or an evaluation broke down on NaN or
-        infinity, or lost one of its processes, 2 for a mistake in the input, 130 after Ctrl-C.
+        The exit code: 0, 1 when a contest has become slower, or when training, an adaptation or an
+        evaluation broke down on NaN or infinity, or lost one of its processes, 2 for a mistake in the input, 130 after Ctrl-C.
     """
     options = tyro.extras.subcommand_cli_from_dict(
-        {"train": Train, "evaluate": Evaluate, "adapt": Adapt, "app": App, "info": Info},
+        {
+            "train": Train,
+            "evaluate": Evaluate,
+            "adapt": Adapt,
+            "app": App,
+            "bench": Bench,
+            "info": Info,
+        },
         prog="ssm-fast",
         description="State-space-model policies: training, evaluation and adaptation.",
         args=args,
@@ -52,6 +60,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 run_adaptation(options)
             elif isinstance(options, App):
                 _run_app(options)
+            elif isinstance(options, Bench):
+                return 0 if run_bench(options) else 1
             else:
                 print_info()
         except (FloatingPointError, LostRank) as error:

@@ -14,6 +14,7 @@ from ssm_fast.cli.presets import preset_names
 EVALUATION_SEED = 3_000_000_000
 EVALUATION_EPISODES = 10
 LARGEST_SEED = 2**63 - 1  # of torch's generators
+MOST_THREADS = 1024
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "policy_gradient": {
@@ -254,6 +255,45 @@ class App:
     """Address to listen at; 0.0.0.0 lets other machines in. There is no password."""
     port: int = 7860
     """Port to listen at."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure the ops and layers on this machine, beside what does the same otherwise.
+
+    Contenders take turns; the medians go to bench.json, bench.md and bench.png. The batch of the
+    larger contests grows with the threads; --device cuda takes those of a GPU.
+    """
+
+    out: Path = Path("bench")
+    """Folder of the results; those of an earlier run there are replaced."""
+    compare: Path | None = None
+    """A bench.json of before: what has become slower since, by the clock and beside its peers, is
+    named, and the exit code is 1."""
+    tolerance: float = 0.25
+    """What counts as slower: 0.25 is a quarter more time."""
+    ops: tuple[
+        Literal[
+            "dense_scan",
+            "norm_scan",
+            "linear_scan",
+            "output_norm",
+            "gae",
+            "discounted_returns",
+            "policy_step",
+            "ssm",
+        ],
+        ...,
+    ] = ()
+    """What to measure; by default everything."""
+    quick: bool = False
+    """Small sizes only."""
+    seconds: float = 5.0
+    """After so many seconds, a contest begins no further round, but for the first three."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to measure."""
+    threads: int | None = None
+    """Threads of torch and the kernels; by default as many as torch takes."""
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ def make_trainer(
         )
     model_options = chosen(MODEL_OPTIONS[mode])
     trainer_options = chosen(TRAINER_OPTIONS[mode]) | {"seed": settings["seed"]}
-    trainer_options["device"] = _device(settings["device"], world)
+    trainer_options["device"] = device_of(settings["device"], world)
     if mode == "policy_gradient":
         standard = StateSpaceModel(
             input_dim=env.input_dim, output_dim=env.action_dim, **model_options
@@ -227,7 +227,7 @@ def make_trainer(
     return PPOTrainer(improved, num_threads=None, **trainer_options, world=world)
 
 
-def _device(name: str | None, world: World) -> torch.device:
+def device_of(name: str | None, world: World) -> torch.device:
     """The CPU, or a GPU for each process of this machine."""
     if name != "cuda":
         return torch.device("cpu")

@@ -18,7 +18,13 @@ from ssm_fast.cli.environments import route_mujoco_warnings
 from ssm_fast.cli.evaluate import describe, evaluate_adaptation
 from ssm_fast.cli.info import versions
 from ssm_fast.cli.messages import check_option, say
-from ssm_fast.cli.options import EVALUATION_EPISODES, EVALUATION_SEED, LARGEST_SEED, Train
+from ssm_fast.cli.options import (
+    EVALUATION_EPISODES,
+    EVALUATION_SEED,
+    LARGEST_SEED,
+    MOST_THREADS,
+    Train,
+)
 from ssm_fast.cli.progress import show_progress
 from ssm_fast.cli.settings import (
     Trainer,
@@ -35,8 +41,6 @@ from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import load_checkpoint, save_policy
 
-_MOST_THREADS = 1024
-
 
 def run_training(options: Train, world: World) -> None:
     """Trains, or continues to, and evaluates; rank 0 alone reads and writes the run folder."""
@@ -48,7 +52,7 @@ def run_training(options: Train, world: World) -> None:
     settings = world.first(settings)
     mode, env_id, seed = settings["mode"], settings["env"], settings["seed"]
     route_mujoco_warnings(env_id)
-    check_option("threads", settings["threads"], 1, _MOST_THREADS)
+    check_option("threads", settings["threads"], 1, MOST_THREADS)
     check_option("seed", seed, 0, LARGEST_SEED)
     torch.set_num_threads(settings["threads"])
     torch.manual_seed(seed)

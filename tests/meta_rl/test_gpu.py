@@ -11,6 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("gymnasium", reason="trainings need the extra rl")
+pytest.importorskip("tyro", reason="trainings need the extra rl")
+
 from ssm_fast import cli
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
