@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,15 @@ import ssm_fast
 from ssm_fast import cli
 from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.cli import progress
-from ssm_fast.cli.options import EVALUATION_SEED
-from ssm_fast.cli.settings import MODEL_OPTIONS, TRAINER_OPTIONS
+from ssm_fast.cli.options import EVALUATION_SEED, Train
+from ssm_fast.cli.presets import load_preset, preset_names
+from ssm_fast.cli.settings import (
+    MODEL_OPTIONS,
+    TRAINER_OPTIONS,
+    make_environment,
+    make_trainer,
+    settings_of,
+)
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner import Environment, evaluate, get_family
@@ -310,8 +318,8 @@ def test_options_of_the_modes() -> None:
     sizes = {"state_dim", "hidden_dim"}
     assert {mode: set(names) for mode, names in MODEL_OPTIONS.items()} == {
         "policy_gradient": sizes,
-        "improved": {*sizes, "num_layers"},
-        "meta_rl": {*sizes, "num_layers"},
+        "improved": {*sizes, "num_layers", "log_std_init"},
+        "meta_rl": {*sizes, "num_layers", "log_std_init"},
     }
     shared = {"gamma", "max_grad_norm", "anneal_lr", "checkpoint_interval", "device"}
     ppo = {"gae_lambda", "clip_epsilon", "num_steps"}
@@ -325,6 +333,49 @@ def test_options_of_the_modes() -> None:
         },
         "meta_rl": {*shared, *ppo, *inner, *outer, "evaluation_interval"},
     }
+
+
+def test_a_run_keeps_the_defaults_it_was_started_with() -> None:
+    assert cli.main([*META, "--epochs", "1", "--out", "out"]) == 0
+    config = json.loads(Path("out/config.json").read_text())
+    trainer = MetaRLTrainer(ImprovedSSM(4, 2, discrete=True))
+    names = ("inner_lr", "inner_steps", "outer_lr", "gamma", "learn_inner_lr", "clip_epsilon")
+    assert {name: config[name] for name in names} == {
+        name: getattr(trainer, name) for name in names
+    }
+    assert None not in config.values()
+
+
+class TestPresets:
+    @pytest.mark.parametrize("name", preset_names())
+    def test_is_complete(self, name: str) -> None:
+        options = load_preset(name)
+        settings = settings_of(Train(preset=name), Path("out"))
+        assert {"mode", "env"} < set(options) <= {field.name for field in fields(Train)}
+        assert settings == settings_of(Train(**options), Path("out"))
+        assert options["env"] in gymnasium.registry
+        small = settings | {"batch_size": 2, "tasks_per_epoch": 2}
+        with make_environment(small) as env:
+            make_trainer(small, env)
+
+    def test_trains(self) -> None:
+        command = ["train", "--preset", "cartpole-family", *META[5:], "--epochs", "1"]
+        assert cli.main(command) == 0
+        config = json.loads(Path("runs/cartpole-family-seed0/config.json").read_text())
+        assert (config["mode"], config["env"], config["epochs"]) == ("meta_rl", FAMILY, 1)
+
+    def test_what_is_given_goes_before(self) -> None:
+        preset = load_preset("halfcheetah-v5")
+        assert "lr" in preset
+        changed = settings_of(Train(preset="halfcheetah-v5", lr=0.5, episodes=3), Path("out"))
+        assert (changed["learning_rate"], changed["episodes"], changed["steps"]) == (0.5, 3, None)
+        assert changed["gamma"] == preset["gamma"]
+
+    def test_mistakes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["train", "--preset", "cheetah"]) == 2
+        assert "--preset must be one of ['cartpole-family'," in capsys.readouterr().err
+        assert cli.main(["train", "--preset", "halfcheetah-v5", "--env", "Hopper-v5"]) == 2
+        assert "--preset halfcheetah-v5 is for --env HalfCheetah-v5" in capsys.readouterr().err
 
 
 class TestAdapt:
@@ -701,7 +752,7 @@ class TestResume:
         _assert_same_policy("part", "whole")
         assert len(_rows("part")) == 3
         assert cli.main([*more, "--lr", "0.5"]) == 2
-        assert "--outer_lr must be None as in the run in part, got 0.5" in capsys.readouterr().err
+        assert "--outer_lr must be 0.001 as in the run in part, got 0.5" in capsys.readouterr().err
 
     def test_of_a_finished_run_evaluates_again(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*PPO, "--episodes", "2", "--out", "out"]) == 0
@@ -776,7 +827,7 @@ class TestResume:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert cli.main([*META, "--inner_steps", "0", "--epochs", "1", "--out", "out"]) == 0
         path = Path("out/config.json")
-        assert json.loads(path.read_text())["device"] is None
+        assert json.loads(path.read_text())["device"] == "cpu"
         path.write_text(json.dumps({**json.loads(path.read_text()), "device": "cuda"}))
         assert cli.main(["evaluate", "out"]) == 0  # on the CPU, wherever it was trained
         resume_it = ["train", "--resume", "--epochs", "2", "--out", "out"]

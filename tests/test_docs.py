@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import tyro
 
-from ssm_fast.cli.options import Adapt, Evaluate, Info, Train
+from ssm_fast.cli.options import Adapt, App, Evaluate, Info, Train
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import Environment
 
@@ -18,8 +20,9 @@ pytestmark = pytest.mark.isa_independent
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-COMMANDS = {"train": Train, "evaluate": Evaluate, "adapt": Adapt, "info": Info}
+COMMANDS = {"train": Train, "evaluate": Evaluate, "adapt": Adapt, "app": App, "info": Info}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TORCHRUN = re.compile(r"# torchrun (.+)")  # the first line of a block for several processes
 STUBBED = {"runs/improved-HalfCheetah-v5-seed0/policy.safetensors": "HalfCheetah-v5"}
 
 
@@ -44,18 +47,37 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+# raised while torch imports its compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("document", documents_with("python"))
 def test_python(document: str, folder: Path) -> None:
     """The blocks of a document, one after the other."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     names: dict[str, object] = {"__name__": "document"}
     try:
         for text in blocks(ROOT / document, "python"):
+            if TORCHRUN.match(text):
+                run_together(text, folder)
+                continue
             exec(compile(text, document, "exec"), names)  # noqa: S102
     finally:
         torch.set_num_threads(threads)
+
+
+def run_together(text: str, folder: Path) -> None:
+    """A block in the processes that its first line asks for."""
+    line = TORCHRUN.match(text)
+    assert line is not None
+    *options, name = shlex.split(line[1])
+    (folder / name).write_text(text)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    result = subprocess.run(
+        [*launcher, *options, name], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def commands() -> list[str]:

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ssm_fast.cli.presets import preset_names
+
 # Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.
 EVALUATION_SEED = 3_000_000_000
 EVALUATION_EPISODES = 10
@@ -66,8 +68,8 @@ class Train:
 
     The run folder receives config.json, checkpoints, TensorBoard events, curve.csv, curve.png,
     policy.safetensors (for `ssm-fast evaluate` and `ssm_fast.load_policy`) and evaluation.json.
-    What is not given takes the default of the mode and its trainer, or, with --resume, the value
-    that the run was started with.
+    What is not given takes the value of the preset, the default of the mode and its trainer, or,
+    with --resume, the value that the run was started with.
     """
 
     mode: Annotated[
@@ -77,6 +79,8 @@ class Train:
     """policy_gradient: REINFORCE with StateSpaceModel (discrete actions). improved: recurrent PPO
     with ImprovedSSM (any actions). meta_rl: ImprovedSSM learns to adapt to the tasks of a family,
     by gradient steps (ProMP), in its state (RL^2, --inner_steps 0 --trial_episodes 2) or both."""
+    preset: Annotated[str | None, _default("none", "{" + ",".join(preset_names()) + "}")] = None
+    """Settings that were measured in a task, see docs/results.md; other options go before them."""
     env: Annotated[
         str | None,
         _default(
@@ -129,6 +133,8 @@ class Train:
     """Width of the network around it."""
     num_layers: Annotated[int | None, _default("improved: 2, meta_rl: 1", "INT")] = None
     """Layers, each with a state."""
+    log_std_init: Annotated[float | None, _default("-0.5; improved, meta_rl", "FLOAT")] = None
+    """Logarithm of the standard deviation of continuous actions, at the start."""
     entropy_coef: Annotated[float | None, _default("0", "FLOAT")] = None
     """Weight of the entropy bonus."""
     max_grad_norm: Annotated[float | None, _default("0.5, meta_rl: 1", "FLOAT")] = None

@@ -14,6 +14,7 @@ from ssm_fast.checks import check_count
 from ssm_fast.cli.environments import FAMILY_OF, refuse_import
 from ssm_fast.cli.messages import say
 from ssm_fast.cli.options import DEFAULTS, Train
+from ssm_fast.cli.presets import load_preset
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner import Environment, TrialEnvironment, get_family
@@ -37,24 +38,28 @@ def _options_in(function: Callable[..., object]) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(function).parameters if name in options)
 
 
-MODEL_OPTIONS = {
-    "policy_gradient": _options_in(StateSpaceModel),
-    "improved": _options_in(ImprovedSSM),
-    "meta_rl": _options_in(ImprovedSSM),
+_MODELS = {"policy_gradient": StateSpaceModel, "improved": ImprovedSSM, "meta_rl": ImprovedSSM}
+_TRAINERS = {
+    "policy_gradient": PolicyGradientTrainer,
+    "improved": PPOTrainer,
+    "meta_rl": MetaRLTrainer,
 }
-TRAINER_OPTIONS = {
-    "policy_gradient": _options_in(PolicyGradientTrainer),
-    "improved": _options_in(PPOTrainer),
-    "meta_rl": _options_in(MetaRLTrainer),
-}
+MODEL_OPTIONS = {mode: _options_in(model) for mode, model in _MODELS.items()}
+TRAINER_OPTIONS = {mode: _options_in(trainer) for mode, trainer in _TRAINERS.items()}
+
+
+def _defaults_in(function: Callable[..., object]) -> dict[str, Any]:
+    """What those arguments are where nobody says anything."""
+    parameters = inspect.signature(function).parameters
+    return {name: parameters[name].default for name in _options_in(function)}
 
 
 def default_folder(options: Train) -> Path:
     """The run folder where none is named."""
     mode = options.mode or "improved"
     env_id = options.env or DEFAULTS[mode]["env"]
-    name = env_id.replace("/", "_").replace(":", "_")
-    return Path("runs") / f"{mode}-{name}-seed{options.seed or 0}"
+    name = options.preset or f"{mode}-{env_id.replace('/', '_').replace(':', '_')}"
+    return Path("runs") / f"{name}-seed{options.seed or 0}"
 
 
 def settings_of(options: Train, out: Path) -> dict[str, Any]:
@@ -62,8 +67,10 @@ def settings_of(options: Train, out: Path) -> dict[str, Any]:
     given = {
         name: value
         for name, value in asdict(options).items()
-        if value is not None and name not in ("out", "resume")
+        if value is not None and name not in ("out", "resume", "preset")
     }
+    if options.preset is not None:
+        given = _with_preset(given, options.preset)
     if options.resume:
         run = RunDirectory(out, resume=True)
         if run.config_path.exists():
@@ -73,7 +80,13 @@ def settings_of(options: Train, out: Path) -> dict[str, Any]:
             return _continued(_in_terms_of(stored["mode"], given), stored, run)
         say(f"{out} holds no run yet: starting one")
     mode = given.get("mode", "improved")
-    settings: dict[str, Any] = {"mode": mode, **dict.fromkeys(_options_of(mode)), **DEFAULTS[mode]}
+    settings: dict[str, Any] = {
+        "mode": mode,
+        **dict.fromkeys(_options_of(mode)),
+        **_defaults_in(_MODELS[mode]),
+        **_defaults_in(_TRAINERS[mode]),
+        **DEFAULTS[mode],
+    }
     if mode == "improved" and "episodes" in given:
         settings["steps"] = None
     for name in given:
@@ -81,6 +94,20 @@ def settings_of(options: Train, out: Path) -> dict[str, Any]:
             raise ValueError(f"--{name} is not an option of --mode {mode}")
     settings.update(_in_terms_of(mode, given))
     return settings
+
+
+def _with_preset(given: dict[str, Any], preset: str) -> dict[str, Any]:
+    """The options of the preset, with those in the place of its own that are given."""
+    options = load_preset(preset)
+    for name in ("mode", "env"):
+        if given.get(name, options[name]) != options[name]:
+            raise ValueError(f"--preset {preset} is for --{name} {options[name]}")
+    limits = LIMITS[options["mode"]]
+    if any(name in given for name in limits):
+        options = {name: value for name, value in options.items() if name not in limits}
+    if "lr" in given or "outer_lr" in given:
+        options.pop("lr", None)
+    return options | given
 
 
 def _in_terms_of(mode: str, given: dict[str, Any]) -> dict[str, Any]:

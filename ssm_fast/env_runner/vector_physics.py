@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import gymnasium
 import numpy as np
 import torch
+from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
 from ssm_fast.checks import check_count
@@ -83,6 +84,16 @@ class MujocoVectorEnv(SameStepVectorEnv):
         if num_threads is None:
             num_threads = torch.get_num_threads()
         check_count("num_threads", num_threads)
+        EzPickle.__init__(
+            self,
+            env_name,
+            num_envs,
+            num_threads=num_threads,
+            models=models,
+            tasks=tasks,
+            max_episode_steps=max_episode_steps,
+            **env_kwargs,
+        )
         if max_episode_steps is not None:
             env_kwargs["max_episode_steps"] = max_episode_steps
 
@@ -130,6 +141,7 @@ class MujocoVectorEnv(SameStepVectorEnv):
         if len(models) != self.num_envs:
             raise ValueError(f"models must have {self.num_envs} entries, got {len(models)}")
         self._give_models(models)
+        self._ezpickle_kwargs["models"] = models
 
     def _give_models(self, models: Sequence[MjModel]) -> None:
         import mujoco

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from pathlib import Path
 
@@ -14,7 +15,7 @@ pytest.importorskip("mujoco.batch", reason="vector physics needs mujoco 3.17 or 
 
 from trajectories import assert_equal, assert_same_trajectory
 
-from ssm_fast.env_runner import vector_physics
+from ssm_fast.env_runner import Environment, vector_physics
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv, unsupported
 
 pytestmark = pytest.mark.isa_independent
@@ -299,3 +300,28 @@ def test_wrong_calls():
         with pytest.raises(ValueError, match="reset_mask must be boolean of shape"):
             env.reset(options={"reset_mask": wrong})
     env.close()
+
+
+def test_pickles_by_its_arguments():
+    env = MujocoVectorEnv("Hopper-v5", B, num_threads=2, max_episode_steps=9, reset_noise_scale=0.1)
+    models = [copy.copy(env.model) for _ in range(B)]
+    models[1].body_mass[:] *= 2.0
+    env.set_models(models)
+    env.reset(seed=1)
+    again = pickle.loads(pickle.dumps(env))
+    assert again.num_threads == 2
+    assert_same_trajectory(again, env, 15)
+
+
+@pytest.mark.parametrize("name", ["HalfCheetahBody", "HalfCheetahDir", "CartPoleFamily"])
+def test_pickles_with_its_tasks(name):
+    env = Environment(f"ssm_fast/{name}-v0", B)
+    tasks = env.family.sample(20, 0)[:B]
+    env.set_tasks(tasks)
+    again = pickle.loads(pickle.dumps(env))
+    for e in (env, again):
+        e.reset(seed=3)
+        assert e.tasks == tuple(tasks)
+    actions = np.zeros(env.action_space.shape, env.action_space.dtype)
+    for got, want in zip(again.step(actions)[:2], env.step(actions)[:2], strict=True):
+        np.testing.assert_array_equal(got, want)
