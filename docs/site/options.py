@@ -46,7 +46,7 @@ def row(field: ast.AnnAssign, text: str) -> str:
     if "Positional" in ast.unparse(field.annotation):
         name = f"`{ast.unparse(field.target).upper()}`"
     for call in ast.walk(field.annotation):
-        if isinstance(call, ast.Call) and isinstance(call.args[0], ast.Constant):
-            shown = call.args[0].value  # of _default(text, metavar)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "_default":
+            shown = ast.literal_eval(call.args[0])
     meaning = " ".join(inspect.cleandoc(text).split()).replace("|", "\\|")
     return f"| {name} | {shown} | {meaning} |"
