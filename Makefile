@@ -51,7 +51,7 @@ wheel: $(VENV)/.installed-dev
 
 # A warning, as of a link that leads nowhere, is an error. Nothing is fetched.
 docs: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
