@@ -26,7 +26,9 @@ def linked(path: Path) -> list[str]:
     return LINK.findall(CODE.sub("", path.read_text()))
 
 
-@pytest.mark.parametrize("page", [path for path in PAGES if linked(path)], ids=str)
+@pytest.mark.parametrize(
+    "page", [path for path in PAGES if linked(path)], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in linked(page):
         target = page.parent / link
