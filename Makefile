@@ -1,4 +1,5 @@
 # make train: train the SSM policy on HalfCheetah-v5 and print its evaluation. make test: the test suite.
+# make docs: the documentation site, in build/site.
 # Every target builds what it needs: a virtual environment in .venv with the package installed in it.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ OUT ?= runs/improved-HalfCheetah-v5-seed$(SEED)
 RESULTS ?= build/bench
 CASES ?= 10000
 
-.PHONY: train test test-isa fuzz sanitize bench wheel lint format clean
+.PHONY: train test test-isa fuzz sanitize bench wheel docs lint format clean
 
 train: $(VENV)/.installed-rl
 	$(BIN)/ssm-fast train --mode improved --env HalfCheetah-v5 --steps $(STEPS) --seed $(SEED) --out $(OUT)
@@ -47,6 +48,10 @@ wheel: $(VENV)/.installed-dev
 	rm -rf dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls -l dist
+
+# A warning, as of a link that leads nowhere, is an error. Nothing is fetched.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

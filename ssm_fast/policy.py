@@ -63,9 +63,9 @@ class Policy:
 
         Returns:
             - The action: ``[K]`` or ``[B, K]`` in the model's dtype, clipped to the bounds; of a
-              discrete space int64, a NumPy scalar or ``[B]``.
+                discrete space int64, a NumPy scalar or ``[B]``.
             - The next state, ``[L, B, N]`` (`StateSpaceModel`: ``[B, N]``), ``B`` 1 for a single
-              observation.
+                observation.
 
         Raises:
             ValueError: If a shape does not fit, or an observation or state is not finite.

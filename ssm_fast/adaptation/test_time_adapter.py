@@ -167,7 +167,7 @@ class TestTimeAdapter(StandardAdapter):
             - ``losses``, ``steps``, ``kl``, ``difficulty``, ``learning_rate``: of each `adapt`.
             - ``temperature``: mean over each stretch between two of them.
             - ``episode_returns_without``, ``improvement``: the same episodes without adapting, and
-              the mean difference of all; where `compare` is set.
+                the mean difference of all; where `compare` is set.
 
         Raises:
             ValueError: The environment does not fit the model, or a number is less than 1.

@@ -205,7 +205,7 @@ class ImprovedSSM(nn.Module):
 
         Returns:
             - The action ``[B, K]`` (not clipped to any bounds), or ``[B]`` int64 when
-              ``discrete``; no gradient flows through it.
+                ``discrete``; no gradient flows through it.
             - Its log-probability ``[B]``.
             - The value ``[B]``.
             - The next state ``[L, B, N]``.

@@ -302,11 +302,11 @@ class Environment:
             `terminated` `[B]`, `truncated` `[B]`, and a dict with
 
             - `final_obs` `[B, input_dim]`: the observation that this very step led to, in every
-              row. It differs from the first result only where an episode ended.
+                row. It differs from the first result only where an episode ended.
             - `episode_return` `[B]`, `episode_length` `[B]`: of the episodes that ended in this
-              step; NaN and 0 in the other rows.
+                step; NaN and 0 in the other rows.
             - `env_info`: what the environments reported, a sequence of `B` dicts (the terminal
-              step's where an episode ended), or the dict of a wrapped vector environment.
+                step's where an episode ended), or the dict of a wrapped vector environment.
 
         Raises:
             FloatingPointError: An environment returned NaN or infinity. The message names the row.
