@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from typing import Any
 
 import torch
 
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner import Environment
+from ssm_fast.meta_rl import meta_rl_trainer
 from ssm_fast.meta_rl.distributed import World, join_world
+from ssm_fast.meta_rl.meta_maml import inner_update
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, TrainingResult
 from ssm_fast.nn.running_norm import RunningNorm
@@ -35,7 +38,8 @@ META: dict[str, tuple[str, dict[str, Any]]] = {
 def everything(world: World) -> dict[str, Any]:
     """Weights, statistics and figures of all trainings."""
     done = {f"ppo {kind}": train_ppo(kind, world) for kind in PPO}
-    return done | {f"meta_rl {kind}": train_meta_rl(kind, world) for kind in META}
+    done |= {f"meta_rl {kind}": train_meta_rl(kind, world) for kind in META}
+    return done | {"breakdown": break_down(world)}
 
 
 def train_ppo(kind: str, world: World) -> dict[str, Any]:
@@ -75,6 +79,36 @@ def train_meta_rl(kind: str, world: World) -> dict[str, Any]:
     )
     result = trainer.train(env, 3, test_tasks=env.family.test_tasks[:4])
     return _summary(trainer, result) | {"rates": {n: r.detach() for n, r in trainer.rates.items()}}
+
+
+def break_down(world: World) -> dict[str, Any]:
+    """What an evaluation and a training say where inner steps lead to NaN in the last task."""
+    env_id, options = META["discrete"]
+    env = Environment(env_id, 2 * len(world.share(3)))
+    trainer = MetaRLTrainer(
+        _model(env), world=world, tasks_per_epoch=3, num_steps=12, seed=5, **options
+    )
+    tasks = env.family.test_tasks[:4]
+
+    def update(*arguments: Any) -> Any:
+        adapted, losses = inner_update(*arguments)
+        if world.rank == world.size - 1:
+            adapted["actor.bias"][-1] = math.nan
+        return adapted, losses
+
+    meta_rl_trainer.inner_update = update
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            returns = trainer.evaluate(env, tasks, 1)
+        try:
+            trainer.train(env, 1, train_tasks=tasks, test_tasks=())
+        except FloatingPointError as error:
+            stopped = str(error)
+    finally:
+        meta_rl_trainer.inner_update = inner_update
+    said = [str(warning.message) for warning in caught]
+    return {"returns": torch.from_numpy(returns), "said": said, "stopped": stopped}
 
 
 def _model(env: Environment) -> ImprovedSSM:

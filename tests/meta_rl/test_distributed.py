@@ -148,6 +148,20 @@ class TestTwoProcesses:
         assert ranks[0]["returns"] == pytest.approx(one["returns"], rel=1e-9)
         assert "test_return_1" in one["metrics"][1]
 
+    def test_a_policy_that_breaks_down(self, of_two: list[dict[str, Any]]) -> None:
+        """Every rank knows of it, and a training ends on all of them."""
+        one = sharded_runs.break_down(World())
+        for rank in of_two:
+            found = rank["breakdown"]
+            torch.testing.assert_close(
+                found["returns"], one["returns"], rtol=1e-12, atol=0.0, equal_nan=True
+            )
+            assert found["said"] == one["said"]
+            assert found["stopped"].replace("rank 1: ", "") == one["stopped"]
+        assert one["returns"][1].isnan().flatten(1).all(1).tolist() == [False, False, True, False]
+        assert one["said"][0].startswith("1 of 4 tasks broke down")
+        assert "CartPoleTask(" in one["stopped"]
+
     def _check(self, ranks: list[dict[str, Any]], one: dict[str, Any]) -> None:
         for rank in ranks:
             for name, x in rank["model"].items():
