@@ -79,20 +79,22 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args) -> float:
-    """Mean return of the most likely actions, over the first episodes to begin."""
+    """Mean return of the most likely actions, over as many episodes of each environment."""
     envs = make_envs(args)
+    quota = -(-args.eval_episodes // args.num_envs)  # the first to end are the short ones
     obs, _ = envs.reset(seed=args.seed + 1000)
     state, start = agent.first_state(args.num_envs), torch.ones(args.num_envs)
-    running, returns = np.zeros(args.num_envs), []
-    while len(returns) < args.eval_episodes:
+    running, returns = np.zeros(args.num_envs), [[] for _ in range(args.num_envs)]
+    while min(map(len, returns)) < quota:
         policy, _, state = agent(torch.as_tensor(obs), state, start)
         obs, reward, terminated, truncated, _ = envs.step(policy.logits.argmax(1).numpy())
         running += reward
         done = terminated | truncated
-        returns.extend(running[done])
+        for i in np.flatnonzero(done):
+            returns[i].append(running[i])
         running[done] = 0.0
         start = torch.as_tensor(done)
-    return float(np.mean(returns))
+    return float(np.mean([episodes[:quota] for episodes in returns]))
 
 
 def main(args: Args) -> float:

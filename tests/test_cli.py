@@ -19,7 +19,7 @@ import torch
 
 import ssm_fast
 from ssm_fast import cli
-from ssm_fast.checkpoint import load_model, read_metadata
+from ssm_fast.checkpoint import load_model, read_metadata, save_model
 from ssm_fast.cli import progress
 from ssm_fast.cli.options import EVALUATION_SEED, Train
 from ssm_fast.cli.presets import load_preset, preset_names
@@ -359,7 +359,7 @@ class TestBench:
         ]
         assert "| output_norm B8 T256 N64, forward |" in Path("bench/bench.md").read_text()
         assert Path("bench/bench.png").stat().st_size > 10_000
-        again = [*self.QUICK, "--compare", "bench/bench.json", "--tolerance", "99"]
+        again = [*self.QUICK, "--compare", "bench/bench.json", "--tolerance", "99", "--out", "now"]
         assert cli.main(again) == 0
         assert "2 contests of bench/bench.json: 0 slower" in capsys.readouterr().out
 
@@ -383,6 +383,7 @@ class TestBench:
             (["--seconds", "0"], "--seconds must be"),
             (["--threads", "0"], "--threads must be at least 1"),
             (["--compare", "missing.json"], "missing.json"),
+            (["--compare", "bench/bench.json"], "--out would overwrite bench/bench.json"),
             (["--device", "cuda"], "--device: this torch sees no GPU"),
         ],
     )
@@ -423,6 +424,9 @@ class TestPresets:
         assert (changed["learning_rate"], changed["episodes"], changed["steps"]) == (0.5, 3, None)
         assert changed["gamma"] == preset["gamma"]
 
+        family = Train(preset="cartpole-family", env="CartPole-v1")
+        assert settings_of(family, Path("out"))["env"] == FAMILY
+
     def test_mistakes(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["train", "--preset", "cheetah"]) == 2
         assert "--preset must be one of ['cartpole-family'," in capsys.readouterr().err
@@ -458,7 +462,21 @@ class TestAdapt:
         family = get_family("ssm_fast/CartPoleFamily-v0")
         task = json.loads(read_metadata("one.safetensors")["task"])
         assert family.task_type(**task) == family.test_tasks[3]
-        assert cli.main(["evaluate", "one.safetensors", "--episodes", "2"]) == 0
+        play = ["evaluate", "one.safetensors", "--episodes", "2"]
+        for options, task in (
+            ([], family.test_tasks[3]),
+            (["--task", "5", "--split", "train"], family.train_tasks[5]),
+        ):
+            assert cli.main([*play, *options]) == 0
+            lines = capsys.readouterr().out.splitlines()
+            assert lines[0] == f"in the task {task}"
+            result = evaluate(
+                ssm_fast.load_policy("one.safetensors"), FAMILY, 2, EVALUATION_SEED, task=task
+            )
+            assert f"return {result.mean:.1f} +- {result.std:.1f}" in lines[1]
+        save_model("other.safetensors", new, {"env_id": FAMILY, "task": '{"length": "long"}'})
+        assert cli.main(["evaluate", "other.safetensors"]) == 2
+        assert "names a task that is none of" in capsys.readouterr().err
 
     def test_any_environment(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*PPO, "--steps", "160", "--out", "run"]) == 0
@@ -822,6 +840,13 @@ class TestResume:
     def test_without_a_run_starts_one(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*REINFORCE, "--resume", "--out", "out"]) == 0
         assert "out holds no run yet: starting one" in capsys.readouterr().out
+
+    def test_without_a_run_and_a_word_of_what_to_start(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["train", "--resume", "--out", "typo"]) == 2
+        assert "typo holds no run to resume" in capsys.readouterr().err
+        assert not Path("typo").exists()
 
     @pytest.mark.parametrize(
         ("option", "text"),

@@ -94,7 +94,7 @@ def theme() -> gr.themes.Base:
 
 def build(visitors: Visitors) -> gr.Blocks:
     """The page, to be launched with `CSS` and `theme`."""
-    blocks = gr.Blocks(title="ssm_fast", analytics_enabled=False, delete_cache=(3600, 3600))
+    blocks = gr.Blocks(title="ssm_fast", analytics_enabled=False, delete_cache=(3600, 86400))
     with blocks:
         with gr.Row(elem_classes="header"):
             with gr.Column(scale=2, min_width=260):
@@ -438,7 +438,10 @@ def _bind(
         yield [gr.Button(interactive=True), gr.Button(interactive=False), *kept]
 
     def fail() -> Components:
-        status = Status("Too many are waiting: try again in a minute.", "error")
+        text = (
+            "Too many are waiting, or this page is older than the server: try again, or reload it."
+        )
+        status = Status(text, "error")
         return [gr.Button(interactive=True), gr.Button(interactive=False), as_html(status)]
 
     def stop(request: gr.Request) -> Any:

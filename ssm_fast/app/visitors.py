@@ -15,7 +15,7 @@ from ssm_fast.app.jobs import Job
 from ssm_fast.checkpoint import load_model
 
 _LONGEST_FILE_NAME = 80
-_LONGEST_ABSENCE = 3600.0  # seconds without a sign of life
+_LONGEST_ABSENCE = 86400.0  # seconds without a sign of life
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class Visitor:
         """Stops work of a kind, and makes place for the next."""
         with self._lock:
             job = self._jobs.pop(kind, None)
+            self.last_seen = time.monotonic()
         if job is not None:
             job.stop()
 
@@ -199,7 +200,7 @@ class Visitors:
             return visitor
 
     def leave(self, session: str) -> None:
-        """The visitor closed the page: nothing of theirs stays."""
+        """The visitor closed the page: nothing of theirs stays but what Gradio copied for it."""
         with self._lock:
             visitor = self._visitors.pop(session, None)
         if visitor is not None:
@@ -211,7 +212,7 @@ class Visitors:
             self.leave(session)
 
     def _forget_the_absent(self) -> None:
-        """Those whose page was closed without a word."""
+        """Those who have done nothing for a day: their page was closed without a word."""
         now = time.monotonic()
         for session, visitor in list(self._visitors.items()):
             if not visitor.is_busy and now - visitor.last_seen > _LONGEST_ABSENCE:

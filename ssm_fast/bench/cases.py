@@ -120,8 +120,11 @@ def _recurrences(op: str, B: int, T: int, N: int) -> list[Case]:
 def _linear_scans(op: str, B: int, T: int, N: int) -> list[Case]:
     a, b, weights = torch.rand(3, B, T, N)
     leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
-    forward: Contenders = {op: lambda: linear_scan(a, b), "a + b": lambda: a + b}
-    backward: Contenders = {op: lambda: torch.autograd.grad(linear_scan(*leaves), leaves, weights)}
+    forward: Contenders = {op: lambda: linear_scan(a, b), "a * b": lambda: a * b}
+    backward: Contenders = {
+        op: lambda: torch.autograd.grad(linear_scan(*leaves), leaves, weights),
+        "a * b": lambda: torch.autograd.grad(leaves[0] * leaves[1], leaves, weights),
+    }
     if b.numel() <= _LARGEST_LOOP:
         forward["eager loop"] = lambda: linear_scan(a, b, impl="reference")
         backward["eager loop"] = lambda: torch.autograd.grad(
@@ -179,11 +182,9 @@ def _policy_steps(op: str, B: int, T: int, N: int) -> list[Case]:
     model, gru = ImprovedSSM(17, 6), _GRUPolicy(17, 6, _STATE)
     x, state, cells = torch.randn(B, 17), model.init_hidden(B), torch.zeros(2, B, _STATE)
 
-    def modules() -> None:
+    def modules() -> tuple[Tensor, ...]:
         features, states = model._features(x, state, None)
-        model.actor(features)
-        model.critic(features)
-        torch.stack(states)
+        return model.actor(features), model.critic(features).squeeze(-1), torch.stack(states)
 
     contenders: Contenders = {
         op: lambda: model.get_action(x, state, True),

@@ -101,17 +101,17 @@ def _positive(x: Any) -> float:
 
 
 def compare(before: list[Result], now: list[Result]) -> list[Change]:
-    """The contests that both runs have."""
+    """The contests that both runs have, with a peer in common: it tells how the machine does."""
     old = {result.name: result for result in before}
     changes = []
     for result in now:
         other = old.get(result.name)
         if other is None:
             continue
-        drifts = [
-            ms / other.peers[name] for name, ms in result.peers.items() if name in other.peers
-        ]
-        drift = statistics.median(drifts) if drifts else 1.0
+        common = result.peers.keys() & other.peers.keys()
+        if not common:
+            continue
+        drift = statistics.median(result.peers[name] / other.peers[name] for name in common)
         changes.append(
             Change(
                 result.name, other.milliseconds[other.ours], result.milliseconds[result.ours], drift

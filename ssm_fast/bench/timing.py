@@ -69,8 +69,8 @@ def take_turns(
     return Timing({name: statistics.median(times) * 1e3 for name, times in taken.items()}, done)
 
 
-def machine() -> dict[str, Any]:
-    """What numbers are measured on."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What numbers of a device are measured on."""
     return {
         "ssm_fast": ssm_fast.__version__,
         "processor": _processor(),
@@ -79,7 +79,8 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "isa": _native.isa(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
 
 

@@ -1,4 +1,4 @@
-"""The command line `ssm-fast`: train, evaluate, adapt, app, info."""
+"""The command line `ssm-fast`: train, evaluate, adapt, app, bench, info."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def main(args: Sequence[str] | None = None) -> int:
             else:
                 print_info()
         except (FloatingPointError, LostRank) as error:
-            names = {Train: "training", Adapt: "adaptation"}
-            stopped = names.get(type(options), "evaluation")
+            names = {Train: "training", Adapt: "adaptation", Evaluate: "evaluation"}
+            stopped = names.get(type(options), "the command")
             return _fail(world, 1, f"{stopped} stopped: {sentence(error)}")
         except (ValueError, OSError) as error:
             return _fail(world, 2, sentence(error))

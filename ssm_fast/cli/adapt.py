@@ -25,13 +25,14 @@ from ssm_fast.cli.environments import (
     environment_of,
     policy_file,
     route_mujoco_warnings,
+    task_of,
 )
 from ssm_fast.cli.evaluate import trained_meta_rl
 from ssm_fast.cli.messages import check_option, say
 from ssm_fast.cli.options import ADAPT_DEFAULTS, EVALUATION_SEED, Adapt
 from ssm_fast.cli.settings import stored_settings
 from ssm_fast.core.improved_ssm import ImprovedSSM
-from ssm_fast.env_runner import Environment, Task, get_family
+from ssm_fast.env_runner import Environment, Task
 from ssm_fast.experience.experience_buffer import ExperienceBuffer
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.run import RunDirectory
@@ -97,7 +98,7 @@ def adapt_policy(
     critic = _state_of_critic(path, options.method)
     route_mujoco_warnings(env_id)
     torch.set_num_threads(1)
-    task = _task(env_id, options)
+    task = None if options.task is None else task_of(env_id, options.split, options.task)
     with _environment(env_id, task, chosen) as env:
         if run is not None:
             trainer = trained_meta_rl(run, settings, env)
@@ -195,19 +196,6 @@ def _by_adapter(adapter: StandardAdapter, env: Environment, chosen: dict[str, An
     if isinstance(adapter, TestTimeAdapter):
         return adapter.adapt_online(*arguments, seed=chosen["seed"])[0]
     return adapt_to_environment(adapter, *arguments, seed=chosen["seed"])[0]
-
-
-def _task(env_id: str, options: Adapt) -> Task | None:
-    """The task that --task asks for."""
-    if options.task is None:
-        return None
-    tasks = getattr(get_family(env_id), f"{options.split}_tasks")
-    if not 0 <= options.task < len(tasks):
-        raise ValueError(
-            f"--task must lie in [0, {len(tasks)}) of the {options.split} tasks, got {options.task}"
-        )
-    chosen: Task = tasks[options.task]
-    return chosen
 
 
 def _adapter(method: str, model: ImprovedSSM, chosen: dict[str, Any]) -> StandardAdapter:

@@ -37,8 +37,13 @@ def run_bench(options: Bench) -> bool:
     if options.threads is not None:
         check_option("threads", options.threads, 1, MOST_THREADS)
         torch.set_num_threads(options.threads)
+    target = options.out / "bench.json"
+    if options.compare is not None and options.compare.resolve() == target.resolve():
+        raise ValueError(f"--out would overwrite {options.compare}: give another folder")
     before = None if options.compare is None else load(options.compare)
-    found = machine()
+    if before is not None and before[0].get("device") != options.device:
+        raise ValueError(f"{options.compare} is of --device {before[0].get('device')}")
+    found = machine(options.device)
     say(describe(found))
     load_average, processors = os.getloadavg()[0], os.cpu_count() or 1
     if load_average > _BUSY * processors:
@@ -111,7 +116,7 @@ def _say_changes(
 ) -> bool:
     changes = compare(before[1], results)
     if not changes:
-        raise ValueError(f"{options.compare} has no contest of this run")
+        raise ValueError(f"{options.compare} has no contest of this run with a peer of it")
     differing = [name for name in found if found[name] != before[0].get(name)]
     if differing:
         say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import gymnasium
 
 from ssm_fast.checkpoint import read_metadata
+from ssm_fast.env_runner import Task, get_family
 
 # Environments of one task that a family varies.
 FAMILY_OF = {
@@ -38,6 +40,27 @@ def environment_of(path: Path, env_id: str | None) -> str:
         raise ValueError(f"{path} does not say which environment it is for: give --env")
     refuse_import(metadata["env_id"], path)
     return metadata["env_id"]
+
+
+def task_of(env_id: str, split: str, number: int) -> Task:
+    """A task of the sets of a family, by its number."""
+    tasks = getattr(get_family(env_id), f"{split}_tasks")
+    if not 0 <= number < len(tasks):
+        raise ValueError(f"--task must lie in [0, {len(tasks)}) of the {split} tasks, got {number}")
+    chosen: Task = tasks[number]
+    return chosen
+
+
+def stored_task(path: Path, env_id: str) -> Task | None:
+    """The task that a policy was adapted to, where it is one of the environment's family."""
+    metadata = read_metadata(path)
+    if "task" not in metadata or metadata.get("env_id") != env_id:
+        return None
+    try:
+        task: Task = get_family(env_id).task_type(**json.loads(metadata["task"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} names a task that is none of {env_id}: {error}") from error
+    return task
 
 
 def refuse_import(env_id: str, source: Path) -> None:

@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 
 import ssm_fast
 from ssm_fast.cli.environments import (
+    FAMILY_OF,
     environment_of,
     policy_file,
     refuse_import,
     route_mujoco_warnings,
+    stored_task,
+    task_of,
 )
 from ssm_fast.cli.messages import check_option, say
 from ssm_fast.cli.options import EVALUATION_EPISODES, EVALUATION_SEED, LARGEST_SEED, Evaluate
@@ -39,9 +42,14 @@ def run_evaluation(options: Evaluate) -> None:
     if not options.deterministic:
         torch.manual_seed(options.seed)
     episodes = EVALUATION_EPISODES if options.episodes is None else options.episodes
-    result = evaluate(
-        ssm_fast.load_policy(path), env_id, episodes, options.seed, options.deterministic
-    )
+    task = stored_task(path, env_id)
+    if options.task is not None:
+        env_id = FAMILY_OF.get(env_id, env_id)
+        task = task_of(env_id, options.split, options.task)
+    if task is not None:
+        say(f"in the task {task}")
+    policy = ssm_fast.load_policy(path)
+    result = evaluate(policy, env_id, episodes, options.seed, options.deterministic, task=task)
     say(describe(env_id, result, options.deterministic))
 
 
@@ -50,6 +58,8 @@ def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
     settings = stored_settings(run)
     if options.env is not None:
         raise ValueError(f"--env must not be given: {run.path} has tasks of {settings['env']}")
+    if options.task is not None:
+        raise ValueError(f"--task must not be given: {run.path} adapts to all held-out tasks")
     if options.episodes is not None:
         raise ValueError(f"--episodes must not be given: {run.path} plays one in each of its rows")
     refuse_import(settings["env"], run.config_path)

@@ -81,7 +81,8 @@ class Train:
     with ImprovedSSM (any actions). meta_rl: ImprovedSSM learns to adapt to the tasks of a family,
     by gradient steps (ProMP), in its state (RL^2, --inner_steps 0 --trial_episodes 2) or both."""
     preset: Annotated[str | None, _default("none", "{" + ",".join(preset_names()) + "}")] = None
-    """Settings that were measured in a task, see docs/results.md; other options go before them."""
+    """Settings that were measured in a task: docs/results.md, docs/meta_rl.md. Other options go
+    before them."""
     env: Annotated[
         str | None,
         _default(
@@ -101,7 +102,9 @@ class Train:
     """Stop after so many environment steps."""
     seed: Annotated[int | None, _default("0", "INT")] = None
     """Seed of the weights, the environments and the actions."""
-    out: Annotated[Path | None, _default("runs/MODE-ENV-seedSEED", "PATH")] = None
+    out: Annotated[
+        Path | None, _default("runs/MODE-ENV-seedSEED, of a preset runs/PRESET-seedSEED", "PATH")
+    ] = None
     """Run folder."""
     resume: bool = False
     """Continue the run in the run folder exactly where its last checkpoint left it."""
@@ -200,6 +203,11 @@ class Evaluate:
     """Seed of the first episode; the next ones count up."""
     env: str | None = None
     """Gymnasium id; by default the one that the policy was trained in."""
+    task: int | None = None
+    """Number of the task in the task family of the environment; by default the one that the policy
+    was adapted to, or else what the environment plays anyway."""
+    split: Literal["train", "test", "out_of_range"] = "test"
+    """Which tasks of the family --task counts."""
     deterministic: bool = True
     """Play the mode of the policy, not samples. A meta_rl run, which learns from samples, tells what
     these earn, and what the modes do."""

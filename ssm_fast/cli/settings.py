@@ -72,12 +72,14 @@ def settings_of(options: Train, out: Path) -> dict[str, Any]:
     if options.preset is not None:
         given = _with_preset(given, options.preset)
     if options.resume:
-        run = RunDirectory(out, resume=True)
+        run = RunDirectory(out, read_only=True)
         if run.config_path.exists():
             stored = stored_settings(run)
             if "env" not in given:
                 refuse_import(stored["env"], run.config_path)
             return _continued(_in_terms_of(stored["mode"], given), stored, run)
+        if not given.keys() & {"mode", "env"}:
+            raise ValueError(f"{out} holds no run to resume; to start one, say --mode or --env")
         say(f"{out} holds no run yet: starting one")
     mode = given.get("mode", "improved")
     settings: dict[str, Any] = {
@@ -100,7 +102,8 @@ def _with_preset(given: dict[str, Any], preset: str) -> dict[str, Any]:
     """The options of the preset, with those in the place of its own that are given."""
     options = load_preset(preset)
     for name in ("mode", "env"):
-        if given.get(name, options[name]) != options[name]:
+        meant = _in_terms_of(options["mode"], {name: given.get(name, options[name])})
+        if meant[name] != options[name]:
             raise ValueError(f"--preset {preset} is for --{name} {options[name]}")
     limits = LIMITS[options["mode"]]
     if any(name in given for name in limits):

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
-from gymnasium.utils import EzPickle
 from numpy.typing import NDArray
 
 from ssm_fast.checks import check_count
@@ -162,14 +161,6 @@ class CartPoleVectorEnv(SameStepVectorEnv):
         if reason is not None:
             raise ValueError(f"env_name {env_name!r} has no vector physics: {reason}")
         check_count("num_envs", num_envs)
-        EzPickle.__init__(
-            self,
-            env_name,
-            num_envs,
-            tasks=tasks,
-            task=task,
-            max_episode_steps=max_episode_steps,
-        )
         kwargs: dict[str, Any] = {} if task is None else {"task": task}
         if max_episode_steps is not None:
             kwargs["max_episode_steps"] = max_episode_steps

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ssm_fast.checks import check_count
 from ssm_fast.env_runner.environment import Environment
+from ssm_fast.env_runner.task_families import Task
 
 
 class PredictsActions(Protocol):
@@ -52,6 +53,7 @@ def evaluate(
     deterministic: bool = True,
     max_episode_steps: int | None = None,
     batch_size: int | None = None,
+    task: Task | None = None,
 ) -> Evaluation:
     """Plays `episodes` episodes; episode `i` runs in a fresh reset of its own, seeded `seed + i`.
 
@@ -67,6 +69,7 @@ def evaluate(
         max_episode_steps: Truncate episodes here; without it, an environment that has no limit of
             its own may never end.
         batch_size: Episodes that are played side by side; `None` is at most 32.
+        task: What every episode plays, for the id of a `TaskFamily`; `None` is its default task.
     """
     check_count("episodes", episodes)
     if batch_size is None:
@@ -76,7 +79,8 @@ def evaluate(
     start = 0
     while start < episodes:
         count = min(batch_size, episodes - start)
-        with Environment(env_name, count, max_episode_steps) as env:
+        tasks = None if task is None else [task] * count
+        with Environment(env_name, count, max_episode_steps, tasks=tasks) as env:
             obs, _ = env.reset(seed=seed + start)
             state: Any = None
             episode_start = np.ones(count, dtype=np.bool_)  # [B]

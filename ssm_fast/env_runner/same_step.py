@@ -8,7 +8,6 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.utils import EzPickle
 from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -20,13 +19,11 @@ Info = dict[str, Any]
 Outcome = tuple[NDArray[Any], NDArray[np.float64], NDArray[np.bool_], Info]
 
 
-class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]], EzPickle):
+class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
     """Seeds, restarts, time limits, `info` and tasks of rows; a subclass adds the dynamics.
 
     Rows restart in the step in which their episode ends, as in a `SyncVectorEnv` with
-    `AutoresetMode.SAME_STEP`, and each draws its first states from a generator of its own. As
-    Gymnasium's environments do, one pickles by the arguments it was made with, its tasks among
-    them, and not with the states of its rows.
+    `AutoresetMode.SAME_STEP`, and each draws its first states from a generator of its own.
 
     Attributes:
         family: The `TaskFamily` of the environment; `None` where it has no tasks.
@@ -108,7 +105,6 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]], EzP
             get_family(self.spec.id)
             raise ValueError(f"{self!r} has no tasks")
         self._next_tasks = self.family.check_tasks(tasks, self.num_envs)
-        self._ezpickle_kwargs["tasks"] = self._next_tasks
 
     def reset(
         self,

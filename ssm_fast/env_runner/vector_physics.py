@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _Array = NDArray[np.float64]
 
 
-class MujocoVectorEnv(SameStepVectorEnv):
+class MujocoVectorEnv(SameStepVectorEnv, EzPickle):
     """`num_envs` rows of a MuJoCo v5 task, stepped together by `mujoco.batch` on C++ threads.
 
     Row `i` does what `gymnasium.make(env_name)` does under the same seed and actions, to the last
@@ -48,6 +48,9 @@ class MujocoVectorEnv(SameStepVectorEnv):
     HalfCheetah, Hopper, Walker2d, Swimmer, Ant and Humanoid v5 are implemented, the task families
     of these robots, and ids that a user registered for these classes; `unsupported` says why
     another id is not.
+
+    As Gymnasium's MuJoCo environments do, one pickles by the arguments that it was made with, its
+    models and tasks among them, and not with the states of its rows: a copy has to be reset.
 
     Args:
         env_name: A registered Gymnasium id.
@@ -142,6 +145,11 @@ class MujocoVectorEnv(SameStepVectorEnv):
             raise ValueError(f"models must have {self.num_envs} entries, got {len(models)}")
         self._give_models(models)
         self._ezpickle_kwargs["models"] = models
+
+    def set_tasks(self, tasks: Sequence[Task]) -> None:
+        """As in `SameStepVectorEnv`."""
+        super().set_tasks(tasks)
+        self._ezpickle_kwargs["tasks"] = self._next_tasks
 
     def _give_models(self, models: Sequence[MjModel]) -> None:
         import mujoco

@@ -389,6 +389,8 @@ def _or_lost() -> Iterator[None]:
     """Says of a call that did not reach the other ranks what that means."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         line = str(error).partition("\n")[0].partition(". This is typically")[0]
         reason = re.sub(r"^\[\S+:\d+\] ", "", line)  # a line of gloo's source

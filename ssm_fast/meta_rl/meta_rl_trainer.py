@@ -318,10 +318,12 @@ class MetaRLTrainer:
                         row["episode_return"],
                         row["steps_per_second"],
                     )
-                stop = self.world.first(callback is not None and callback(dict(row)) is False)
-                if run is not None:
-                    self._record(run, env, row, stop or self.iteration == last)
-                if stop:
+                stop = False
+                with self.world.together():
+                    stop = callback is not None and callback(dict(row)) is False
+                    if run is not None:
+                        self._record(run, env, row, stop or self.iteration == last)
+                if self.world.first(stop):
                     break
         return TrainingResult(self.timesteps, self.iteration, episode_returns, [], metrics)
 
@@ -332,14 +334,15 @@ class MetaRLTrainer:
         test_tasks: Sequence[Task] | None,
     ) -> tuple[Sequence[Task], Sequence[Task]]:
         """The tasks to learn from and to evaluate on, of an environment that fits."""
-        self._check_env(env)
-        self._rows(env)
-        assert env.family is not None
-        train_tasks = env.family.train_tasks if train_tasks is None else tuple(train_tasks)
-        if test_tasks is None:
-            test_tasks = env.family.test_tasks[: self.tasks_per_epoch]
-        if not train_tasks:
-            raise ValueError("train_tasks must not be empty")
+        with self.world.together():
+            self._check_env(env)
+            self._rows(env)
+            assert env.family is not None
+            train_tasks = env.family.train_tasks if train_tasks is None else tuple(train_tasks)
+            if test_tasks is None:
+                test_tasks = env.family.test_tasks[: self.tasks_per_epoch]
+            if not train_tasks:
+                raise ValueError("train_tasks must not be empty")
         return train_tasks, test_tasks
 
     def _record(
@@ -525,7 +528,7 @@ class MetaRLTrainer:
                     ]
         finally:
             self.timesteps = timesteps
-        if broken:
+        if broken and self.world.rank == 0:
             warnings.warn(
                 f"{len(broken)} of {len(tasks)} tasks broke down, their returns are NaN from there "
                 f"on; the first is {broken[0]}",
@@ -602,6 +605,7 @@ class MetaRLTrainer:
         takes its place in `weights`.
         """
         replaced = set()
+        random_state = self._random_state()
         while True:
             try:
                 _check_weights(weights, step)
@@ -613,6 +617,7 @@ class MetaRLTrainer:
                 if breakdowns is None or error.task in replaced:
                     raise
                 replaced.add(error.task)
+                self._set_random_state(random_state)  # the other tasks play the same once more
                 breakdowns.setdefault(error.task, error)
                 for name, shared in self._shared.items():
                     weights[name][error.task] = shared.detach()
@@ -808,6 +813,18 @@ class MetaRLTrainer:
         if steps is None:
             raise ValueError(f"num_steps is needed: {env.env_name} has no time limit")
         return steps
+
+    def _random_state(self) -> Tensor:
+        """That of the generator which the noise of the actions comes from."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_rng_state(self.device)
+        return torch.get_rng_state()
+
+    def _set_random_state(self, state: Tensor) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state, self.device)
+        else:
+            torch.set_rng_state(state)
 
     def _cuda_devices(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []

@@ -313,10 +313,7 @@ class PPOTrainer:
             self._restore_random_state()
             self._env = None
             while self.iteration < last:
-                metrics = self._iterate(env, last, result, run)
-                if run is not None and (self.iteration % interval == 0 or self.iteration == last):
-                    self._keep_random_state()
-                    save_checkpoint(run, self, env)
+                metrics = self._iterate(env, last, result)
                 due = self.iteration % log_interval == 0 or self.iteration == last
                 if due and self.world.rank == 0:
                     _LOGGER.info(
@@ -326,7 +323,13 @@ class PPOTrainer:
                         metrics["approx_kl"],
                         metrics["steps_per_second"],
                     )
-                if self.world.first(callback is not None and callback(dict(metrics)) is False):
+                stop = False
+                with self.world.together():
+                    if run is not None:
+                        is_due = self.iteration % interval == 0 or self.iteration == last
+                        self._record(run, env, metrics, is_due)
+                    stop = callback is not None and callback(dict(metrics)) is False
+                if self.world.first(stop):
                     break
             self._keep_random_state()
         return TrainingResult(
@@ -363,9 +366,17 @@ class PPOTrainer:
         intervals, left = divmod(episodes - 1, B * (interval * T // limit))
         return (intervals * interval + math.ceil((left // B + 1) * limit / T)) * B * T
 
-    def _iterate(
-        self, env: Environment, last: int, result: TrainingResult, run: RunDirectory | None
-    ) -> dict[str, float]:
+    def _record(
+        self, run: RunDirectory, env: Environment, metrics: dict[str, float], is_due: bool
+    ) -> None:
+        """Writes the metrics of an iteration, and a checkpoint where one is due."""
+        run.append_row(metrics)
+        run.log_scalars({f"train/{name}": value for name, value in metrics.items()}, self.timesteps)
+        if is_due:
+            self._keep_random_state()
+            save_checkpoint(run, self, env)
+
+    def _iterate(self, env: Environment, last: int, result: TrainingResult) -> dict[str, float]:
         """One rollout and update."""
         start = time.perf_counter()
         timesteps = self.timesteps
@@ -404,11 +415,6 @@ class PPOTrainer:
             "steps_per_second": (self.timesteps - timesteps) / seconds,
         }
         result.metrics.append(metrics)
-        if run is not None:
-            run.append_row(metrics)
-            run.log_scalars(
-                {f"train/{name}": value for name, value in metrics.items()}, self.timesteps
-            )
         return metrics
 
     def _ended_episodes(self, rollout: Rollout, rows: Rows) -> tuple[list[float], list[int]]:
@@ -506,21 +512,23 @@ class PPOTrainer:
 
     def _prepare(self, source: AnyEnvironment) -> Environment:
         """Wraps a Gymnasium environment and checks that it fits the model."""
-        env = source if isinstance(source, Environment) else Environment.wrap(source)
-        self._steps_of(env)
-        for name, size, expected in (
-            ("observations", env.input_dim, self.model.input_dim),
-            ("actions", env.action_dim, self.model.action_dim),
-        ):
-            if size != expected:
+        with self.world.together():
+            env = source if isinstance(source, Environment) else Environment.wrap(source)
+            for name, size, expected in (
+                ("observations", env.input_dim, self.model.input_dim),
+                ("actions", env.action_dim, self.model.action_dim),
+            ):
+                if size != expected:
+                    raise ValueError(
+                        f"{name} of {env.env_name} must have size {expected} as in the model, "
+                        f"got {size}"
+                    )
+            if env.discrete != self.model.discrete:
+                kind = "discrete" if env.discrete else "continuous"
                 raise ValueError(
-                    f"{name} of {env.env_name} must have size {expected} as in the model, got {size}"
+                    f"{env.env_name} has {kind} actions: the model needs discrete={env.discrete}"
                 )
-        if env.discrete != self.model.discrete:
-            kind = "discrete" if env.discrete else "continuous"
-            raise ValueError(
-                f"{env.env_name} has {kind} actions: the model needs discrete={env.discrete}"
-            )
+        self._steps_of(env)
         return env
 
     def _steps_of(self, env: Environment) -> int:

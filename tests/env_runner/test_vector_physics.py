@@ -16,6 +16,7 @@ pytest.importorskip("mujoco.batch", reason="vector physics needs mujoco 3.17 or 
 from trajectories import assert_equal, assert_same_trajectory
 
 from ssm_fast.env_runner import Environment, vector_physics
+from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv, unsupported
 
 pytestmark = pytest.mark.isa_independent
@@ -311,6 +312,18 @@ def test_pickles_by_its_arguments():
     again = pickle.loads(pickle.dumps(env))
     assert again.num_threads == 2
     assert_same_trajectory(again, env, 15)
+
+
+def test_a_copy_of_cartpole_plays_on():
+    env = CartPoleVectorEnv("ssm_fast/CartPoleFamily-v0", B)
+    env.reset(seed=1)
+    actions = np.ones(B, dtype=np.int64)
+    for _ in range(5):
+        env.step(actions)
+    again = copy.deepcopy(env)
+    for _ in range(30):
+        for got, want in zip(again.step(actions)[:4], env.step(actions)[:4], strict=True):
+            np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("name", ["HalfCheetahBody", "HalfCheetahDir", "CartPoleFamily"])
