@@ -194,8 +194,17 @@ def _by_adapter(adapter: StandardAdapter, env: Environment, chosen: dict[str, An
     """The returns while the policy adapts."""
     arguments = env, chosen["episodes"], chosen["adapt_every"]
     if isinstance(adapter, TestTimeAdapter):
-        return adapter.adapt_online(*arguments, seed=chosen["seed"])[0]
-    return adapt_to_environment(adapter, *arguments, seed=chosen["seed"])[0]
+        returns, stats = adapter.adapt_online(*arguments, seed=chosen["seed"])
+    else:
+        returns, stats = adapt_to_environment(adapter, *arguments, seed=chosen["seed"])
+    steps = max(sum(lengths[:-1]) for lengths in stats["episode_lengths"])
+    if 1 < chosen["episodes"] and steps < chosen["adapt_every"]:
+        warnings.warn(
+            f"the policy first changed in the last episode: those before it had {steps} steps, "
+            f"fewer than --adapt_every {chosen['adapt_every']}",
+            stacklevel=2,
+        )
+    return returns
 
 
 def _adapter(method: str, model: ImprovedSSM, chosen: dict[str, Any]) -> StandardAdapter:

@@ -23,7 +23,10 @@ FAMILY_OF = {
 
 def policy_file(path: Path) -> Path:
     """The file of a policy, which may be named by its run folder."""
-    return path / "policy.safetensors" if path.is_dir() else path
+    file = path / "policy.safetensors" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise ValueError(f"{path} is no run folder: it holds no policy.safetensors")
+    return file
 
 
 def environment_of(path: Path, env_id: str | None) -> str:
