@@ -198,7 +198,7 @@ def _by_adapter(adapter: StandardAdapter, env: Environment, chosen: dict[str, An
     else:
         returns, stats = adapt_to_environment(adapter, *arguments, seed=chosen["seed"])
     steps = max(sum(lengths[:-1]) for lengths in stats["episode_lengths"])
-    if 1 < chosen["episodes"] and steps < chosen["adapt_every"]:
+    if chosen["episodes"] > 1 and steps < chosen["adapt_every"]:
         warnings.warn(
             f"the policy first changed in the last episode: those before it had {steps} steps, "
             f"fewer than --adapt_every {chosen['adapt_every']}",
