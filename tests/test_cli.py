@@ -668,7 +668,7 @@ class TestErrors:
         [
             (["missing.safetensors"], "'missing.safetensors': cannot be read"),
             (["garbage.safetensors"], "'garbage.safetensors': truncated, or not"),
-            (["empty"], "policy.safetensors': cannot be read"),
+            (["empty"], "empty is no run folder"),
             (["nowhere.safetensors"], "give --env"),
             (["nowhere.safetensors", "--env", "Acrobot-v1"], "obs must have shape"),
             (["nowhere.safetensors", "--env", "Nope-v0"], "'Nope-v0' cannot be made"),

@@ -82,7 +82,7 @@ def run_together(text: str, folder: Path) -> None:
     (folder / name).write_text(text)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [*launcher, *options, name], capture_output=True, text=True, check=False
+        [*launcher, *options, name], capture_output=True, text=True, check=False, cwd=folder
     )
     assert result.returncode == 0, result.stderr
 

@@ -57,7 +57,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     command = [sys.executable, "-m", "ssm_fast", "app", "--port", str(port)]
     torch_cache = str(folder / "torch")
     env = os.environ | {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": torch_cache}
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, text=True, cwd=folder
+    ) as process:
         assert process.stdout is not None
         assert f"the app is at http://127.0.0.1:{port}" in process.stdout.readline()
         yield Server(port, folder)

@@ -271,7 +271,7 @@ def test_a_family_of_ones_own():
         del gymnasium.registry["Mine-v0"], task_families._FAMILIES["Mine-v0"]
 
 
-def test_ids_come_with_the_package_and_gymnasium_only_when_asked_for():
+def test_ids_come_with_the_package_and_gymnasium_only_when_asked_for(tmp_path):
     code = """
 import sys, ssm_fast
 assert "gymnasium" not in sys.modules
@@ -280,7 +280,7 @@ env = gymnasium.make("ssm_fast.env_runner:ssm_fast/CartPoleFamily-v0")
 assert "mujoco" not in sys.modules
 assert env.reset(seed=0)[0].shape == (4,)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
 FROZEN = {

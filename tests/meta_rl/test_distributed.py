@@ -246,14 +246,18 @@ class TestWorld:
         with pytest.raises(ValueError, match="timeout"):
             join_world(0.0)
 
-    def test_joins_nothing_unless_asked(self) -> None:
+    def test_joins_nothing_unless_asked(self, tmp_path: Path) -> None:
         code = (
             "import sys, torch; before = {m for m in sys.modules if 'torch.dist' in m}\n"
             "import ssm_fast, ssm_fast.meta_rl.ppo_trainer, ssm_fast.meta_rl.meta_rl_trainer\n"
             "print(sorted({m for m in sys.modules if 'torch.dist' in m} - before))"
         )
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
         )
         assert done.stdout == "[]\n", done.stderr
 

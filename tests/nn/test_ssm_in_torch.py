@@ -169,6 +169,7 @@ def test_two_processes_learn_as_one_with_the_whole_batch(tmp_path: Path) -> None
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=tmp_path,
         )
         for rank in range(2)
     ]
