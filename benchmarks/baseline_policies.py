@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from ssm_fast.core.improved_ssm import ImprovedSSM
 
 
-class Block(nn.Module):
+class Block(nn.Module, ABC):
     """What an `SSMLayer` is replaced by: features of a step `[B, H]`, from those before and a state."""
 
+    @abstractmethod
     def step(self, h: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """The features `[B, H]` and the next state `[B, N]`."""
-        raise NotImplementedError
 
 
 class GRUBlock(Block):

@@ -5,34 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from contest import contest
-from torch import nn
 
+from ssm_fast.bench.peers import GRUPolicy
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.ops.policy_step import policy_step
-
-
-class GRUPolicy(nn.Module):
-    """What users write today: two linear layers around a GRU cell for each layer."""
-
-    def __init__(self, I: int, K: int, H: int, L: int) -> None:
-        super().__init__()
-        self.encoder, self.actor, self.critic = nn.Linear(I, H), nn.Linear(H, K), nn.Linear(H, 1)
-        self.cells = nn.ModuleList(nn.GRUCell(H, H) for _ in range(L))
-
-    def forward(self, x, state):
-        h = torch.tanh(self.encoder(x))
-        states = []
-        for cell, s in zip(self.cells, state, strict=True):
-            h = cell(h, s)
-            states.append(h)
-        return self.actor(h), self.critic(h), torch.stack(states)
 
 
 @pytest.mark.parametrize("B", [1, 8, 64])
 def test_policy_step(benchmark, B):
     torch.manual_seed(0)
     model = ImprovedSSM(17, 6)
-    gru = GRUPolicy(17, 6, 64, 2)
+    gru = GRUPolicy(17, 6, 64)
     x, state = torch.randn(B, 17), model.init_hidden(B)
     small, square = torch.randn(B, 64), torch.randn(64, 64)
 

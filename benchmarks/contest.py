@@ -55,10 +55,10 @@ def contest(
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on, and which commit they are of."""
-    return {**timing.machine(), "commit": _commit()}
+    return {**timing.machine(), "commit": commit()}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the source tree that these benchmarks lie in, if it is a git checkout."""
     git = shutil.which("git")
     if git is None:

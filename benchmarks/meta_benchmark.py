@@ -10,7 +10,6 @@ seeds with a 95 % interval of the stratified bootstrap (Agarwal et al. 2021, arX
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 import tyro
+from contest import commit
 from intervals import interval
 from trust_region import TrustRegionTrainer
 
@@ -179,9 +179,7 @@ def run(setting: Setting, method: str, seed: int, epochs: int, state: Path) -> d
         "epochs": epochs,
         "timesteps": trainer.timesteps,
         "seconds": seconds,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit() or "",
         "torch": torch.__version__,
         "trainer": options,
         **returns,  # [K + 1, M, E], means over the rows

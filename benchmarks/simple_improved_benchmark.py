@@ -10,7 +10,6 @@ all files of the environment and the number of steps. A return is that of a fina
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 import tyro
 from baseline_policies import GRUPolicy, MLPPolicy
+from contest import commit
 from intervals import interval
 
 from ssm_fast.core import ImprovedSSM
@@ -139,9 +139,7 @@ def run(env_id: str, policy: str, seed: int, steps: int, model_path: Path) -> di
         "seed": seed,
         "timesteps": trainer.timesteps,
         "seconds": seconds,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
+        "commit": commit() or "",
         "torch": torch.__version__,
         "returns": found.returns.tolist(),
         "curve": {

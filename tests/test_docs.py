@@ -12,7 +12,7 @@ import pytest
 import torch
 import tyro
 
-from ssm_fast.cli.options import Adapt, App, Bench, Evaluate, Info, Train
+from ssm_fast.cli.options import COMMANDS
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import Environment
 
@@ -20,14 +20,6 @@ pytestmark = pytest.mark.isa_independent
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-COMMANDS = {
-    "train": Train,
-    "evaluate": Evaluate,
-    "adapt": Adapt,
-    "app": App,
-    "bench": Bench,
-    "info": Info,
-}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TORCHRUN = re.compile(r"# torchrun (.+)")  # the first line of a block for several processes
 STUBBED = {"runs/improved-HalfCheetah-v5-seed0/policy.safetensors": "HalfCheetah-v5"}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssm_fast.bench.peers import (
     Contenders,
+    GRUPolicy,
     jax_contenders,
     torch_contenders,
     torchrl_contenders,
@@ -27,7 +28,7 @@ from ssm_fast.ops import (
 )
 from ssm_fast.ops.backend import Impl
 
-OPS = (
+Op: TypeAlias = Literal[
     "dense_scan",
     "norm_scan",
     "linear_scan",
@@ -36,7 +37,8 @@ OPS = (
     "discounted_returns",
     "policy_step",
     "ssm",
-)
+]
+OPS: tuple[Op, ...] = get_args(Op)
 _LARGEST_LOOP = 1 << 20  # elements of a scan; beyond, an eager loop only takes time
 _STATE = 64
 
@@ -63,7 +65,7 @@ class Case:
         return next(iter(self.contenders))
 
 
-def make_cases(op: str, device: torch.device, threads: int, quick: bool) -> Iterator[Case]:
+def make_cases(op: Op, device: torch.device, threads: int, quick: bool) -> Iterator[Case]:
     """The contests of an op, those of a size made when they are asked for.
 
     Args:
@@ -179,7 +181,7 @@ def _advantages(op: str, B: int, T: int, N: int) -> list[Case]:
 def _policy_steps(op: str, B: int, T: int, N: int) -> list[Case]:
     if N != _STATE:
         return []
-    model, gru = ImprovedSSM(17, 6), _GRUPolicy(17, 6, _STATE)
+    model, gru = ImprovedSSM(17, 6), GRUPolicy(17, 6, _STATE)
     x, state, cells = torch.randn(B, 17), model.init_hidden(B), torch.zeros(2, B, _STATE)
 
     def modules() -> tuple[Tensor, ...]:
@@ -211,21 +213,3 @@ def _both(name: str, forward: Contenders, backward: Contenders) -> list[Case]:
         Case(f"{name}, forward", forward),
         Case(f"{name}, with gradients", backward, gradients=True),
     ]
-
-
-class _GRUPolicy(nn.Module):
-    """What users write today: two linear layers around a GRU cell for each layer."""
-
-    def __init__(self, input_dim: int, action_dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.encoder = nn.Linear(input_dim, hidden_dim)
-        self.actor, self.critic = nn.Linear(hidden_dim, action_dim), nn.Linear(hidden_dim, 1)
-        self.cells = nn.ModuleList(nn.GRUCell(hidden_dim, hidden_dim) for _ in range(2))
-
-    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h = torch.tanh(self.encoder(x))
-        states = []
-        for cell, s in zip(self.cells, state, strict=True):
-            h = cell(h, s)
-            states.append(h)
-        return self.actor(h), self.critic(h), torch.stack(states)

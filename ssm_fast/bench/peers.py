@@ -40,6 +40,25 @@ def _call(layer: nn.Module, u: Tensor, weights: Tensor | None) -> Callable[[], A
     return lambda: torch.autograd.grad(layer(u)[0], leaves, weights)
 
 
+class GRUPolicy(nn.Module):
+    """What users write for a policy with memory: linear layers around two GRU cells."""
+
+    def __init__(self, input_dim: int, action_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(input_dim, hidden_dim)
+        self.actor, self.critic = nn.Linear(hidden_dim, action_dim), nn.Linear(hidden_dim, 1)
+        self.cells = nn.ModuleList(nn.GRUCell(hidden_dim, hidden_dim) for _ in range(2))
+
+    def forward(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step: action, value and next state `[2, B, H]`."""
+        h = torch.tanh(self.encoder(x))
+        states = []
+        for cell, s in zip(self.cells, state, strict=True):
+            h = cell(h, s)
+            states.append(h)
+        return self.actor(h), self.critic(h), torch.stack(states)
+
+
 def jax_contenders(
     tensors: tuple[Tensor, ...], weights: Tensor | None = None, eps: float = 1e-5
 ) -> Contenders:

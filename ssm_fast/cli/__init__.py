@@ -16,7 +16,7 @@ try:
     from ssm_fast.cli.evaluate import run_evaluation
     from ssm_fast.cli.info import print_info
     from ssm_fast.cli.messages import sentence
-    from ssm_fast.cli.options import Adapt, App, Bench, Evaluate, Info, Train
+    from ssm_fast.cli.options import COMMANDS, Adapt, App, Bench, Evaluate, Train
     from ssm_fast.cli.train import run_training
     from ssm_fast.meta_rl.distributed import LostRank, World, join_world
 except ModuleNotFoundError as error:
@@ -32,17 +32,11 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 when a contest has become slower, or when training, an adaptation or an
-        evaluation broke down on NaN or infinity, or lost one of its processes, 2 for a mistake in the input, 130 after Ctrl-C.
+        evaluation broke down on NaN or infinity, or lost one of its processes, 2 for a mistake in
+        the input, 130 after Ctrl-C.
     """
     options = tyro.extras.subcommand_cli_from_dict(
-        {
-            "train": Train,
-            "evaluate": Evaluate,
-            "adapt": Adapt,
-            "app": App,
-            "bench": Bench,
-            "info": Info,
-        },
+        COMMANDS,
         prog="ssm-fast",
         description="State-space-model policies: training, evaluation and adaptation.",
         args=args,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from ssm_fast.bench.cases import Op
 from ssm_fast.cli.presets import preset_names
 
 # Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.
@@ -280,19 +282,7 @@ class Bench:
     named, and the exit code is 1."""
     tolerance: float = 0.25
     """What counts as slower: 0.25 is a quarter more time."""
-    ops: tuple[
-        Literal[
-            "dense_scan",
-            "norm_scan",
-            "linear_scan",
-            "output_norm",
-            "gae",
-            "discounted_returns",
-            "policy_step",
-            "ssm",
-        ],
-        ...,
-    ] = ()
+    ops: tuple[Op, ...] = ()
     """What to measure; by default everything."""
     quick: bool = False
     """Small sizes only."""
@@ -307,3 +297,13 @@ class Bench:
 @dataclass(frozen=True)
 class Info:
     """Print versions, instruction sets, threads and GPUs."""
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "adapt": Adapt,
+    "app": App,
+    "bench": Bench,
+    "info": Info,
+}

@@ -28,7 +28,7 @@ from ssm_fast.meta_rl.distributed import LostRank, Rows, World, join_world
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 
-pytestmark = pytest.mark.isa_independent
+pytestmark = [pytest.mark.isa_independent, pytest.mark.usefixtures("one_thread")]
 
 PATIENCE = 300.0  # seconds, for a busy machine
 KILLS = """
@@ -65,14 +65,6 @@ TRAIN = [
     *("--steps", "512", "--checkpoint_interval", "2", "--ppo_epochs", "2"),
     *("--state_dim", "4", "--hidden_dim", "8"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _environment(**more: str) -> dict[str, str]:

@@ -15,20 +15,11 @@ from ssm_fast.meta_rl.meta_maml import inner_update
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer, PolicyBreakdown
 from ssm_fast.meta_rl.run import RunDirectory
 
-pytestmark = pytest.mark.isa_independent
+pytestmark = [pytest.mark.isa_independent, pytest.mark.usefixtures("one_thread")]
 
 CARTPOLE = "ssm_fast/CartPoleFamily-v0"
 CHEETAH = "ssm_fast/HalfCheetahDir-v0"
 G, R = 3, 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small for two, and two wait for each other where cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def environment(name=CARTPOLE, trial=1, rows=G * R, limit=None):

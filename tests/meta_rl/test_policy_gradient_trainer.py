@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,7 @@ from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.policy_gradient_trainer import Episodes, PolicyGradientTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 
-pytestmark = pytest.mark.isa_independent
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small only wait for a second one
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [pytest.mark.isa_independent, pytest.mark.usefixtures("one_thread")]
 
 
 def _model(**options: Any) -> StateSpaceModel:
