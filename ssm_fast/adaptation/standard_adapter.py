@@ -17,7 +17,7 @@ from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.losses import default_loss
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
-from ssm_fast.nn.ssm_layer import SSMLayer, transition_pace
+from ssm_fast.nn.ssm_layer import SSMLayer
 
 LossFn: TypeAlias = Callable[[nn.Module, Any, Any, "Tensor | None"], Tensor]
 """Of the model, ``x``, ``y`` and the state before ``x``: a scalar."""
@@ -116,13 +116,6 @@ class StandardAdapter:
         self.learning_rate = self.config.learning_rate
         self._meta = {name: x.clone() for name, x in self.model.state_dict().items()}
         self._weights = FlatParameters(self.model)
-        self._pace = torch.cat(
-            [
-                torch.full_like(p.detach(), transition_pace(name)).reshape(-1)
-                for name, p in self.model.named_parameters()
-                if p.requires_grad
-            ]
-        )  # [P]
         self._reset_optimizer()
 
     def update_step(
@@ -285,7 +278,7 @@ class StandardAdapter:
         self._optimizer.param_groups[0]["lr"] = self.learning_rate
         self._optimizer.step()
         with torch.no_grad():  # as groups of the optimizer would, on one vector
-            self._weights.vector.copy_(torch.lerp(start, self._weights.vector, self._pace))
+            self._weights.vector.copy_(torch.lerp(start, self._weights.vector, self._weights.pace))
         self._weights.write()
         if not bool(torch.isfinite(self._weights.vector).all()):
             raise FloatingPointError(
@@ -296,7 +289,7 @@ class StandardAdapter:
     @torch.no_grad()
     def _bound_growth(self, start: Tensor, growth: float) -> None:
         """Halve the step of the transition matrices from ``start`` until no state outgrows it."""
-        slow = self._pace < 1.0  # [P]
+        slow = self._weights.pace < 1.0  # [P]
         for halvings in range(1, _HALVINGS + 2):
             if state_growth(self.model) <= growth:
                 return

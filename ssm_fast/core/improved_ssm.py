@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from os import PathLike
 from typing import Any, Literal, cast
@@ -23,7 +23,7 @@ from ssm_fast.nn.ssm_layer import (
 )
 from ssm_fast.ops.backend import is_plain, is_watched, needs_autograd
 from ssm_fast.ops.output_norm import fused_output
-from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step
+from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step, prepared_step
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
 
@@ -236,6 +236,44 @@ class ImprovedSSM(nn.Module):
             log_prob = gaussian_log_prob(action, mean, self.log_std)  # [B]
         return action, log_prob, value, next_hidden
 
+    def stepper(
+        self, x: Tensor, hidden_state: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """`get_action` for many steps in a row, as a function of ``x``, ``hidden_state`` and ``noise``.
+
+        Where a step is one native call, the weights are looked up and checked once, here: no other
+        tensor may take the place of one while the function is in use. Internal to the trainers.
+
+        Args:
+            x: Observations of the first step ``[B, I]``; those of the others are like them.
+            hidden_state: ``[L, B, N]``, likewise.
+        """
+        weights = self._step_weights(x, hidden_state)
+        overridden = type(self).get_action is not ImprovedSSM.get_action or "get_action" in vars(
+            self
+        )
+        if weights is None or overridden:
+            return lambda x, state, noise: self.get_action(x, state, noise=noise)
+        self._check(x, hidden_state, None)
+        step = prepared_step(
+            weights, self.observations(), self.norm == "state", self.use_residual, NORM_EPS
+        )
+
+        def gaussian(
+            x: Tensor, state: Tensor, noise: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            action, log_prob, value, next_state = step(x, state, None, noise)
+            assert log_prob is not None
+            return action, log_prob, value, next_state
+
+        def categorical(
+            x: Tensor, state: Tensor, noise: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            logits, _, value, next_state = step(x, state, None, None)
+            return *choose_action(logits, False, noise), value, next_state
+
+        return categorical if self.discrete else gaussian
+
     def _native_action(
         self,
         x: Tensor,
@@ -270,6 +308,7 @@ class ImprovedSSM(nn.Module):
         actions: Tensor,
         hidden_state: Tensor | None = None,
         reset: Tensor | None = None,
+        normalized: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities of given actions, with the values and entropies, differentiable.
 
@@ -278,6 +317,7 @@ class ImprovedSSM(nn.Module):
             actions: ``[B, T, K]``, or integers ``[B, T]`` when ``discrete``, in ``[0, K)``.
             hidden_state: ``[L, B, N]``; zeros when ``None``. It is not modified.
             reset: ``[B, T]``, as in ``forward``.
+            normalized: Whether ``x`` comes from `normalize`.
 
         Returns:
             Log-probabilities, values and entropies, each ``[B, T]`` (``[B]`` for one step).
@@ -289,7 +329,7 @@ class ImprovedSSM(nn.Module):
         expected = list(x.shape[:-1]) + ([] if self.discrete else [self.action_dim])
         if list(actions.shape) != expected:
             raise ValueError(f"actions must have shape {expected}, got {list(actions.shape)}")
-        features, _ = self._features(x, hidden_state, reset)
+        features, _ = self._features(x, hidden_state, reset, normalized=normalized)
         mean = self.actor(features)  # [B, T, K]
         value = self.critic(features).squeeze(-1)  # [B, T]
         if self.log_std is None:
@@ -313,8 +353,16 @@ class ImprovedSSM(nn.Module):
             entropy = gaussian_entropy(self.log_std).expand_as(value)  # [B, T]
         return log_prob, value, entropy
 
+    def normalize(self, x: Tensor) -> Tensor:
+        """Observations ``[..., I]`` as the encoder sees them: normalised, where the model does so."""
+        return x if self.obs_norm is None else cast("Tensor", self.obs_norm(x))
+
     def unroll(
-        self, x: Tensor, hidden_state: Tensor | None = None, reset: Tensor | None = None
+        self,
+        x: Tensor,
+        hidden_state: Tensor | None = None,
+        reset: Tensor | None = None,
+        normalized: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """The values and the states of every step of a sequence.
 
@@ -322,6 +370,7 @@ class ImprovedSSM(nn.Module):
             x: Observations ``[B, T, I]``.
             hidden_state: ``[L, B, N]``; zeros when ``None``. It is not modified.
             reset: ``[B, T]``, as in ``forward``.
+            normalized: Whether ``x`` comes from `normalize`.
 
         Returns:
             Values ``[B, T]`` and the states after each step ``[L, B, T, N]``.
@@ -332,7 +381,7 @@ class ImprovedSSM(nn.Module):
         """
         if x.ndim != 3:
             raise ValueError(f"x must have shape [B, T, I], got {list(x.shape)}")
-        features, states = self._features(x, hidden_state, reset, every_state=True)
+        features, states = self._features(x, hidden_state, reset, True, normalized)
         return self.critic(features).squeeze(-1), torch.stack(states)
 
     def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -354,14 +403,15 @@ class ImprovedSSM(nn.Module):
         hidden_state: Tensor | None,
         reset: Tensor | None,
         every_state: bool = False,
+        normalized: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """The last layer's features ``[..., H]`` and each layer's next state ``[B, N]``.
 
         With ``every_state``, all states of a sequence stand for the next one, ``[B, T, N]``.
         """
         self._check(x, hidden_state, reset)
-        if self.obs_norm is not None:
-            x = self.obs_norm(x)
+        if not normalized:
+            x = self.normalize(x)
         one_step = x.ndim == 2
         state: tuple[Tensor | None, ...] = (None,) * self.num_layers
         if hidden_state is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ssm_fast.meta_rl.distributed import World
+from ssm_fast.nn.ssm_layer import transition_pace
 
 
 class FlatParameters:
@@ -20,12 +23,14 @@ class FlatParameters:
 
     Attributes:
         vector: All of them in order ``[P]``, what the optimizer steps.
+        pace: The length of the steps of each ``[P]``; see `transition_pace`.
     """
 
     def __init__(self, model: nn.Module, world: World | None = None) -> None:
         self._model = model
         self._world = world or World()
-        self._parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._parameters: list[Tensor] = [p for _, p in named]
         self.vector = nn.Parameter(nn.utils.parameters_to_vector(self._parameters).detach())
         self._views: list[Tensor] = [
             part.view_as(p)
@@ -35,6 +40,9 @@ class FlatParameters:
                 strict=True,
             )
         ]
+        self.pace = torch.cat(
+            [torch.full_like(p.detach(), transition_pace(n)).reshape(-1) for n, p in named]
+        )
 
     @torch.no_grad()
     def read(self) -> None:
@@ -54,22 +62,40 @@ class FlatParameters:
         """Give the vector's values to the model."""
         torch._foreach_copy_(self._parameters, self._views)
 
-    def backward(self, loss: Tensor, max_norm: float, weight: float = 1.0) -> Tensor:
-        """Set the vector's gradient to that of ``loss``; the parameters' own stay as they are.
+    def backward(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        max_norm: float,
+        weight: float = 1.0,
+        gradients: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Set the vector's gradient to that of a loss; the parameters' own stay as they are.
 
         Args:
-            loss: A scalar.
+            outputs: The loss, a scalar; or what it is a function of.
             max_norm: Scale the gradient down to this norm, as ``nn.utils.clip_grad_norm_`` does.
             weight: Of this process's loss in the mean over all of them.
+            gradients: Of the loss with respect to each of the outputs, where it is not one of them.
 
         Returns:
             The norm before that.
         """
-        gradients = torch.autograd.grad(
-            loss, self._parameters, allow_unused=True, materialize_grads=True
+        parts = torch.autograd.grad(
+            outputs, self._parameters, gradients, allow_unused=True, materialize_grads=True
         )
-        gradient = torch.cat([gradient.reshape(-1) for gradient in gradients])  # [P]
+        return self.take(torch.cat([part.reshape(-1) for part in parts]), max_norm, weight)
+
+    def take(self, gradient: Tensor, max_norm: float, weight: float = 1.0) -> Tensor:
+        """`backward` with a gradient ``[P]`` that somebody else has computed; it is overwritten."""
         gradient = self._world.average(gradient, weight)
         norm: Tensor = torch.linalg.vector_norm(gradient)
         self.vector.grad = gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take a step of the optimizer, each entry at its pace, and give the values to the model."""
+        before = self.vector.clone()  # [P]
+        optimizer.step()
+        torch.lerp(before, self.vector, self.pace, out=self.vector)
+        self.write()

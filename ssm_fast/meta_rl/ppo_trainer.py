@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import gymnasium
 import numpy as np
@@ -21,8 +22,9 @@ from torch import Tensor
 from ssm_fast import ops
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.env_runner.environment import Environment
-from ssm_fast.meta_rl.distributed import Rows, World
+from ssm_fast.meta_rl.distributed import Part, Rows, World
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.meta_rl.training_state import (
@@ -104,6 +106,20 @@ class Rollout:
     boundary_observations: Tensor
     episode_returns: list[float] = field(default_factory=list)
     episode_lengths: list[int] = field(default_factory=list)
+
+
+class _Minibatch(NamedTuple):
+    """`S` sequences of `L` steps, as far as this rank has them."""
+
+    observations: Tensor  # [S, L, input_dim], normalised
+    actions: Tensor  # [S, L, ...]
+    log_probs: Tensor  # [S, L], of the policy that acted
+    reset: Tensor  # [S, L]
+    values: Tensor  # [S, L], before the update
+    returns: Tensor  # [S, L]
+    advantages: Tensor  # [S, L], standardized
+    states: Tensor  # [num_layers, S, N], before each sequence
+    weight: float  # of these sequences in the minibatch
 
 
 @dataclass(frozen=True)
@@ -239,6 +255,7 @@ class PPOTrainer:
         self.model = model.to(self.device)
 
         self._weights = FlatParameters(self.model, self.world)
+        self._gradient: SequenceGradient | None = None  # during an update
         self.optimizer = torch.optim.Adam(
             [self._weights.vector], lr=learning_rate, eps=1e-5, fused=True
         )
@@ -459,13 +476,16 @@ class PPOTrainer:
         initial_state = state = self._state
         observation, first = self._observation, self._reset
         with torch.no_grad():
+            act = model.stepper(torch.from_numpy(observation).to(device, dtype), state)
             for t in range(T):
                 x = torch.from_numpy(observation).to(device, dtype)  # [B, input_dim]
-                noise = rows.of(model.draw_noise(rows.total))  # [B, action_dim]
-                action, log_prob, value, state = model.get_action(x, state, noise=noise)
-                finite = torch.isfinite(log_prob + value)  # [B]; both are NaN where the action is
-                if not bool(finite.all()):
+                action, log_prob, value, state = act(
+                    x, state, rows.of(model.draw_noise(rows.total))
+                )
+                sums = log_prob + value  # [B]; one of them is NaN where the action is
+                if not math.isfinite(float(sums.sum())):
                     self._env = None
+                    finite = torch.isfinite(sums)  # [B]
                     row = int(finite.logical_not().nonzero()[0])
                     raise FloatingPointError(
                         f"rollout step {t}: {env.env_name}: the policy of environment {row} is not "
@@ -587,44 +607,28 @@ class PPOTrainer:
         L = self._sequence_length_for(T)
         rows, each = self.world.rows(B), T // L  # each row has so many sequences
         rewards = self._scaled_rewards(rollout)  # [B, T]
-        observations = _sequences(rollout.observations, L)  # [S, L, input_dim]
-        actions = _sequences(rollout.actions, L)  # [S, L, ...]
-        log_probs = _sequences(rollout.log_probs, L)  # [S, L]
-        reset = _sequences(rollout.reset, L)  # [S, L]
+        inputs = self.model.normalize(rollout.observations)  # [B, T, input_dim]
+        fixed = (inputs, rollout.actions, rollout.log_probs, rollout.reset)
         explained_variance = math.nan
         sums: list[Tensor] = []
         weights: list[float] = []
         self._weights.read()
+        self._gradient = SequenceGradient.of(self.model, inputs, rollout.initial_state)
         for epoch in range(self.ppo_epochs):
             if epoch == 0 or self.recompute_advantages:
-                states, values, next_values = self._evaluate(rollout, L)
+                states, values, next_values = self._evaluate(rollout, inputs, L)
                 advantages, returns = self.compute_gae(
                     rewards, values, next_values, rollout.terminated, rollout.truncated
                 )
                 if epoch == 0:
                     explained_variance = self._explained_variance(values, returns)
-                    old_values = _sequences(values, L)  # [S, L]
-                advantages, returns = _sequences(advantages, L), _sequences(returns, L)  # [S, L]
+                    old_values = values
+            parts = [rows.part(i, each) for i in self._minibatches(rows.total * each, L)]
             first = len(sums)
-            minibatches = self._minibatches(rows.total * each, L)
-            parts = [rows.part(i, each).to(self.device) for i in minibatches]
             weights += [part.weight for part in parts]
-            scaled = self.world.standardize([advantages[i] for i, _ in parts], weights[first:])
-            for (i, weight), advantage in zip(parts, scaled, strict=True):
-                sums.append(
-                    self._step(
-                        observations[i],
-                        actions[i],
-                        log_probs[i],
-                        reset[i],
-                        states[:, i],
-                        old_values[i],
-                        advantage,
-                        returns[i],
-                        weight,
-                        f"epoch {epoch}",
-                    )
-                )
+            sequences = [_sequences(x, L) for x in (*fixed, old_values, returns, advantages)]
+            for batch in self._gather(sequences, states, parts):
+                sums.append(self._step(batch, f"epoch {epoch}"))
             if self.target_kl is not None:
                 approx_kl = self._means(sums[first:], weights[first:])[3]
                 if approx_kl > self.target_kl:
@@ -667,15 +671,15 @@ class PPOTrainer:
         )
 
     @torch.no_grad()
-    def _evaluate(self, rollout: Rollout, L: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Runs the current weights over a rollout.
+    def _evaluate(self, rollout: Rollout, inputs: Tensor, L: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the current weights over a rollout, whose normalised observations are given.
 
         Returns:
             The state before each sequence `[num_layers, S, N]`, the values `[B, T]`, and the values
             of what the steps led to `[B, T]`.
         """
         values, states = self.model.unroll(
-            rollout.observations, rollout.initial_state, rollout.reset
+            inputs, rollout.initial_state, rollout.reset, normalized=True
         )  # [B, T], [num_layers, B, T, N]
         next_values = torch.empty_like(values)
         next_values[:, :-1] = values[:, 1:]
@@ -688,52 +692,79 @@ class PPOTrainer:
         )  # [num_layers, B, T / L, N]
         return starts.flatten(1, 2), values, next_values
 
-    def _step(
-        self,
-        observations: Tensor,
-        actions: Tensor,
-        old_log_probs: Tensor,
-        reset: Tensor,
-        states: Tensor,
-        old_values: Tensor,
-        advantages: Tensor,
-        returns: Tensor,
-        weight: float,
-        where: str,
-    ) -> Tensor:
-        """One gradient step on a minibatch of sequences; returns its figures `[6]`.
+    def _gather(
+        self, sequences: list[Tensor], states: Tensor, parts: list[Part]
+    ) -> Iterator[_Minibatch]:
+        """What this rank has of each minibatch, advantages standardized.
 
-        Advantages are standardized. The weight is that of these sequences in the minibatch.
+        Args:
+            sequences: The first fields of `_Minibatch`, `[S, L, ...]`, of all sequences.
+            states: `[num_layers, S, N]`.
+            parts: Of the minibatches.
         """
-        log_probs, values, entropies = self.model.evaluate_actions(
-            observations, actions, states, reset
-        )
-        log_ratio = log_probs - old_log_probs  # [S, L]
+        order = torch.cat([items for items, _ in parts]).to(self.device)  # all at once is faster
+        sizes, weights = [len(items) for items, _ in parts], [weight for _, weight in parts]
+        columns = [torch.split(x[order], sizes) for x in sequences]
+        columns[-1] = tuple(self.world.standardize(columns[-1], weights))
+        columns.append(torch.split(states[:, order], sizes, dim=1))
+        for *tensors, weight in zip(*columns, weights, strict=True):
+            yield _Minibatch._make((*tensors, weight))
+
+    def _step(self, batch: _Minibatch, where: str) -> Tensor:
+        """One gradient step on a minibatch of sequences; returns its figures `[6]`."""
+        inputs = batch.observations, batch.actions, batch.states, batch.reset
+        if self._gradient is not None:
+            figures = self._gradient(*inputs, partial(self._objective, batch))
+            grad_norm = self._weights.take(self._gradient.vector, self.max_grad_norm, batch.weight)
+        else:
+            outputs = self.model.evaluate_actions(*inputs, normalized=True)
+            figures, gradients = self._objective(batch, *outputs)
+            grad_norm = self._weights.backward(
+                outputs[: len(gradients)], self.max_grad_norm, batch.weight, gradients
+            )
+        if not math.isfinite(float(grad_norm)):
+            policy_loss, value_loss, entropy, *_ = figures.tolist()
+            loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy
+            raise FloatingPointError(f"{where}: loss {loss}, gradient norm {float(grad_norm)}")
+        self._weights.step(self.optimizer)
+        return torch.cat((figures, grad_norm.reshape(1)))
+
+    @torch.no_grad()
+    def _objective(
+        self, batch: _Minibatch, log_probs: Tensor, values: Tensor, entropies: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The clipped loss of what the model says `[S, L]` in closed form, without a graph.
+
+        Returns:
+            The mean of the policy loss, the value loss, the entropy, the KL divergence and the
+            fraction of clipped ratios `[5]`, and the gradient of the loss with respect to the
+            log-probabilities, the values and, where they have a weight, the entropies.
+        """
+        log_ratio = log_probs - batch.log_probs
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1.0 - self.clip_epsilon, 1.0 + self.clip_epsilon)
-        policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
-        errors = (values - returns).square()
+        surrogate, bound = ratio * batch.advantages, clipped * batch.advantages
+        follows = surrogate <= bound  # elsewhere the loss is constant
+        errors = values - batch.returns
+        squares = errors.square()
         if self.clip_value_loss:
-            change = (values - old_values).clamp(-self.clip_epsilon, self.clip_epsilon)
-            errors = torch.maximum(errors, (old_values + change - returns).square())
-        value_loss = errors.mean()
-        entropy = entropies.mean()
-        loss = policy_loss + self.value_coef * value_loss
+            change = values - batch.values
+            bounded = change.clamp(-self.clip_epsilon, self.clip_epsilon)
+            other = batch.values + bounded - batch.returns
+            errors = torch.where(other.square() > squares, other * (change == bounded), errors)
+            squares = torch.maximum(squares, other.square())
+        per_step = 1.0 / values.numel()
+        gradients = [surrogate * follows * -per_step, errors * (2.0 * self.value_coef * per_step)]
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * entropy
-        grad_norm = self._weights.backward(loss, self.max_grad_norm, weight)
-        if not math.isfinite(float(grad_norm)):
-            raise FloatingPointError(
-                f"{where}: loss {float(loss.detach())}, gradient norm {float(grad_norm)}"
-            )
-        self.optimizer.step()
-        self._weights.write()
-        with torch.no_grad():
-            approx_kl = (ratio - 1.0 - log_ratio).mean()
-            clip_fraction = (ratio != clipped).to(ratio.dtype).mean()
-            return torch.stack(
-                (policy_loss, value_loss, entropy, approx_kl, clip_fraction, grad_norm)
-            )
+            gradients.append(torch.full_like(entropies, -self.entropy_coef * per_step))
+        terms = (
+            -torch.minimum(surrogate, bound),
+            squares,
+            entropies,
+            ratio - 1.0 - log_ratio,
+            (ratio != clipped).to(ratio.dtype),
+        )
+        return torch.stack(terms).mean((1, 2)), gradients
 
     def _means(self, figures: list[Tensor], weights: list[float]) -> list[float]:
         """The means over minibatches of the figures of each, over all ranks."""

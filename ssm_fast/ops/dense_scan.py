@@ -155,6 +155,30 @@ torch.library.register_autograd(
 )
 
 
+def sweep(
+    u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool = False
+) -> Tensor:
+    """`dense_scan` without a graph, or its adjoint. Internal to the models: nothing is validated.
+
+    Args:
+        u: ``[B, T, N]``.
+        A: ``[N, N]``.
+        s0: ``[B, N]``.
+        reset: Boolean ``[B, T]``.
+        reverse: Whether to run from the last step to the first.
+    """
+    s0 = None if s0 is None else s0.unsqueeze(0)
+    reset = None if reset is None else reset.unsqueeze(0)
+    s: Tensor = _op(u.unsqueeze(0), A.unsqueeze(0), s0, reset, reverse)
+    return s.squeeze(0)
+
+
+def matrix_gradient(adjoint: Tensor, s: Tensor, s0: Tensor, reset: Tensor) -> Tensor:
+    """The gradient of ``A`` from the adjoint `sweep`, ``[N, N]``; internal and without a graph."""
+    adjoint, s, s0, reset = (x.unsqueeze(0) for x in (adjoint, s, s0, reset))
+    return weight_grad(adjoint, s, s0, reset, False).squeeze(0)
+
+
 def dense_scan(
     u: Tensor,
     A: Tensor,

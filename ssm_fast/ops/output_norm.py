@@ -129,7 +129,7 @@ def _check_fit(
 
 
 @cpu_kernel("output_norm")
-def _run(
+def run_output_norm(
     z: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -138,6 +138,7 @@ def _run(
     tanh: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`output_norm` without a graph, with the mean and rstd of each row if ``save``; internal."""
     y = z.new_empty(z.shape)
     saved = z.shape[:-1] if save and weight is not None else (0,)
     mean, rstd = z.new_empty(saved), z.new_empty(saved)
@@ -164,7 +165,7 @@ def _run(
 
 
 @cpu_kernel("output_norm_grad", "output_norm")
-def _run_grad(
+def run_output_norm_grad(
     grad: Tensor,
     z: Tensor,
     weight: Tensor | None,
@@ -173,6 +174,7 @@ def _run_grad(
     rstd: Tensor,
     tanh: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``z``, ``weight`` and ``bias`` from what `run_output_norm` saved; internal."""
     grad_z = z.new_empty(z.shape)
     weights = (0,) if weight is None else weight.shape
     grad_weight, grad_bias = z.new_empty(weights), z.new_empty(weights)
@@ -208,7 +210,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _native_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     z, weight, bias, mean, rstd = ctx.saved_tensors
-    grad_z, grad_weight, grad_bias = _run_grad(grad, z, weight, bias, mean, rstd, ctx.tanh)
+    grad_z, grad_weight, grad_bias = run_output_norm_grad(
+        grad, z, weight, bias, mean, rstd, ctx.tanh
+    )
     wanted = ctx.needs_input_grad
     return (
         grad_z,
@@ -247,7 +251,7 @@ class OutputNorm(torch.autograd.Function):
         eps: float,
         tanh: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return _run(z, weight, bias, residual, eps, tanh, True)
+        return run_output_norm(z, weight, bias, residual, eps, tanh, True)
 
     setup_context = staticmethod(_setup_context)
 
@@ -389,9 +393,9 @@ def fused_output(
     """`output_norm` by the kernel, for layers: only what could crash it is checked."""
     z, weight, bias, residual = promoted(z, weight, bias, residual)
     if torch.compiler.is_compiling():
-        y, _, _ = _run(z, weight, bias, residual, eps, tanh, True)
+        y, _, _ = run_output_norm(z, weight, bias, residual, eps, tanh, True)
     elif needs_autograd(z, weight, bias, residual):
         y, _, _ = _differentiable(z, weight, bias, residual, eps, tanh)
     else:
-        y, _, _ = _run(z, weight, bias, residual, eps, tanh, False)
+        y, _, _ = run_output_norm(z, weight, bias, residual, eps, tanh, False)
     return y

@@ -12,7 +12,7 @@ from torch import Tensor
 from ssm_fast.ops.backend import native_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class PolicyWeights(NamedTuple):
@@ -124,40 +124,67 @@ def policy_step(
         The action ``[B, K]`` (the logits without a ``log_std``), its log-probability ``[B]`` (None
         without a ``log_std``), the value ``[B]`` and the next state ``[L, B, N]``.
     """
-    x = x.contiguous()
-    state = None if state is None else state.contiguous()
-    reset = None if reset is None else reset.contiguous()
+    step = prepared_step(weights, observations, norm_state, residual, eps, groups)
+    return step(x, state, reset, noise)
+
+
+def prepared_step(
+    weights: PolicyWeights,
+    observations: Observations | None,
+    norm_state: bool,
+    residual: bool,
+    eps: float,
+    groups: int = 1,
+) -> Callable[
+    [Tensor, Tensor | None, Tensor | None, Tensor | None],
+    tuple[Tensor, Tensor | None, Tensor, Tensor],
+]:
+    """`policy_step` as a function of ``x``, ``state``, ``reset`` and ``noise``, for many steps.
+
+    It looks up once where the weights lie. Their values may change between two steps; tensors that
+    take their place are not seen.
+    """
     heads, log_std, layers = weights
     encoder, actor, A = heads[0], heads[2], layers[0]
     assert encoder is not None
     assert actor is not None
     assert A is not None
-    B, I = x.shape
-    H, N, K, L = encoder.shape[-2], A.shape[-1], actor.shape[-2], len(layers) // 7
-    action, value = x.new_empty(B, K), x.new_empty(B)
-    log_prob = None if log_std is None else x.new_empty(B)
-    next_state = x.new_empty(L, B, N)
+    H, I = encoder.shape[-2:]
+    N, K, L = A.shape[-1], actor.shape[-2], len(layers) // 7
+    kernel = native_kernel("policy_step", encoder.dtype)
+    addresses = [_address(w) for w in (*heads, log_std, *layers)]
     mean, var, obs_eps, clip = observations or (None, None, 0.0, 0.0)
-    native_kernel("policy_step", x.dtype)(
-        x.data_ptr(),
-        _address(mean),
-        _address(var),
-        obs_eps,
-        clip,
-        _address(state),
-        _address(reset),
-        _address(noise),
-        [_address(w) for w in (*heads, log_std, *layers)],
-        action.data_ptr(),
-        _address(log_prob),
-        value.data_ptr(),
-        next_state.data_ptr(),
-        (groups, B // groups, I, H, N, L, K),
-        norm_state,
-        residual,
-        eps,
-    )
-    return action, log_prob, value, next_state
+    statistics = _address(mean), _address(var), obs_eps, clip
+
+    def step(
+        x: Tensor, state: Tensor | None, reset: Tensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        x = x.contiguous()
+        state = None if state is None else state.contiguous()
+        reset = None if reset is None else reset.contiguous()
+        B = len(x)
+        action, value = x.new_empty(B, K), x.new_empty(B)
+        log_prob = None if log_std is None else x.new_empty(B)
+        next_state = x.new_empty(L, B, N)
+        kernel(
+            x.data_ptr(),
+            *statistics,
+            _address(state),
+            _address(reset),
+            _address(noise),
+            addresses,
+            action.data_ptr(),
+            _address(log_prob),
+            value.data_ptr(),
+            next_state.data_ptr(),
+            (groups, B // groups, I, H, N, L, K),
+            norm_state,
+            residual,
+            eps,
+        )
+        return action, log_prob, value, next_state
+
+    return step
 
 
 def _address(tensor: Tensor | None) -> int:

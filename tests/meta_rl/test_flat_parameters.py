@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
+from ssm_fast.nn import SSMLayer
 
 
 def _model() -> nn.Module:
@@ -22,8 +23,7 @@ def test_adam_on_the_vector_equals_adam_on_the_parameters() -> None:
     x = torch.randn(5, 3)
     for _ in range(4):
         norm = flat.backward(one[2](one[1](one[0](x))).square().sum(), 0.5)  # not the last layer
-        mine.step()
-        flat.write()
+        flat.step(mine)
         theirs.zero_grad(set_to_none=False)
         (other[2](other[1](other[0](x))).square().sum() + 0.0 * other[3](x[:, :2]).sum()).backward()
         expected = nn.utils.clip_grad_norm_(other.parameters(), 0.5)
@@ -31,6 +31,19 @@ def test_adam_on_the_vector_equals_adam_on_the_parameters() -> None:
         torch.testing.assert_close(norm, expected)
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_transition_matrices_move_at_their_pace() -> None:
+    torch.manual_seed(0)
+    layer = SSMLayer(3, 4, 5)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    flat = FlatParameters(layer)
+    flat.backward(layer(torch.randn(2, 6, 3))[0].square().sum(), 1.0)
+    flat.step(torch.optim.Adam([flat.vector], lr=0.01, eps=0.0))
+    for name, parameter in layer.named_parameters():  # Adam's first step has one length
+        length = (parameter - before[name]).abs()
+        expected = torch.full_like(length, 0.001 if name == "A" else 0.01)
+        torch.testing.assert_close(length, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_read_takes_what_changed_in_the_model() -> None:

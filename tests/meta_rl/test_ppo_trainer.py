@@ -19,7 +19,7 @@ from torch import Tensor
 from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
-from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout
+from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout, _Minibatch
 from ssm_fast.meta_rl.run import RunDirectory, write_state
 
 _Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
@@ -206,6 +206,39 @@ class TestUpdate:
         residual = (returns - hand["value"].detach()).var() / returns.var()
         assert metrics["explained_variance"] == pytest.approx(1.0 - float(residual), rel=1e-5)
 
+    @pytest.mark.parametrize("clip_value_loss", [False, True])
+    @pytest.mark.parametrize("entropy_coef", [0.0, 0.3])
+    def test_gradients_of_the_loss_equal_autograd(
+        self, clip_value_loss: bool, entropy_coef: float
+    ) -> None:
+        trainer = _trainer(_model(), clip_value_loss=clip_value_loss, entropy_coef=entropy_coef)
+        torch.manual_seed(0)
+        old, values, returns, advantages = torch.randn(4, 9, 5).double().unbind()
+        log_probs = (old + 0.3 * torch.randn_like(old)).requires_grad_()
+        now = (values + 0.3 * torch.randn_like(old)).requires_grad_()
+        entropies = torch.rand_like(old).requires_grad_()
+        nothing = torch.empty(0)
+        batch = _Minibatch(
+            nothing, nothing, old, nothing, values, returns, advantages, nothing, 1.0
+        )
+        figures, gradients = trainer._objective(batch, log_probs, now, entropies)
+
+        ratio = (log_probs - old).exp()
+        clipped = ratio.clamp(0.8, 1.2)
+        policy_loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+        errors = (now - returns).square()
+        if clip_value_loss:
+            near = values + (now - values).clamp(-0.2, 0.2)
+            errors = torch.maximum(errors, (near - returns).square())
+        loss = policy_loss + 0.5 * errors.mean() - entropy_coef * entropies.mean()
+        inputs = [log_probs, now, entropies][: len(gradients)]
+        assert len(gradients) == (3 if entropy_coef else 2)
+        for found, expected in zip(gradients, torch.autograd.grad(loss, inputs), strict=True):
+            torch.testing.assert_close(found, expected)
+        assert 0.0 < float(figures[4]) < 1.0
+        expected = torch.stack((policy_loss, errors.mean(), entropies.mean())).detach()
+        torch.testing.assert_close(figures[:3], expected)
+
     @pytest.mark.parametrize("discrete", [False, True])
     def test_ratio_is_one_in_float32_after_training(self, discrete: bool) -> None:
         model = _model(discrete).float()
@@ -242,15 +275,16 @@ class TestUpdate:
         seen = []
         evaluate = trainer.model.evaluate_actions
 
-        def spy(x: Tensor, *rest: Tensor) -> Any:
+        def spy(x: Tensor, *rest: Tensor, **options: bool) -> Any:
             seen.append(x)
-            return evaluate(x, *rest)
+            return evaluate(x, *rest, **options)
 
         monkeypatch.setattr(trainer.model, "evaluate_actions", spy)
+        inputs = trainer.model.normalize(rollout.observations)
         trainer.update(rollout)
         assert [len(x) for x in seen] == [3, 3, 3, 3, 3, 1]
         found = torch.cat(seen).reshape(16, -1)
-        expected = rollout.observations.reshape(16, -1)
+        expected = inputs.reshape(16, -1)
         order = [int((expected == row).all(1).nonzero()) for row in found]
         assert sorted(order) == list(range(16))
         assert order != sorted(order)

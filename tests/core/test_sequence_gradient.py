@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ssm_fast.core import ImprovedSSM
+from ssm_fast.core.sequence_gradient import SequenceGradient
+
+S, T, I, K = 5, 7, 3, 2
+
+
+def _model(**options: Any) -> ImprovedSSM:
+    torch.manual_seed(0)
+    model = ImprovedSSM(I, K, 9, 11, **{"num_layers": 2, **options}).double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # orthogonal ones hide a transposition, zeros a bias
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def _batch(model: ImprovedSSM) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    state = torch.randn(model.num_layers, S, model.state_dim).double()
+    x, actions = torch.randn(S, T, I).double(), torch.randn(S, T, K).double()
+    return x, actions, state, torch.rand(S, T) < 0.3
+
+
+def _loss(weights: Tensor, count: int) -> Any:
+    """A loss whose gradients differ in every step; of the entropies only where count is 3."""
+
+    def loss(*outputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        pairs = list(zip(weights, outputs, strict=True))[:count]
+        return sum((w * x.square()).sum() for w, x in pairs), [2 * w * x for w, x in pairs]
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("norm", "residual", "layers", "count"),
+    list(itertools.product((True, False), (True, False), (1, 2), (2, 3))),
+)
+def test_equals_autograd(norm: bool, residual: bool, layers: int, count: int) -> None:
+    model = _model(use_layer_norm=norm, use_residual=residual, num_layers=layers)
+    x, actions, state, reset = _batch(model)
+    weights = torch.randn(3, S, T).double()
+    gradient = SequenceGradient.of(model, x, state)
+    assert gradient is not None
+    report = gradient(x, actions, state, reset, _loss(weights, count))
+    outputs = model.evaluate_actions(x, actions, state, reset)
+    expected, _ = _loss(weights, count)(*outputs)
+    expected.backward()
+    torch.testing.assert_close(report, expected)
+    assert all(p.grad is not None for p in model.parameters())
+    flat = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradient.vector, flat, rtol=1e-9, atol=1e-9)
+
+
+def test_reads_the_weights_at_each_call() -> None:
+    model = _model()
+    batch = _batch(model)
+    gradient = SequenceGradient.of(model, batch[0], batch[2])
+    assert gradient is not None
+    loss = _loss(torch.randn(3, S, T).double(), 2)
+    before = gradient(*batch, loss)
+    with torch.no_grad():
+        model.layers[0].A.mul_(0.5)
+    assert float(gradient(*batch, loss)) != float(before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.encoder.register_forward_hook(lambda *_: None),
+        lambda model: model.layers[0].A.requires_grad_(False),
+        lambda model: setattr(model, "actor", nn.Sequential(model.actor)),
+        lambda model: setattr(model, "evaluate_actions", model.evaluate_actions),
+        lambda model: model.layers[1].register_parameter("bias", None),
+    ],
+    ids=["hook", "frozen", "module", "method", "no bias"],
+)
+def test_leaves_changed_models_to_autograd(change: Any) -> None:
+    model = _model()
+    x, _, state, _ = _batch(model)
+    assert SequenceGradient.of(model, x, state) is not None
+    change(model)
+    assert SequenceGradient.of(model, x, state) is None
+
+
+@pytest.mark.parametrize("options", [{"norm": "state"}, {"discrete": True}])
+def test_leaves_other_kinds_to_autograd(options: dict[str, Any]) -> None:
+    model = _model(**options)
+    x, _, state, _ = _batch(model)
+    assert SequenceGradient.of(model, x, state) is None
