@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_fast.core.improved_ssm import (
     NORM_EPS,
@@ -50,11 +50,28 @@ class SequenceGradient:
     def __init__(self, model: ImprovedSSM) -> None:
         parameters = list(model.parameters())
         self.vector = torch.cat([torch.zeros_like(p).reshape(-1) for p in parameters])  # [P]
-        sizes = [p.numel() for p in parameters]
-        views = torch.split(self.vector, sizes)
-        self._of = {id(p): v.view_as(p) for p, v in zip(parameters, views, strict=True)}
-        self._model = model
-        self._layers = cast("list[SSMLayer]", list(model.layers))
+        views = torch.split(self.vector, [p.numel() for p in parameters])
+        gradients = {id(p): v.view_as(p) for p, v in zip(parameters, views, strict=True)}
+
+        def pair(weight: Tensor | None) -> _Weight | None:
+            return None if weight is None else _Weight(weight.detach(), gradients[id(weight)])
+
+        def linear(module: nn.Linear) -> _Linear:
+            return _Linear(_must(pair(module.weight)), _must(pair(module.bias)))
+
+        assert model.log_std is not None
+        self._log_std = _must(pair(model.log_std))
+        self._encoder, self._actor = linear(model.encoder), linear(model.actor)
+        self._critic = linear(model.critic)
+        self._layers = []
+        for layer in cast("list[SSMLayer]", list(model.layers)):
+            A, B, bias, C, D = (
+                _must(pair(x)) for x in (layer.A, layer.B, layer.bias, layer.C, layer.D)
+            )
+            norm = layer.norm
+            affine = (None, None) if norm is None else (pair(norm.weight), pair(norm.bias))
+            self._layers.append(_Layer(A, B, bias, C, D, *affine))
+        self._use_residual = model.use_residual
 
     @classmethod
     def of(cls, model: ImprovedSSM, x: Tensor, state: Tensor) -> SequenceGradient | None:
@@ -99,66 +116,109 @@ class SequenceGradient:
         Returns:
             What the loss reports.
         """
-        model, of = self._model, self._of
         S, T, I = x.shape
-        encoder, actor, critic, log_std = model.encoder, model.actor, model.critic, model.log_std
-        assert log_std is not None
-        x, actions = x.reshape(-1, I), actions.reshape(-1, model.action_dim)  # [M, I], [M, K]
-        z = torch.addmm(encoder.bias, x, encoder.weight.t())  # [M, H]
+        encoder, actor, critic = self._encoder, self._actor, self._critic
+        log_std = self._log_std.value
+        x, actions = x.reshape(-1, I), actions.reshape(-1, len(log_std))  # [M, I], [M, K]
+        M = len(x)
+        z = encoder(x)  # [M, H]
         h, *z_moments = run_output_norm(z, None, None, None, NORM_EPS, True, True)
         kept = []
         for layer, s0 in zip(self._layers, state, strict=True):
-            assert layer.bias is not None
-            u = torch.addmm(layer.bias, h, layer.B.t()).view(S, T, -1)  # [S, T, N]
-            s = sweep(u, layer.A, s0, reset)  # [S, T, N]
-            y = torch.mm(h, layer.D.t()).addmm_(s.reshape(len(h), -1), layer.C.t())  # [M, H]
-            weight, bias = _affine(layer.norm)
-            residual = h if model.use_residual else None
+            u = torch.addmm(layer.bias.value, h, layer.B.transposed).view(S, T, -1)  # [S, T, N]
+            s = sweep(u, layer.A.value, s0, reset)  # [S, T, N]
+            y = torch.mm(h, layer.D.transposed)  # [M, H]
+            y.addmm_(s.reshape(M, -1), layer.C.transposed)
+            weight, bias = layer.affine
+            residual = h if self._use_residual else None
             out, *moments = run_output_norm(y, weight, bias, residual, NORM_EPS, True, True)
             kept.append((h, s, y, moments))
             h = out
-        mean = torch.addmm(actor.bias, h, actor.weight.t())  # [M, K]
-        value = torch.addmv(critic.bias, h, critic.weight[0])  # [M]
+        mean, value = actor(h), critic(h).squeeze(1)  # [M, K], [M]
         log_prob = gaussian_log_prob(actions, mean, log_std)  # [M]
         entropy = gaussian_entropy(log_std).expand(S, T)
         report, gradients = loss(log_prob.view(S, T), value.view(S, T), entropy)
 
         g_log_prob, g_value, *g_entropy = (g.reshape(-1) for g in gradients)  # [M] each
-        deviation = (actions - mean) / log_std.exp()  # [M, K]
+        deviation = (actions - mean).div_(log_std.exp())  # [M, K]
         weighted = deviation * g_log_prob.unsqueeze(1)  # [M, K]
-        g_log_std = (weighted * deviation).sum(0) - g_log_prob.sum()
-        of[id(log_std)].copy_(g_log_std + sum(g.sum() for g in g_entropy))
-        g_mean = weighted / log_std.exp()  # [M, K]
-        self._linear(actor, g_mean, h)
-        self._linear(critic, g_value.unsqueeze(1), h)
-        g_h = torch.mm(g_mean, actor.weight).addr_(g_value, critic.weight[0])  # [M, H]
+        g_log_std = torch.linalg.vecdot(weighted, deviation, dim=0) - g_log_prob.sum()
+        self._log_std.gradient.copy_(g_log_std + sum(g.sum() for g in g_entropy))
+        g_mean, g_value = weighted.div_(log_std.exp()), g_value.unsqueeze(1)  # [M, K], [M, 1]
+        actor.give(g_mean, h)
+        critic.give(g_value, h)
+        g_h = torch.mm(g_mean, actor.weight.value)  # [M, H]
+        g_h.addmm_(g_value, critic.weight.value)
         for layer, s0, (h, s, y, moments) in zip(
             reversed(self._layers), reversed(state.unbind()), reversed(kept), strict=True
         ):
-            weight, bias = _affine(layer.norm)
-            g_y, g_weight, g_bias = run_output_norm_grad(g_h, y, weight, bias, *moments, True)
-            if weight is not None and bias is not None:
-                of[id(weight)].copy_(g_weight)
-                of[id(bias)].copy_(g_bias)
-            torch.mm(g_y.t(), s.reshape(len(h), -1), out=of[id(layer.C)])
-            torch.mm(g_y.t(), h, out=of[id(layer.D)])
-            g_s = torch.mm(g_y, layer.C).view(S, T, -1)  # [S, T, N]
-            g_u = sweep(g_s, layer.A.t(), None, reset, reverse=True)  # [S, T, N]
-            of[id(layer.A)].copy_(matrix_gradient(g_u, s, s0, reset))
-            g_u = g_u.reshape(len(h), -1)  # [M, N]
-            torch.mm(g_u.t(), h, out=of[id(layer.B)])
-            torch.sum(g_u, 0, out=of[id(layer.bias)])
-            g_in = torch.mm(g_y, layer.D).addmm_(g_u, layer.B)  # [M, H]
-            g_h = g_in.add_(g_h) if model.use_residual else g_in
+            g_y, *g_affine = run_output_norm_grad(g_h, y, *layer.affine, *moments, True)
+            for pair, gradient in zip((layer.norm_weight, layer.norm_bias), g_affine, strict=True):
+                if pair is not None:
+                    pair.gradient.copy_(gradient)
+            torch.mm(g_y.t(), s.reshape(M, -1), out=layer.C.gradient)
+            torch.mm(g_y.t(), h, out=layer.D.gradient)
+            g_s = torch.mm(g_y, layer.C.value).view(S, T, -1)  # [S, T, N]
+            g_u = sweep(g_s, layer.A.transposed, None, reset, reverse=True)  # [S, T, N]
+            layer.A.gradient.copy_(matrix_gradient(g_u, s, s0, reset))
+            g_u = g_u.reshape(M, -1)  # [M, N]
+            torch.mm(g_u.t(), h, out=layer.B.gradient)
+            torch.sum(g_u, 0, out=layer.bias.gradient)
+            g_in = torch.mm(g_y, layer.D.value).addmm_(g_u, layer.B.value)  # [M, H]
+            g_h = g_in.add_(g_h) if self._use_residual else g_in
         g_z, *_ = run_output_norm_grad(g_h, z, None, None, *z_moments, True)
-        self._linear(encoder, g_z, x)
+        encoder.give(g_z, x)
         return report
 
-    def _linear(self, module: torch.nn.Linear, g: Tensor, x: Tensor) -> None:
-        """The gradients of weight and bias of a linear layer."""
-        torch.mm(g.t(), x, out=self._of[id(module.weight)])
-        torch.sum(g, 0, out=self._of[id(module.bias)])
+
+class _Weight:
+    """A weight and where its gradient goes."""
+
+    def __init__(self, value: Tensor, gradient: Tensor) -> None:
+        self.value = value
+        self.gradient = gradient
+        self.transposed = value.t()
 
 
-def _affine(norm: torch.nn.LayerNorm | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if norm is None else (norm.weight, norm.bias)
+class _Linear:
+    """A linear layer."""
+
+    def __init__(self, weight: _Weight, bias: _Weight) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias.value, x, self.weight.transposed)
+
+    def give(self, g: Tensor, x: Tensor) -> None:
+        """Sets the gradients, from that of what it gave for ``x``."""
+        torch.mm(g.t(), x, out=self.weight.gradient)
+        torch.sum(g, 0, out=self.bias.gradient)
+
+
+class _Layer:
+    """A state-space layer."""
+
+    def __init__(
+        self,
+        A: _Weight,
+        B: _Weight,
+        bias: _Weight,
+        C: _Weight,
+        D: _Weight,
+        norm_weight: _Weight | None,
+        norm_bias: _Weight | None,
+    ) -> None:
+        self.A, self.B, self.bias, self.C, self.D = A, B, bias, C, D
+        self.norm_weight, self.norm_bias = norm_weight, norm_bias
+
+    @property
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """The values of weight and bias of the norm."""
+        weight, bias = self.norm_weight, self.norm_bias
+        return None if weight is None else weight.value, None if bias is None else bias.value
+
+
+def _must(weight: _Weight | None) -> _Weight:
+    assert weight is not None
+    return weight
