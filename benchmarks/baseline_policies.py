@@ -70,14 +70,10 @@ class BaselinePolicy(ImprovedSSM):
         hidden_state: Tensor | None,
         reset: Tensor | None,
         every_state: bool = False,
-        normalized: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
-        self._check(x, hidden_state, reset)
         one_step = x.ndim == 2
         if one_step:
             x, reset = x.unsqueeze(1), None if reset is None else reset.unsqueeze(1)
-        if not normalized:
-            x = self.normalize(x)
         h = self.encoder(x).tanh()  # [B, T, H]
         if hidden_state is None:
             hidden_state = self.init_hidden(len(x))

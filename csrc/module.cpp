@@ -327,17 +327,20 @@ void output_norm_grad(Address grad_y, Strides<2> grad_strides, Address z, Stride
 template <class T>
 void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, double obs_clip, Address state,
                  Address reset, Address noise, const std::vector<Address>& weights, Address action, Address log_prob,
-                 Address value, Address next_state, Strides<7> sizes, bool norm_state, bool residual, double eps) {
-  const auto [G, B, I, H, N, L, K] = sizes;
+                 Address value, Address next_state, Strides<8> sizes, bool norm_state, bool residual, double eps) {
+  const auto [G, B, I, H, N, L, K, W] = sizes;
   const Index F = norm_state ? N : H;
-  const Index elements[14] = {H * I, H, K * H, K, H, 1, K, N * N, N * H, N, H * N, H * H, F, F};
+  constexpr std::size_t kHeads = 12, kLayer = 7;
+  const Index V = W ? W : H;  // what the critic's last layer reads
+  const Index elements[kHeads + kLayer] = {H * I, H, K * H, K,     V, 1,     K,     W * I, W * H, W,
+                                           W * W, W, N * N, N * H, N, H * N, H * H, F,     F};
   const auto weight_of = [&](std::size_t i, Index g) {
     T* first = at<T>(weights[i]);
-    return first ? first + g * elements[i < 7 ? i : 7 + i % 7] : nullptr;
+    return first ? first + g * elements[i < kHeads ? i : kHeads + (i - kHeads) % kLayer] : nullptr;
   };
   std::vector<PolicyLayer<T>> layers;
   for (Index g = 0; g < G; ++g) {
-    for (std::size_t i = 7; i < weights.size(); i += 7) {
+    for (std::size_t i = kHeads; i < weights.size(); i += kLayer) {
       layers.push_back({weight_of(i, g), weight_of(i + 1, g), weight_of(i + 2, g), weight_of(i + 3, g),
                         weight_of(i + 4, g), weight_of(i + 5, g), weight_of(i + 6, g)});
     }
@@ -345,11 +348,12 @@ void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, d
   std::vector<PolicyWeights<T>> groups;
   for (Index g = 0; g < G; ++g) {
     groups.push_back({weight_of(0, g), weight_of(1, g), weight_of(2, g), weight_of(3, g), weight_of(4, g),
-                      weight_of(5, g), weight_of(6, g), layers.data() + g * L});
+                      weight_of(5, g), weight_of(6, g), weight_of(7, g), weight_of(8, g), weight_of(9, g),
+                      weight_of(10, g), weight_of(11, g), layers.data() + g * L});
   }
   const Index blocks = G * B / kParallelRows;
   const int threads = blocks < 2 ? 1 : threads_for(double(G * B * L) * double(H * H), blocks);
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(policy_step_scratch(I, H, N, K, sizeof(T) == 8)) * threads);
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(policy_step_scratch(I, H, N, K, W, sizeof(T) == 8)) * threads);
   PolicyStep<T> params{};
   params.x = at<T>(x);
   params.obs_mean = at<double>(obs_mean);
@@ -364,7 +368,7 @@ void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, d
   params.log_prob = at<T>(log_prob);
   params.value = at<T>(value);
   params.next_state = at<T>(next_state);
-  std::tie(params.G, params.B, params.I, params.H, params.N, params.L, params.K) = std::tuple_cat(sizes);
+  std::tie(params.G, params.B, params.I, params.H, params.N, params.L, params.K, params.W) = std::tuple_cat(sizes);
   params.norm_state = norm_state;
   params.residual = residual;
   params.eps = T(eps);

@@ -180,16 +180,19 @@ struct PolicyLayer {
 
 template <class T>
 struct PolicyWeights {
-  const T *encoder_weight, *encoder_bias;  // [H, I], [H], contiguous as all that follow
-  const T *actor_weight, *actor_bias;      // [K, H], [K]
-  const T *critic_weight, *critic_bias;    // [1, H], [1]
-  const T* log_std;                        // [K], or null: `action` holds the means (logits), no log_prob
-  const PolicyLayer<T>* layers;            // L of them
+  const T *encoder_weight, *encoder_bias;     // [H, I], [H], contiguous as all that follow
+  const T *actor_weight, *actor_bias;         // [K, H], [K]
+  const T *critic_weight, *critic_bias;       // [1, H], or [1, W] behind a network of the critic's own; [1]
+  const T* log_std;                           // [K], or null: `action` holds the means (logits), no log_prob
+  const T *value_x, *value_h, *value_bias;    // [W, I], [W, H], [W] of the critic's network, or null: it has none
+  const T *value_hidden, *value_hidden_bias;  // [W, W], [W]
+  const PolicyLayer<T>* layers;               // L of them
 };
 
 // One step of an actor-critic without gradients, for B rows of each of G groups with weights of their own:
 //   h = tanh(W x + w);  for each layer z = A m s + B h + b [normalised], y = C z + D h [normalised],
-//   h = tanh(y) [+ h];  mean = actor(h), value = critic(h), action = mean + exp(log_std) noise.
+//   h = tanh(y) [+ h];  mean = actor(h), value = critic(h), action = mean + exp(log_std) noise;
+//   the critic may read v = tanh(V tanh(V_x x + V_h h + b) + c) instead of h.
 template <class T>
 struct PolicyStep {
   const T* x;                        // [G B, I], contiguous as all that follow
@@ -200,7 +203,7 @@ struct PolicyStep {
   const T* noise;                             // [G B, K], or null: the action is the mean
   const PolicyWeights<T>* weights;            // G of them
   T *action, *log_prob, *value, *next_state;  // [G B, K], [G B], [G B], [L, G B, N]
-  Index G, B, I, H, N, L, K;
+  Index G, B, I, H, N, L, K, W;
   bool norm_state, residual;
   T eps;
   int threads;
@@ -233,7 +236,7 @@ struct PolicyStep {
   void output_norm(const OutputNorm<double>&);                                                   \
   void output_norm_grad(const OutputNormGrad<float>&);                                           \
   void output_norm_grad(const OutputNormGrad<double>&);                                          \
-  Index policy_step_scratch(Index I, Index H, Index N, Index K, bool is_double);                 \
+  Index policy_step_scratch(Index I, Index H, Index N, Index K, Index W, bool is_double);        \
   void policy_step(const PolicyStep<float>&);                                                    \
   void policy_step(const PolicyStep<double>&);                                                   \
   }

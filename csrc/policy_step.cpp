@@ -94,14 +94,14 @@ void layer_norm(T* y, const T* weight, const T* bias, Index M, T eps) {
 // Where a block of rows lives while it passes through the network; every row is zero beyond its size.
 template <class T>
 struct Buffers {
-  T *x, *h, *y, *z, *state, *heads;
-  Index I, H, N, K;  // strides
+  T *x, *h, *y, *z, *state, *heads, *v, *w;
+  Index I, H, N, K, W;  // strides
 };
 
 template <class T>
-Index scratch_elements(Index I, Index H, Index N, Index K) {
+Index scratch_elements(Index I, Index H, Index N, Index K, Index W) {
   constexpr Index L = kWidth<T>;
-  const Index row = round_up(I, L) + 2 * round_up(H, L) + 2 * round_up(N, L) + round_up(K + 1, L);
+  const Index row = round_up(I, L) + 2 * round_up(H, L) + 2 * round_up(N, L) + round_up(K + 1, L) + 2 * round_up(W, L);
   return round_up(kBlockRows<T> * row, 64 / Index(sizeof(T)));
 }
 
@@ -153,6 +153,25 @@ void run_layer(const PolicyStep<T>& p, const PolicyLayer<T>& layer, Index l, Ind
 }
 
 template <class T>
+void tanh_in_place(T* x, Index count) {
+  for (Index m = 0; m < count; m += kWidth<T>) store(x + m, tanh<T>(load(x + m)));
+}
+
+// The values of R rows, behind the means of the actions.
+template <class T, int R>
+void run_critic(const PolicyStep<T>& p, const PolicyWeights<T>& net, const Buffers<T>& w) {
+  Product<T> features{w.h, w.H, net.critic_weight, p.H};
+  if (net.value_x) {
+    affine<T, R, 2>({{w.x, w.I, net.value_x, p.I}, {w.h, w.H, net.value_h, p.H}}, net.value_bias, p.W, w.v, w.W);
+    tanh_in_place(w.v, R * w.W);
+    affine<T, R, 1>({{w.v, w.W, net.value_hidden, p.W}}, net.value_hidden_bias, p.W, w.w, w.W);
+    tanh_in_place(w.w, R * w.W);
+    features = {w.w, w.W, net.critic_weight, p.W};
+  }
+  affine<T, R, 1>({features}, net.critic_bias, 1, w.heads + p.K, w.K);
+}
+
+template <class T>
 void choose_actions(const PolicyStep<T>& p, const T* log_stds, Index b, int rows, const Buffers<T>& w) {
   constexpr T kHalfLogTwoPi = T(0.91893853320467274178);
   T energy[kBlockRows<T>] = {};
@@ -178,11 +197,10 @@ template <class T, int R>
 void step_rows(const PolicyStep<T>& p, const PolicyWeights<T>& net, Index b, int rows, const Buffers<T>& w) {
   load_observations(p, b, rows, w);
   affine<T, R, 1>({{w.x, w.I, net.encoder_weight, p.I}}, net.encoder_bias, p.H, w.h, w.H);
-  for (Index m = 0; m < R * w.H; m += kWidth<T>) store(w.h + m, tanh<T>(load(w.h + m)));
+  tanh_in_place(w.h, R * w.H);
   for (Index l = 0; l < p.L; ++l) run_layer<T, R>(p, net.layers[l], l, b, rows, w);
-  const Product<T> features{w.h, w.H, net.actor_weight, p.H}, again{w.h, w.H, net.critic_weight, p.H};
-  affine<T, R, 1>({features}, net.actor_bias, p.K, w.heads, w.K);
-  affine<T, R, 1>({again}, net.critic_bias, 1, w.heads + p.K, w.K);
+  affine<T, R, 1>({{w.h, w.H, net.actor_weight, p.H}}, net.actor_bias, p.K, w.heads, w.K);
+  run_critic<T, R>(p, net, w);
   choose_actions(p, net.log_std, b, rows, w);
 }
 
@@ -202,8 +220,8 @@ void run(const PolicyStep<T>& p) {
   const Index blocks_of_group = (p.B + R - 1) / R, blocks = p.G * blocks_of_group;
 #pragma omp parallel for schedule(static) num_threads(p.threads)
   for (int thread = 0; thread < p.threads; ++thread) {
-    T* at = p.scratch + thread * scratch_elements<T>(p.I, p.H, p.N, p.K);
-    std::memset(at, 0, std::size_t(scratch_elements<T>(p.I, p.H, p.N, p.K)) * sizeof(T));
+    T* at = p.scratch + thread * scratch_elements<T>(p.I, p.H, p.N, p.K, p.W);
+    std::memset(at, 0, std::size_t(scratch_elements<T>(p.I, p.H, p.N, p.K, p.W)) * sizeof(T));
     const auto take = [&](Index stride) {
       T* taken = at;
       at += R * stride;
@@ -211,8 +229,9 @@ void run(const PolicyStep<T>& p) {
     };
     Buffers<T> w{};
     w.I = round_up(p.I, kWidth<T>), w.H = round_up(p.H, kWidth<T>), w.N = round_up(p.N, kWidth<T>);
-    w.K = round_up(p.K + 1, kWidth<T>);
+    w.K = round_up(p.K + 1, kWidth<T>), w.W = round_up(p.W, kWidth<T>);
     w.x = take(w.I), w.h = take(w.H), w.y = take(w.H), w.z = take(w.N), w.state = take(w.N), w.heads = take(w.K);
+    w.v = take(w.W), w.w = take(w.W);
     for (Index block = blocks * thread / p.threads; block < blocks * (thread + 1) / p.threads; ++block) {
       const Index g = block / blocks_of_group, b = block % blocks_of_group * R;
       step_block(p, p.weights[g], g * p.B + b, int(p.B - b < R ? p.B - b : R), w);
@@ -222,8 +241,8 @@ void run(const PolicyStep<T>& p) {
 
 }  // namespace
 
-Index policy_step_scratch(Index I, Index H, Index N, Index K, bool is_double) {
-  return is_double ? scratch_elements<double>(I, H, N, K) : scratch_elements<float>(I, H, N, K);
+Index policy_step_scratch(Index I, Index H, Index N, Index K, Index W, bool is_double) {
+  return is_double ? scratch_elements<double>(I, H, N, K, W) : scratch_elements<float>(I, H, N, K, W);
 }
 void policy_step(const PolicyStep<float>& p) { run(p); }
 void policy_step(const PolicyStep<double>& p) { run(p); }

@@ -28,6 +28,41 @@ from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step, p
 NORM_EPS = 1e-5  # nn.LayerNorm's own
 
 
+class CriticNetwork(nn.Module):
+    """What a critic reads the features of an actor through: two layers of width ``W``.
+
+    ::
+
+        v = tanh(V tanh(V_x x + V_h h + b) + c)
+
+    No gradient flows into the features ``h``.
+
+    Args:
+        input_dim: Number of observation features ``I``.
+        hidden_dim: Number of features of the actor ``H``.
+        width: ``W``.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, width: int) -> None:
+        super().__init__()
+        self.observations = nn.Linear(input_dim, width)
+        self.features = nn.Linear(hidden_dim, width, bias=False)
+        self.hidden = nn.Linear(width, width)
+
+    def init_orthogonal(self) -> None:
+        """Orthogonal matrices of gain √2 and no biases."""
+        for linear in (self.observations, self.features, self.hidden):
+            orthogonal_(linear.weight, math.sqrt(2.0))
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        """``[..., W]`` from normalised observations ``[..., I]`` and features ``[..., H]``."""
+        v = (self.observations(x) + self.features(features.detach())).tanh()  # [..., W]
+        out: Tensor = self.hidden(v).tanh()  # [..., W]
+        return out
+
+
 class ImprovedSSM(nn.Module):
     """Actor and critic on a shared stack of state-space layers.
 
@@ -58,9 +93,12 @@ class ImprovedSSM(nn.Module):
         log_std_init: Initial log standard deviation of each action component.
         normalize_observations: Whether the model normalises observations by running statistics,
             kept in the submodule ``obs_norm`` (which ``forward`` does not update).
+        critic_dim: Width of a network of the critic's own, through which it reads the features: the
+            errors of the value then leave the features to the actor. The critic is linear if None.
 
     Attributes:
         obs_norm: ``RunningNorm`` or ``None``.
+        critic_network: ``CriticNetwork`` or ``None``.
         log_std: ``[K]``, or ``None`` when ``discrete``.
 
     Raises:
@@ -70,6 +108,7 @@ class ImprovedSSM(nn.Module):
 
     log_std: Tensor | None
     obs_norm: RunningNorm | None
+    critic_network: CriticNetwork | None
 
     def __init__(
         self,
@@ -86,6 +125,7 @@ class ImprovedSSM(nn.Module):
         orthogonal_init: bool = True,
         log_std_init: float = -0.5,
         normalize_observations: bool = False,
+        critic_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.input_dim = check_count("input_dim", input_dim)
@@ -112,7 +152,12 @@ class ImprovedSSM(nn.Module):
             SSMLayer(hidden_dim, hidden_dim, state_dim, norm=layer_norm) for _ in range(num_layers)
         )
         self.actor = nn.Linear(hidden_dim, action_dim)
-        self.critic = nn.Linear(hidden_dim, 1)
+        if critic_dim is None:
+            self.register_module("critic_network", None)
+        else:
+            check_count("critic_dim", critic_dim)
+            self.critic_network = CriticNetwork(input_dim, hidden_dim, critic_dim)
+        self.critic = nn.Linear(critic_dim or hidden_dim, 1)
         if discrete:
             self.register_parameter("log_std", None)
         else:
@@ -122,6 +167,8 @@ class ImprovedSSM(nn.Module):
             for linear, gain in heads:
                 orthogonal_(linear.weight, gain)
                 nn.init.zeros_(linear.bias)
+            if self.critic_network is not None:
+                self.critic_network.init_orthogonal()
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, for a checkpoint."""
@@ -138,6 +185,7 @@ class ImprovedSSM(nn.Module):
             "orthogonal_init": self.orthogonal_init,
             "log_std_init": self.log_std_init,
             "normalize_observations": self.obs_norm is not None,
+            "critic_dim": None if self.critic_network is None else self.critic.in_features,
         }
 
     def init_hidden(self, batch_size: int) -> Tensor:
@@ -179,9 +227,10 @@ class ImprovedSSM(nn.Module):
             ValueError: If a shape does not fit.
             TypeError: If a dtype does not fit.
         """
+        x = self._inputs(x, hidden_state, reset)
         features, states = self._features(x, hidden_state, reset)
         mean = self.actor(features)  # [B, K] or [B, T, K]
-        value = self.critic(features).squeeze(-1)  # [B] or [B, T]
+        value = self._value(x, features)  # [B] or [B, T]
         log_std = None if self.log_std is None else self.log_std.expand_as(mean)
         return mean, log_std, value, torch.stack(states)
 
@@ -221,9 +270,10 @@ class ImprovedSSM(nn.Module):
         weights = self._step_weights(x, hidden_state, reset, noise)
         if weights is not None:
             return self._native_action(x, hidden_state, deterministic, reset, noise, weights)
+        x = self._inputs(x, hidden_state, reset)
         features, states = self._features(x, hidden_state, reset)
         mean = self.actor(features)  # [B, K] or [B, T, K]
-        value = self.critic(features).squeeze(-1)  # [B] or [B, T]
+        value = self._value(x, features)  # [B] or [B, T]
         next_hidden = torch.stack(states)  # [L, B, N]
         if self.log_std is None:
             action, log_prob = choose_action(mean, deterministic, noise)  # [B], [B]
@@ -329,9 +379,10 @@ class ImprovedSSM(nn.Module):
         expected = list(x.shape[:-1]) + ([] if self.discrete else [self.action_dim])
         if list(actions.shape) != expected:
             raise ValueError(f"actions must have shape {expected}, got {list(actions.shape)}")
-        features, _ = self._features(x, hidden_state, reset, normalized=normalized)
+        x = self._inputs(x, hidden_state, reset, normalized)
+        features, _ = self._features(x, hidden_state, reset)
         mean = self.actor(features)  # [B, T, K]
-        value = self.critic(features).squeeze(-1)  # [B, T]
+        value = self._value(x, features)  # [B, T]
         if self.log_std is None:
             if actions.is_floating_point() or actions.dtype == torch.bool:
                 raise TypeError(f"actions must be integers, got {actions.dtype}")
@@ -381,8 +432,9 @@ class ImprovedSSM(nn.Module):
         """
         if x.ndim != 3:
             raise ValueError(f"x must have shape [B, T, I], got {list(x.shape)}")
-        features, states = self._features(x, hidden_state, reset, True, normalized)
-        return self.critic(features).squeeze(-1), torch.stack(states)
+        x = self._inputs(x, hidden_state, reset, normalized)
+        features, states = self._features(x, hidden_state, reset, every_state=True)
+        return self._value(x, features), torch.stack(states)
 
     def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""
@@ -397,21 +449,36 @@ class ImprovedSSM(nn.Module):
 
         return load_model(path, cls)
 
+    def _inputs(
+        self,
+        x: Tensor,
+        hidden_state: Tensor | None,
+        reset: Tensor | None,
+        normalized: bool = False,
+    ) -> Tensor:
+        """Observations that fit, normalised."""
+        self._check(x, hidden_state, reset)
+        return x if normalized else self.normalize(x)
+
+    def _value(self, x: Tensor, features: Tensor) -> Tensor:
+        """The value ``[...]`` of normalised observations ``[..., I]`` and features ``[..., H]``."""
+        if self.critic_network is not None:
+            features = self.critic_network(x, features)  # [..., W]
+        value: Tensor = self.critic(features).squeeze(-1)
+        return value
+
     def _features(
         self,
         x: Tensor,
         hidden_state: Tensor | None,
         reset: Tensor | None,
         every_state: bool = False,
-        normalized: bool = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """The last layer's features ``[..., H]`` and each layer's next state ``[B, N]``.
 
-        With ``every_state``, all states of a sequence stand for the next one, ``[B, T, N]``.
+        Observations are normalised ones. With ``every_state``, all states of a sequence stand for
+        the next one, ``[B, T, N]``.
         """
-        self._check(x, hidden_state, reset)
-        if not normalized:
-            x = self.normalize(x)
         one_step = x.ndim == 2
         state: tuple[Tensor | None, ...] = (None,) * self.num_layers
         if hidden_state is not None:
@@ -475,12 +542,14 @@ class ImprovedSSM(nn.Module):
         linears = [_linear_weights(modules[name]) for name in ("encoder", "actor", "critic")]
         blocks = [_layer_weights(layer, norm_state) for layer in self.layers]
         heads, layers = _joined(linears), _joined(blocks)
-        if heads is None or layers is None:
+        network = _network_weights(modules["critic_network"])
+        if heads is None or layers is None or network is None:
             return None
         log_std = self._parameters["log_std"]
-        tensors = (*heads, log_std, *layers)
+        tensors = (*heads, log_std, *network, *layers)
         sizes = self.input_dim, self.hidden_dim, self.state_dim, self.action_dim
-        shapes = _step_shapes(*sizes, self.num_layers, self.norm == "state")
+        W = self.critic.in_features if network else 0
+        shapes = _step_shapes(*sizes, W, self.num_layers, self.norm == "state")
         if len(shapes) != len(tensors):
             return None
         for t, (shape, required) in zip(tensors, shapes, strict=True):
@@ -490,7 +559,7 @@ class ImprovedSSM(nn.Module):
                 t.shape == shape and t.dtype == x.dtype and t.is_contiguous() and is_plain(t)
             ):
                 return None
-        return PolicyWeights(heads, log_std, layers)
+        return PolicyWeights(heads, log_std, layers, network)
 
     def _check(self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None) -> None:
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_dim:
@@ -517,12 +586,14 @@ class ImprovedSSM(nn.Module):
 
 @cache
 def _step_shapes(
-    I: int, H: int, N: int, K: int, L: int, norm_state: bool
+    I: int, H: int, N: int, K: int, W: int, L: int, norm_state: bool
 ) -> tuple[tuple[tuple[int, ...], bool], ...]:
     """Shapes of the weights of a native step, in its order, and whether one has to be there."""
     F = N if norm_state else H
-    heads = (((H, I), True), ((H,), False), ((K, H), True), ((K,), False), ((1, H), True))
-    rest = (((1,), False), ((K,), False))
+    heads = (((H, I), True), ((H,), False), ((K, H), True), ((K,), False), ((1, W or H), True))
+    rest: tuple[tuple[tuple[int, ...], bool], ...] = (((1,), False), ((K,), False))
+    if W:
+        rest += ((W, I), True), ((W, H), True), ((W,), False), ((W, W), True), ((W,), False)
     layer = ((N, N), True), ((N, H), True), ((N,), False), ((H, N), True), ((H, H), True)
     return heads + rest + (*layer, ((F,), False), ((F,), False)) * L
 
@@ -532,6 +603,20 @@ def _linear_weights(module: nn.Module | None) -> list[Tensor | None] | None:
     if type(module) is not nn.Linear or not _is_untouched(module):
         return None
     return [module._parameters.get("weight"), module._parameters.get("bias")]
+
+
+def _network_weights(network: nn.Module | None) -> list[Tensor | None] | None:
+    """The tensors of a critic's network, none of none, or ``None`` as for a linear one."""
+    if network is None:
+        return []
+    if type(network) is not CriticNetwork or not _is_untouched(network):
+        return None
+    parts = [_linear_weights(network._modules[n]) for n in ("observations", "features", "hidden")]
+    joined = _joined(parts)
+    if joined is None or joined[3] is not None:  # the features come in without a bias
+        return None
+    V_x, b, V_h, _, V, c = joined
+    return [V_x, V_h, b, V, c]
 
 
 def _layer_weights(layer: nn.Module, norm_state: bool) -> list[Tensor | None] | None:

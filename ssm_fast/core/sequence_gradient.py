@@ -29,7 +29,7 @@ class SequenceGradient:
     With the forward pass of `ImprovedSSM`, ``y^l = C s^l + D h^{l-1}`` before norm and tanh, and
     ``g`` for the gradient with respect to the variable that it is written with::
 
-        g h^L = (g mean) W_a + (g value) W_c
+        g h^L = (g mean) W_a + (g value) W_c       without the last one under a network of the critic
         g y^l = output_norm's gradient at g h^l
         g s^l = (g y^l) C,   g u^l the adjoint scan of g s^l
         g h^{l-1} = (g y^l) D + (g u^l) B + g h^l                  the last one if use_residual
@@ -63,6 +63,13 @@ class SequenceGradient:
         self._log_std = _must(pair(model.log_std))
         self._encoder, self._actor = linear(model.encoder), linear(model.actor)
         self._critic = linear(model.critic)
+        self._network = None
+        if (network := model.critic_network) is not None:
+            self._network = _Network(
+                linear(network.observations),
+                _must(pair(network.features.weight)),
+                linear(network.hidden),
+            )
         self._layers = []
         for layer in cast("list[SSMLayer]", list(model.layers)):
             A, B, bias, C, D = (
@@ -134,7 +141,9 @@ class SequenceGradient:
             out, *moments = run_output_norm(y, weight, bias, residual, NORM_EPS, True, True)
             kept.append((h, s, y, moments))
             h = out
-        mean, value = actor(h), critic(h).squeeze(1)  # [M, K], [M]
+        mean = actor(h)  # [M, K]
+        v = h if self._network is None else self._network(x, h)  # [M, H or W]
+        value = critic(v).squeeze(1)  # [M]
         log_prob = gaussian_log_prob(actions, mean, log_std)  # [M]
         entropy = gaussian_entropy(log_std).expand(S, T)
         report, gradients = loss(log_prob.view(S, T), value.view(S, T), entropy)
@@ -146,9 +155,12 @@ class SequenceGradient:
         self._log_std.gradient.copy_(g_log_std + sum(g.sum() for g in g_entropy))
         g_mean, g_value = weighted.div_(log_std.exp()), g_value.unsqueeze(1)  # [M, K], [M, 1]
         actor.give(g_mean, h)
-        critic.give(g_value, h)
+        critic.give(g_value, v)
         g_h = torch.mm(g_mean, actor.weight.value)  # [M, H]
-        g_h.addmm_(g_value, critic.weight.value)
+        if self._network is None:
+            g_h.addmm_(g_value, critic.weight.value)
+        else:
+            self._network.give(torch.mm(g_value, critic.weight.value))
         for layer, s0, (h, s, y, moments) in zip(
             reversed(self._layers), reversed(state.unbind()), reversed(kept), strict=True
         ):
@@ -194,6 +206,31 @@ class _Linear:
         """Sets the gradients, from that of what it gave for ``x``."""
         torch.mm(g.t(), x, out=self.weight.gradient)
         torch.sum(g, 0, out=self.bias.gradient)
+
+
+class _Network:
+    """A critic's network; it keeps what it was called with."""
+
+    def __init__(self, observations: _Linear, features: _Weight, hidden: _Linear) -> None:
+        self.observations = observations
+        self.features = features
+        self.hidden = hidden
+
+    def __call__(self, x: Tensor, h: Tensor) -> Tensor:
+        first = self.observations(x).addmm_(h, self.features.transposed).tanh_()  # [M, W]
+        second = self.hidden(first).tanh_()  # [M, W]
+        self._kept = x, h, first, second
+        return second
+
+    def give(self, g: Tensor) -> None:
+        """Sets the gradients, from that of what it gave."""
+        x, h, first, second = self._kept
+        g = torch.ops.aten.tanh_backward(g, second)  # [M, W]
+        self.hidden.give(g, first)
+        g = torch.mm(g, self.hidden.weight.value)
+        g = torch.ops.aten.tanh_backward(g, first)  # [M, W]
+        self.observations.give(g, x)
+        torch.mm(g.t(), h, out=self.features.gradient)
 
 
 class _Layer:

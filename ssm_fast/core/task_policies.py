@@ -20,6 +20,13 @@ from ssm_fast.ops.backend import is_plain
 from ssm_fast.ops.policy_step import PolicyWeights, policy_step
 
 _HEADS = ("encoder", "actor", "critic")
+_NETWORK = (
+    "observations.weight",
+    "features.weight",
+    "observations.bias",
+    "hidden.weight",
+    "hidden.bias",
+)
 _LAYER = ("A", "B", "bias", "C", "D", "norm.weight", "norm.bias")
 
 
@@ -59,6 +66,7 @@ class TaskPolicies:
             [find(f"{head}.{kind}") for head in _HEADS for kind in ("weight", "bias")],
             find("log_std"),
             [find(f"layers.{i}.{name}") for i in range(model.num_layers) for name in _LAYER],
+            [find(f"critic_network.{name}") for name in _NETWORK if model.critic_network],
         )
 
     @torch.no_grad()

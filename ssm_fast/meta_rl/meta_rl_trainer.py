@@ -219,7 +219,7 @@ class MetaRLTrainer:
         self._shared = {
             name: p
             for name, p in model.named_parameters()
-            if p.requires_grad and not name.startswith("critic.")
+            if p.requires_grad and not name.startswith("critic")
         }
         self.rates = {
             name: torch.full_like(p, inner_lr * transition_pace(name))

@@ -25,11 +25,14 @@ class PolicyWeights(NamedTuple):
         log_std: ``[K]``, or ``None`` for a discrete policy.
         layers: ``A``, ``B``, ``bias``, ``C``, ``D`` and weight and bias of the norm (or ``None``) of
             every layer in turn.
+        network: ``V_x``, ``V_h``, ``b``, ``V``, ``c`` of the network that the critic reads the
+            features through, ``tanh(V tanh(V_x x + V_h h + b) + c)``; empty if it reads them directly.
     """
 
     heads: Sequence[Tensor | None]
     log_std: Tensor | None
     layers: Sequence[Tensor | None]
+    network: Sequence[Tensor | None] = ()
 
 
 class Observations(NamedTuple):
@@ -81,6 +84,13 @@ def reference(
         h = h + torch.tanh(y) if residual else torch.tanh(y)
         states.append(z)
     action = F.linear(h, actor, actor_bias)  # [B, K]
+    if weights.network:
+        V_x, V_h, V_bias, V, V_hidden_bias = weights.network
+        assert V_x is not None
+        assert V_h is not None
+        assert V is not None
+        h = torch.tanh(F.linear(x, V_x, V_bias) + h @ V_h.T)  # [B, W]
+        h = torch.tanh(F.linear(h, V, V_hidden_bias))  # [B, W]
     value = F.linear(h, critic, critic_bias).squeeze(-1)  # [B]
     log_prob = None
     if weights.log_std is not None:
@@ -144,15 +154,17 @@ def prepared_step(
     It looks up once where the weights lie. Their values may change between two steps; tensors that
     take their place are not seen.
     """
-    heads, log_std, layers = weights
+    heads, log_std, layers, network = weights
     encoder, actor, A = heads[0], heads[2], layers[0]
     assert encoder is not None
     assert actor is not None
     assert A is not None
     H, I = encoder.shape[-2:]
     N, K, L = A.shape[-1], actor.shape[-2], len(layers) // 7
+    hidden = network[3] if network else None
+    W = 0 if hidden is None else hidden.shape[-1]
     kernel = native_kernel("policy_step", encoder.dtype)
-    addresses = [_address(w) for w in (*heads, log_std, *layers)]
+    addresses = [_address(w) for w in (*heads, log_std, *(network or (None,) * 5), *layers)]
     mean, var, obs_eps, clip = observations or (None, None, 0.0, 0.0)
     statistics = _address(mean), _address(var), obs_eps, clip
 
@@ -177,7 +189,7 @@ def prepared_step(
             _address(log_prob),
             value.data_ptr(),
             next_state.data_ptr(),
-            (groups, B // groups, I, H, N, L, K),
+            (groups, B // groups, I, H, N, L, K, W),
             norm_state,
             residual,
             eps,

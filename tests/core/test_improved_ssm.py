@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "three_layers": {"num_layers": 3},
     "discrete": {"discrete": True},
     "obs_norm": {"normalize_observations": True},
+    "critic_network": {"critic_dim": 7, "normalize_observations": True},
 }
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 
@@ -72,6 +73,7 @@ def loop(
     if model.obs_norm is not None:
         mean, var = model.obs_norm.mean.numpy(), model.obs_norm.var.numpy()
         z = np.clip((z - mean) / np.sqrt(var + 1e-8), -10, 10)
+    observed = z
     z = np.tanh(z @ w["encoder.weight"].T + w["encoder.bias"])
     norm = model.norm if model.use_layer_norm else None
     states = []
@@ -81,6 +83,11 @@ def loop(
         z = np.tanh(y) + (z if model.use_residual else 0.0)
         states.append(s[:, -1])
     actor = z @ w["actor.weight"].T + w["actor.bias"]
+    if model.critic_network is not None:
+        v = observed @ w["critic_network.observations.weight"].T
+        v = v + w["critic_network.observations.bias"] + z @ w["critic_network.features.weight"].T
+        v = np.tanh(v) @ w["critic_network.hidden.weight"].T
+        z = np.tanh(v + w["critic_network.hidden.bias"])
     value = z @ w["critic.weight"].T + w["critic.bias"]
     return actor, value[..., 0], np.stack(states)
 

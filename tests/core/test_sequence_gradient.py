@@ -39,11 +39,15 @@ def _loss(weights: Tensor, count: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("norm", "residual", "layers", "count"),
-    list(itertools.product((True, False), (True, False), (1, 2), (2, 3))),
+    ("norm", "residual", "layers", "count", "critic_dim"),
+    list(itertools.product((True, False), (True, False), (1, 2), (2, 3), (None, 6))),
 )
-def test_equals_autograd(norm: bool, residual: bool, layers: int, count: int) -> None:
-    model = _model(use_layer_norm=norm, use_residual=residual, num_layers=layers)
+def test_equals_autograd(
+    norm: bool, residual: bool, layers: int, count: int, critic_dim: int | None
+) -> None:
+    model = _model(
+        use_layer_norm=norm, use_residual=residual, num_layers=layers, critic_dim=critic_dim
+    )
     x, actions, state, reset = _batch(model)
     weights = torch.randn(3, S, T).double()
     gradient = SequenceGradient.of(model, x, state)

@@ -16,6 +16,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"use_layer_norm": False, "use_residual": False},
     {"discrete": True},
     {"normalize_observations": True},
+    {"critic_dim": 5},
 ]
 
 

@@ -7,7 +7,7 @@ from references import relative_rms
 from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step, reference
 
 
-def problem(B, I, H, N, L, K, norm=None, discrete=False, dtype=torch.float64):
+def problem(B, I, H, N, L, K, norm=None, discrete=False, dtype=torch.float64, W=0):
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -20,7 +20,11 @@ def problem(B, I, H, N, L, K, norm=None, discrete=False, dtype=torch.float64):
         layers += [draw(N, N), draw(N, H), draw(N), draw(H, N), draw(H, H)]
         layers += [None, None] if F is None else [draw(F), draw(F)]
     heads = [draw(H, I), draw(H), draw(K, H), draw(K), draw(1, H), draw(1)]
-    weights = PolicyWeights(heads, None if discrete else draw(K), layers)
+    network = []
+    if W:
+        network = [draw(W, I), draw(W, H), draw(W), draw(W, W), draw(W)]
+        heads[4] = draw(1, W)
+    weights = PolicyWeights(heads, None if discrete else draw(K), layers, network)
     x, state, noise = draw(B, I), draw(L, B, N), draw(B, K)
     return x, state, torch.rand(B, generator=generator) < 0.4, noise, weights
 
@@ -56,6 +60,18 @@ def test_equals_reference(sizes, norm, dtype):
         (x, None, None, None, weights, None, norm == "state", False, 1e-5),
         (x, state, None, noise, weights, None, norm == "state", True, 1e-5),
     ):
+        assert_equal(policy_step(*arguments), reference(*arguments), tolerance)
+
+
+@pytest.mark.parametrize("W", [1, 16, 65])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_critic_with_a_network_of_its_own(W, dtype):
+    tolerance = 3e-6 if dtype == torch.float32 else 1e-12
+    for sizes in SIZES:
+        x, state, reset, noise, weights = problem(*sizes, norm="output", dtype=dtype, W=W)
+        I = sizes[1]
+        observations = Observations(torch.randn(I).double(), torch.rand(I).double(), 1e-8, 1.5)
+        arguments = (x, state, reset, noise, weights, observations, False, True, 1e-5)
         assert_equal(policy_step(*arguments), reference(*arguments), tolerance)
 
 
