@@ -318,7 +318,7 @@ def test_options_of_the_modes() -> None:
     sizes = {"state_dim", "hidden_dim"}
     assert {mode: set(names) for mode, names in MODEL_OPTIONS.items()} == {
         "policy_gradient": sizes,
-        "improved": {*sizes, "num_layers", "log_std_init"},
+        "improved": {*sizes, "num_layers", "log_std_init", "critic_dim"},
         "meta_rl": {*sizes, "num_layers", "log_std_init"},
     }
     shared = {"gamma", "max_grad_norm", "anneal_lr", "checkpoint_interval", "device"}

@@ -139,6 +139,8 @@ class Train:
     """Width of the network around it."""
     num_layers: Annotated[int | None, _default("improved: 2, meta_rl: 1", "INT")] = None
     """Layers, each with a state."""
+    critic_dim: Annotated[int | None, _default("none; improved only", "INT")] = None
+    """Width of a network of the critic's own; without one it is linear in the actor's features."""
     log_std_init: Annotated[float | None, _default("-0.5; improved, meta_rl", "FLOAT")] = None
     """Logarithm of the standard deviation of continuous actions, at the start."""
     entropy_coef: Annotated[float | None, _default("0", "FLOAT")] = None

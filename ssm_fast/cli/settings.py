@@ -44,14 +44,18 @@ _TRAINERS = {
     "improved": PPOTrainer,
     "meta_rl": MetaRLTrainer,
 }
-MODEL_OPTIONS = {mode: _options_in(model) for mode, model in _MODELS.items()}
+_UNUSED = {"meta_rl": {"critic_dim"}}  # its critic is not trained
+MODEL_OPTIONS = {
+    mode: tuple(name for name in _options_in(model) if name not in _UNUSED.get(mode, ()))
+    for mode, model in _MODELS.items()
+}
 TRAINER_OPTIONS = {mode: _options_in(trainer) for mode, trainer in _TRAINERS.items()}
 
 
-def _defaults_in(function: Callable[..., object]) -> dict[str, Any]:
+def _defaults_in(function: Callable[..., object], names: tuple[str, ...]) -> dict[str, Any]:
     """What those arguments are where nobody says anything."""
     parameters = inspect.signature(function).parameters
-    return {name: parameters[name].default for name in _options_in(function)}
+    return {name: parameters[name].default for name in names}
 
 
 def default_folder(options: Train) -> Path:
@@ -85,8 +89,8 @@ def settings_of(options: Train, out: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "mode": mode,
         **dict.fromkeys(_options_of(mode)),
-        **_defaults_in(_MODELS[mode]),
-        **_defaults_in(_TRAINERS[mode]),
+        **_defaults_in(_MODELS[mode], MODEL_OPTIONS[mode]),
+        **_defaults_in(_TRAINERS[mode], TRAINER_OPTIONS[mode]),
         **DEFAULTS[mode],
     }
     if mode == "improved" and "episodes" in given:
