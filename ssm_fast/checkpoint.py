@@ -34,7 +34,12 @@ _MODELS: dict[str, type[ImprovedSSM | StateSpaceModel]] = {
 }
 _RESERVED = ("format", "version", "class", "config")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_JSON_TYPES = {"int": (int,), "float": (int, float), "bool": (bool,)}  # by annotation; else str
+_JSON_TYPES = {  # by annotation; else str
+    "int": (int,),
+    "int | None": (int, type(None)),
+    "float": (int, float),
+    "bool": (bool,),
+}
 _MAX_FILE_BYTES = 2**31
 _MAX_HEADER_BYTES = 2**20
 _MAX_SIZE = 2**20  # of one dimension
