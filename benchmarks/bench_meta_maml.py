@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contest import contest
-from meta_updates import MODELS, SIZES, make_update, peak_memory, products, updates_of
+from meta_updates import (
+    MODELS,
+    SIZES,
+    make_update,
+    one_product,
+    peak_memory,
+    products,
+    updates_of,
+)
 
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.meta_rl.meta_maml import MetaMAML
@@ -17,6 +25,7 @@ from ssm_fast.meta_rl.meta_maml import MetaMAML
 def test_meta_update(benchmark, kind):
     contenders = {name: make_update(kind, name, **SIZES) for name in updates_of(kind)}
     contenders["bmm alone"] = products(kind, **SIZES)
+    contenders["one mm of as many operations"] = one_product(kind, **SIZES)
     contest(benchmark, "MetaMAML", contenders, floor="bmm alone")
     benchmark.extra_info["peak_mib"] = {
         name: peak_memory(kind, name, **SIZES) for name in updates_of(kind)

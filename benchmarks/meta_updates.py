@@ -164,10 +164,7 @@ def products(
     of the matrix (support and query set, and two of the second derivative). The matrices at the
     observations have three, and no gradients of the inputs.
     """
-    first, hidden = [(I, N), (I, O)], [(N, N), (N, H), (H, O)]
-    if kind != "StateSpaceModel":
-        layer = [(H, N), (N, N), (N, H), (H, H)]
-        first, hidden = [(I, H)], [*layer, *layer, (H, O)]
+    first, hidden = _matrices(kind, N, I, O, H)
     calls = []
     for inputs, outputs in first + hidden:
         x, g = torch.randn(G, B * T, inputs), torch.randn(G, B * T, outputs)
@@ -183,6 +180,31 @@ def products(
             torch.bmm(left, right, out=out)
 
     return run
+
+
+def one_product(
+    kind: str, G: int, B: int, T: int, N: int, I: int, O: int, H: int
+) -> Callable[[], None]:
+    """As many operations as `products` has, in one product of square matrices: what the machine can do."""
+    first, hidden = _matrices(kind, N, I, O, H)
+    macs = sum(6 * a * b for a, b in first) + sum(12 * a * b for a, b in hidden)
+    size = round((G * B * T * macs) ** (1 / 3))
+    left, right, out = (torch.randn(size, size) for _ in range(3))
+
+    def run() -> None:
+        torch.mm(left, right, out=out)
+
+    return run
+
+
+def _matrices(
+    kind: str, N: int, I: int, O: int, H: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Inputs and outputs of the matrices at the observations, and of those between activations."""
+    if kind == "StateSpaceModel":
+        return [(I, N), (I, O)], [(N, N), (N, H), (H, O)]
+    layer = [(H, N), (N, N), (N, H), (H, H)]
+    return [(I, H)], [*layer, *layer, (H, O)]
 
 
 def peak_memory(kind: str, name: str, **sizes: int) -> float:

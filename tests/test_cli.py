@@ -329,7 +329,7 @@ def test_options_of_the_modes() -> None:
         "policy_gradient": {*shared, "learning_rate", "entropy_coef"},
         "improved": {
             *(*shared, *ppo, "learning_rate", "entropy_coef", "value_coef", "ppo_epochs"),
-            *("mini_batch_size", "sequence_length", "target_kl"),
+            *("mini_batch_size", "sequence_length", "target_kl", "desired_kl"),
         },
         "meta_rl": {*shared, *ppo, *inner, *outer, "evaluation_interval"},
     }

@@ -172,6 +172,8 @@ class Train:
     """Steps that are learnt from as one sequence."""
     target_kl: Annotated[float | None, _default("none; improved only", "FLOAT")] = None
     """End an update early beyond this KL divergence."""
+    desired_kl: Annotated[float | None, _default("none; improved only", "FLOAT")] = None
+    """Let the learning rate follow the KL divergence of the updates, towards this."""
     tasks_per_epoch: Annotated[int | None, _default("8; meta_rl only", "INT")] = None
     """Tasks of an epoch, which are played and adapted to together."""
     inner_lr: Annotated[float | None, _default("0.3; meta_rl only", "FLOAT")] = None

@@ -49,7 +49,10 @@ _WARM_UP_STEPS = 2048  # over all environments, before the first iteration; at m
 _REWARD_CLIP = 10.0  # of the scaled reward
 _EPISODES_PER_INTERVAL = 5  # of the time limit, at least, between two resets of all environments
 _EPISODE_WINDOW = 20  # episodes in the reported mean
-_STATE_VERSION = 2
+_KL_BAND, _RATE_FACTOR = 1.5, 1.3  # of the KL divergence around desired_kl, of the answer to it
+_RATES = 1e-6, 2e-3  # bounds of a learning rate that follows the KL divergence
+_LAST_KL = 0.1  # of desired_kl, that annealing comes to
+_STATE_VERSION = 3
 _SETTINGS = (
     "learning_rate",
     "gamma",
@@ -67,6 +70,7 @@ _SETTINGS = (
     "scale_rewards",
     "clip_value_loss",
     "target_kl",
+    "desired_kl",
     "checkpoint_interval",
     "seed",
 )
@@ -178,12 +182,16 @@ class PPOTrainer:
         num_steps: Steps of each environment in a rollout. By default 2048 over all of them.
         sequence_length: Steps of a sequence; must divide `num_steps`. By default the largest
             divisor that is at most 8 and at most `mini_batch_size`.
-        anneal_lr: Decay the learning rate linearly to zero.
+        anneal_lr: Decay the learning rate linearly to zero; with `desired_kl` that one instead, to a
+            tenth.
         recompute_advantages: Refresh values, advantages and initial states in every epoch, not only
             in the first.
         scale_rewards: Divide rewards by the running deviation of the return.
         clip_value_loss: Also clip the change of the value since the rollout by `clip_epsilon`.
         target_kl: End an update after the epoch whose mean KL divergence is above this.
+        desired_kl: Let the learning rate follow the mean KL divergence of the updates: an update well
+            above this lowers it, one well below raises it (Heess et al. 2017, arXiv 1707.02286, do
+            so with the weight of a penalty).
         checkpoint_interval: Iterations between checkpoints; more where five episodes of the
             environment's time limit take more.
         num_threads: Of torch while training; None leaves them as they are. The products of a
@@ -221,6 +229,7 @@ class PPOTrainer:
         scale_rewards: bool = True,
         clip_value_loss: bool = False,
         target_kl: float | None = None,
+        desired_kl: float | None = None,
         checkpoint_interval: int = 20,
         num_threads: int | None = 1,
         seed: int | None = None,
@@ -246,6 +255,9 @@ class PPOTrainer:
         self.target_kl = (
             None if target_kl is None else check_number("target_kl", target_kl, above=0.0)
         )
+        self.desired_kl = (
+            None if desired_kl is None else check_number("desired_kl", desired_kl, above=0.0)
+        )
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
         self.num_threads = None if num_threads is None else check_count("num_threads", num_threads)
         self.world = world or World()
@@ -259,6 +271,7 @@ class PPOTrainer:
         self.optimizer = torch.optim.Adam(
             [self._weights.vector], lr=learning_rate, eps=1e-5, fused=True
         )
+        self._rate = self.learning_rate  # where the KL divergence has brought it
         self.return_norm = RunningNorm(1)
         self.iteration = 0
         self.timesteps = 0
@@ -401,14 +414,16 @@ class PPOTrainer:
             if self._env is None or self.iteration % self.reset_interval(env) == 0:
                 self._warm_up(env)
                 self._begin(env, self._episode_seed(self.iteration))
-            learning_rate = self.learning_rate
-            if self.anneal_lr:
-                learning_rate *= (last - self.iteration) / (last - self._first_iteration)
+            left = (last - self.iteration) / (last - self._first_iteration)
+            learning_rate = self._rate
+            if self.anneal_lr and self.desired_kl is None:
+                learning_rate *= left
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             with self.world.together():
                 rollout = self.collect_rollout(env)
             losses = self.update(rollout)
+            self._follow_kl(losses["approx_kl"], left)
         except FloatingPointError as error:
             raise FloatingPointError(f"iteration {self.iteration}: {error}") from error
         self.iteration += 1
@@ -433,6 +448,18 @@ class PPOTrainer:
         }
         result.metrics.append(metrics)
         return metrics
+
+    def _follow_kl(self, kl: float, left: float) -> None:
+        """Moves the learning rate by the KL divergence of an update."""
+        if self.desired_kl is None:
+            return
+        desired = self.desired_kl
+        if self.anneal_lr:
+            desired *= _LAST_KL + (1.0 - _LAST_KL) * left
+        if kl > desired * _KL_BAND:
+            self._rate = max(self._rate / _RATE_FACTOR, _RATES[0])
+        elif kl < desired / _KL_BAND:
+            self._rate = min(self._rate * _RATE_FACTOR, _RATES[1])
 
     def _ended_episodes(self, rollout: Rollout, rows: Rows) -> tuple[list[float], list[int]]:
         """Returns and lengths of the episodes that ended on all ranks, in one process's order."""
@@ -838,6 +865,7 @@ class PPOTrainer:
             "iteration": self.iteration,
             "timesteps": self.timesteps,
             "first_iteration": self._first_iteration,
+            "rate": self._rate,
             "seconds": self._seconds,
             "recent_returns": list(self._recent_returns),
             "recent_lengths": list(self._recent_lengths),
@@ -869,6 +897,7 @@ class PPOTrainer:
             self.timesteps = read_count(state, "timesteps")
             self._first_iteration = read_count(state, "first_iteration")
             self._batch_size = read_count(known, "batch_size") or self._batch_size
+            self._rate = float(state["rate"])
             self._seconds = float(state["seconds"])
             self._recent_returns.clear()
             self._recent_lengths.clear()

@@ -306,6 +306,22 @@ class TestUpdate:
         trainer.update(rollout)
         assert orders == [8] * epochs
 
+    def test_learning_rate_follows_the_kl_divergence(self) -> None:
+        def rates(desired_kl: float, **options: Any) -> list[float]:
+            trainer = _trainer(_model(), desired_kl=desired_kl, learning_rate=1e-4, **options)
+            metrics = trainer.train(_drift(2), 48 * 6).metrics
+            return [row["learning_rate"] for row in metrics]
+
+        steps = 1e-4 * 1.3 ** np.arange(6)
+        np.testing.assert_allclose(rates(1e3), steps)
+        np.testing.assert_allclose(rates(1e-9), 1e-4 / 1.3 ** np.arange(6))
+        trainer = _trainer(_model(), desired_kl=0.01, learning_rate=1e-4)
+        for left, kl in ((1.0, 0.01), (0.0, 0.001)):  # inside the band, whose middle is annealed
+            trainer._follow_kl(kl, left)
+            assert trainer._rate == 1e-4
+        trainer._follow_kl(0.01, 0.0)
+        assert trainer._rate == pytest.approx(1e-4 / 1.3)
+
     def test_value_clipping_holds_the_value_back(self) -> None:
         changes = []
         for clip_value_loss in (False, True):
