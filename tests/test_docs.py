@@ -73,9 +73,13 @@ def run_together(text: str, folder: Path) -> None:
     *options, name = shlex.split(line[1])
     (folder / name).write_text(text)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    result = subprocess.run(
-        [*launcher, *options, name], capture_output=True, text=True, check=False, cwd=folder
-    )
+    for _ in range(3):
+        result = subprocess.run(
+            [*launcher, *options, name], capture_output=True, text=True, check=False, cwd=folder
+        )
+        # torch 2.13 aborts so in one of a hundred exits of a process group, whatever the model.
+        if "terminate called without an active exception" not in result.stderr:
+            break
     assert result.returncode == 0, result.stderr
 
 
