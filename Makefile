@@ -26,7 +26,7 @@ CASES ?= 10000
 .PHONY: train test test-isa fuzz sanitize bench wheel docs lint format clean
 
 train: $(VENV)/.installed-rl
-	$(BIN)/ssm-fast train --mode improved --env HalfCheetah-v5 --steps $(STEPS) --seed $(SEED) --out $(OUT)
+	$(BIN)/ssm-fast train --preset halfcheetah-v5 --steps $(STEPS) --seed $(SEED) --out $(OUT)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest

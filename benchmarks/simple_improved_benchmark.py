@@ -1,6 +1,6 @@
 """Train a policy with PPO by every seed, evaluate it, and compare kinds of policies.
 
-python benchmarks/simple_improved_benchmark.py --env HalfCheetah-v5 --steps 1000000 --seeds 5
+python benchmarks/simple_improved_benchmark.py --env HalfCheetah-v5 --preset halfcheetah-v5 --steps 1000000 --seeds 5
 python benchmarks/simple_improved_benchmark.py --env HalfCheetah-v5 --policies ssm gru mlp no_norm no_residual no_orthogonal
 
 Each run leaves a file of its own in the folder, and what is there is not run again; the table and the plot are made of
@@ -24,6 +24,8 @@ from baseline_policies import GRUPolicy, MLPPolicy
 from contest import commit
 from intervals import interval
 
+from ssm_fast.cli.presets import load_preset
+from ssm_fast.cli.settings import MODEL_OPTIONS, TRAINER_OPTIONS
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import Environment, evaluate
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
@@ -56,6 +58,8 @@ class Options:
     """Gymnasium id."""
     steps: int = 1_000_000
     """Environment steps of each run."""
+    preset: str | None = None
+    """Settings of the policies and the trainer, as `ssm-fast train --preset`; by default its defaults."""
     episodes: int | None = None
     """Instead of the steps: as many as so many episodes of the time limit have."""
     seeds: int = 5
@@ -86,7 +90,7 @@ def main(options: Options) -> None:
             path = options.out / f"{label}-{policy}-seed{seed}.json"
             if path.exists() or options.only_summary:
                 continue
-            result = run(options.env, policy, seed, steps, options.models / path.stem)
+            result = run(options, policy, seed, steps, options.models / path.stem)
             path.write_text(json.dumps(result) + "\n")
             say(f"{path}: {np.mean(result['returns']):.1f}")
     summarise(options, label, steps)
@@ -101,9 +105,16 @@ def steps_of(options: Options) -> int:
         return options.episodes * env.max_episode_steps
 
 
-def run(env_id: str, policy: str, seed: int, steps: int, model_path: Path) -> dict[str, Any]:
+def run(options: Options, policy: str, seed: int, steps: int, model_path: Path) -> dict[str, Any]:
     """Trains and evaluates one policy."""
+    env_id = options.env
     _, kind, arguments = POLICIES[policy]
+    preset = {} if options.preset is None else load_preset(options.preset)
+    preset["learning_rate"] = preset.pop("lr", None)
+    model_options, trainer_options = (
+        {name: preset[name] for name in names["improved"] if preset.get(name) is not None}
+        for names in (MODEL_OPTIONS, TRAINER_OPTIONS)
+    )
     torch.manual_seed(seed)
     start = time.perf_counter()
     with Environment(env_id, ROWS, seed=seed) as env:
@@ -112,9 +123,9 @@ def run(env_id: str, policy: str, seed: int, steps: int, model_path: Path) -> di
             env.action_dim,
             discrete=env.discrete,
             normalize_observations=True,
-            **arguments,
+            **model_options | arguments,
         )
-        trainer = PPOTrainer(model, seed=seed)
+        trainer = PPOTrainer(model, seed=seed, **trainer_options)
 
         def show(metrics: dict[str, float]) -> None:
             if metrics["iteration"] % 50 == 0:
@@ -136,6 +147,7 @@ def run(env_id: str, policy: str, seed: int, steps: int, model_path: Path) -> di
     return {
         "env": env_id,
         "policy": policy,
+        "preset": options.preset,
         "seed": seed,
         "timesteps": trainer.timesteps,
         "seconds": seconds,
@@ -157,11 +169,12 @@ def summarise(options: Options, label: str, steps: int) -> None:
     if not runs:
         say("no runs")
         return
+    preset = "" if options.preset is None else f" --preset {options.preset}"
     lines = [
         f"# {options.env}, {steps:,} steps",
         "",
         (
-            f"Made by `python benchmarks/simple_improved_benchmark.py --env {options.env} --steps {steps}`. Return of the final "
+            f"Made by `python benchmarks/simple_improved_benchmark.py --env {options.env}{preset} --steps {steps}`. Return of the final "
             f"policy, deterministic, {EVALUATION_EPISODES} episodes a seed: the interquartile mean over seeds (means of "
             "their episodes) with its 95 % bootstrap interval, the mean, and each seed."
         ),
