@@ -174,6 +174,8 @@ class Train:
     """End an update early beyond this KL divergence."""
     desired_kl: Annotated[float | None, _default("none; improved only", "FLOAT")] = None
     """Let the learning rate follow the KL divergence of the updates, towards this."""
+    memory_pace: Annotated[float | None, _default("0.1; improved only", "FLOAT")] = None
+    """Length of the steps of the weights around the recurrent states, in learning rates."""
     tasks_per_epoch: Annotated[int | None, _default("8; meta_rl only", "INT")] = None
     """Tasks of an epoch, which are played and adapted to together."""
     inner_lr: Annotated[float | None, _default("0.3; meta_rl only", "FLOAT")] = None

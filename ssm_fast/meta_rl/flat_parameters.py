@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_fast.meta_rl.distributed import World
-from ssm_fast.nn.ssm_layer import transition_pace
+from ssm_fast.nn.ssm_layer import memory_weights, transition_pace
 
 
 class FlatParameters:
@@ -20,13 +20,17 @@ class FlatParameters:
     Args:
         model: Its trainable parameters have one dtype and device.
         world: The processes whose gradients are averaged.
+        memory_pace: The length of the steps of `memory_weights`, where not the transition matrices
+            alone have a pace of their own.
 
     Attributes:
         vector: All of them in order ``[P]``, what the optimizer steps.
-        pace: The length of the steps of each ``[P]``; see `transition_pace`.
+        pace: The length of the steps of each ``[P]``; 1 in learning rates.
     """
 
-    def __init__(self, model: nn.Module, world: World | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, world: World | None = None, memory_pace: float | None = None
+    ) -> None:
         self._model = model
         self._world = world or World()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -40,9 +44,11 @@ class FlatParameters:
                 strict=True,
             )
         ]
-        self.pace = torch.cat(
-            [torch.full_like(p.detach(), transition_pace(n)).reshape(-1) for n, p in named]
-        )
+        paces = {name: transition_pace(name) for name, _ in named}
+        if memory_pace is not None:
+            memory = memory_weights(model)
+            paces = {name: memory_pace if name in memory else 1.0 for name, _ in named}
+        self.pace = torch.cat([torch.full_like(p.detach(), paces[n]).reshape(-1) for n, p in named])
 
     @torch.no_grad()
     def read(self) -> None:

@@ -71,6 +71,7 @@ _SETTINGS = (
     "clip_value_loss",
     "target_kl",
     "desired_kl",
+    "memory_pace",
     "checkpoint_interval",
     "seed",
 )
@@ -192,6 +193,9 @@ class PPOTrainer:
         desired_kl: Let the learning rate follow the mean KL divergence of the updates: an update well
             above this lowers it, one well below raises it (Heess et al. 2017, arXiv 1707.02286, do
             so with the weight of a penalty).
+        memory_pace: Length of the steps of the weights that lead into the states of the layers, through
+            them and out of them, in learning rates. A state sums up many steps, so that a step of
+            these weights changes the policy several times as much as one of the others.
         checkpoint_interval: Iterations between checkpoints; more where five episodes of the
             environment's time limit take more.
         num_threads: Of torch while training; None leaves them as they are. The products of a
@@ -230,6 +234,7 @@ class PPOTrainer:
         clip_value_loss: bool = False,
         target_kl: float | None = None,
         desired_kl: float | None = None,
+        memory_pace: float = 0.1,
         checkpoint_interval: int = 20,
         num_threads: int | None = 1,
         seed: int | None = None,
@@ -258,6 +263,7 @@ class PPOTrainer:
         self.desired_kl = (
             None if desired_kl is None else check_number("desired_kl", desired_kl, above=0.0)
         )
+        self.memory_pace = check_number("memory_pace", memory_pace, at_least=0.0)
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
         self.num_threads = None if num_threads is None else check_count("num_threads", num_threads)
         self.world = world or World()
@@ -266,7 +272,7 @@ class PPOTrainer:
         self.device = torch.device(device)
         self.model = model.to(self.device)
 
-        self._weights = FlatParameters(self.model, self.world)
+        self._weights = FlatParameters(self.model, self.world, self.memory_pace)
         self._gradient: SequenceGradient | None = None  # during an update
         self.optimizer = torch.optim.Adam(
             [self._weights.vector], lr=learning_rate, eps=1e-5, fused=True

@@ -32,6 +32,16 @@ def transition_pace(name: str) -> float:
     return TRANSITION_PACE if name.rpartition(".")[2] == "A" else 1.0
 
 
+def memory_weights(model: nn.Module) -> set[str]:
+    """Names of the weights that lead into the states of its layers, through them and out of them."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, SSMLayer)
+        for name in ("A", "B", "bias", "C")
+    }
+
+
 class SSMLayer(nn.Module):
     """A state-space layer with a dense transition matrix.
 

@@ -33,16 +33,22 @@ def test_adam_on_the_vector_equals_adam_on_the_parameters() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_transition_matrices_move_at_their_pace() -> None:
+@pytest.mark.parametrize(
+    ("memory_pace", "slow"),
+    [(None, {"A": 0.1}), (0.3, {"A": 0.3, "B": 0.3, "C": 0.3, "bias": 0.3}), (1.0, {})],
+)
+def test_weights_move_at_their_pace(memory_pace: float | None, slow: dict[str, float]) -> None:
     torch.manual_seed(0)
-    layer = SSMLayer(3, 4, 5)
+    layer = SSMLayer(3, 4, 5, norm="output")
+    model = nn.ModuleDict({"layer": layer})
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    flat = FlatParameters(layer)
-    flat.backward(layer(torch.randn(2, 6, 3))[0].square().sum(), 1.0)
+    flat = FlatParameters(model, memory_pace=memory_pace)
+    target = torch.randn(2, 6, 4)
+    flat.backward((layer(torch.randn(2, 6, 3))[0] - target).square().sum(), 1.0)
     flat.step(torch.optim.Adam([flat.vector], lr=0.01, eps=0.0))
     for name, parameter in layer.named_parameters():  # Adam's first step has one length
         length = (parameter - before[name]).abs()
-        expected = torch.full_like(length, 0.001 if name == "A" else 0.01)
+        expected = torch.full_like(length, 0.01 * slow.get(name, 1.0))
         torch.testing.assert_close(length, expected, rtol=1e-3, atol=1e-6)
 
 
