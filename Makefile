@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 SEED ?= 0
 STEPS ?= 1000000
-OUT ?= runs/improved-HalfCheetah-v5-seed$(SEED)
+OUT ?= runs/halfcheetah-v5-seed$(SEED)
 RESULTS ?= build/bench
 CHECK ?=
 # libgomp stays out of the wheel: there is one OpenMP runtime in a process, that of torch.

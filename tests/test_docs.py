@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TORCHRUN = re.compile(r"# torchrun (.+)")  # the first line of a block for several processes
-STUBBED = {"runs/improved-HalfCheetah-v5-seed0/policy.safetensors": "HalfCheetah-v5"}
+STUBBED = {"runs/halfcheetah-v5-seed0/policy.safetensors": "HalfCheetah-v5"}
 
 
 def blocks(path: Path, language: str) -> list[str]:
