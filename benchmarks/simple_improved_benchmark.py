@@ -85,6 +85,8 @@ def main(options: Options) -> None:
     options.models.mkdir(parents=True, exist_ok=True)
     steps = steps_of(options)
     label = f"{options.env.replace('/', '_')}-{steps}"
+    if options.preset is not None:
+        label = f"preset-{options.preset}-{steps}"
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for policy in options.policies:
             path = options.out / f"{label}-{policy}-seed{seed}.json"
@@ -110,6 +112,8 @@ def run(options: Options, policy: str, seed: int, steps: int, model_path: Path) 
     env_id = options.env
     _, kind, arguments = POLICIES[policy]
     preset = {} if options.preset is None else load_preset(options.preset)
+    if preset and (preset["mode"], preset["env"]) != ("improved", env_id):
+        raise SystemExit(f"--preset {options.preset} is for {preset['mode']} in {preset['env']}")
     preset["learning_rate"] = preset.pop("lr", None)
     model_options, trainer_options = (
         {name: preset[name] for name in names["improved"] if preset.get(name) is not None}

@@ -88,8 +88,8 @@ class ImprovedSSM(nn.Module):
         use_residual: Whether each layer adds to its input.
         discrete: Whether the action space is discrete.
         norm: Where the LayerNorm stands when ``use_layer_norm``: ``"output"`` or ``"state"``.
-        orthogonal_init: Orthogonal encoder (gain √2), actor (0.01) and critic (1); otherwise
-            ``nn.Linear``'s own initialisation.
+        orthogonal_init: Orthogonal encoder and critic's network (gain √2), actor (0.01) and critic
+            (1); otherwise ``nn.Linear``'s own initialisation.
         log_std_init: Initial log standard deviation of each action component.
         normalize_observations: Whether the model normalises observations by running statistics,
             kept in the submodule ``obs_norm`` (which ``forward`` does not update).
@@ -312,13 +312,15 @@ class ImprovedSSM(nn.Module):
         def gaussian(
             x: Tensor, state: Tensor, noise: Tensor
         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            action, log_prob, value, next_state = step(x, state, None, noise)
+            check_noise(noise, [len(x), self.action_dim], x)
+            action, log_prob, value, next_state = step(x, state, None, noise.contiguous())
             assert log_prob is not None
             return action, log_prob, value, next_state
 
         def categorical(
             x: Tensor, state: Tensor, noise: Tensor
         ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            check_noise(noise, [len(x), self.action_dim], x)
             logits, _, value, next_state = step(x, state, None, None)
             return *choose_action(logits, False, noise), value, next_state
 

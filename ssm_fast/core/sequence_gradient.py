@@ -42,7 +42,7 @@ class SequenceGradient:
 
     Attributes:
         vector: The gradient ``[P]``, in the order of ``model.parameters()``; the next call
-            overwrites it.
+            overwrites it, and who takes it may.
     """
 
     vector: Tensor
@@ -94,15 +94,15 @@ class SequenceGradient:
         """
         with torch.no_grad():
             is_plain = model.can_step_natively(x[:, 0], state)
-        layers = cast("list[SSMLayer]", list(model.layers))
         if (
             not is_plain
             or type(model).evaluate_actions is not ImprovedSSM.evaluate_actions
             or "evaluate_actions" in vars(model)
             or model.discrete
             or (model.use_layer_norm and model.norm == "state")
-            or any(layer.bias is None for layer in layers)
-            or not all(p.requires_grad for p in model.parameters())
+            or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
+            or not _are_plain(list(model.named_parameters(remove_duplicate=False)))
+            or any(bias is None for bias in _biases(model))
         ):
             return None
         return cls(model)
@@ -254,6 +254,23 @@ class _Layer:
         """The values of weight and bias of the norm."""
         weight, bias = self.norm_weight, self.norm_bias
         return None if weight is None else weight.value, None if bias is None else bias.value
+
+
+def _are_plain(parameters: list[tuple[str, nn.Parameter]]) -> bool:
+    """Whether all are trained, each stands in one place, and nobody watches their gradients."""
+    distinct = {id(p) for _, p in parameters}
+    return len(distinct) == len(parameters) and all(
+        p.requires_grad and not p._backward_hooks for _, p in parameters
+    )
+
+
+def _biases(model: ImprovedSSM) -> list[Tensor | None]:
+    """Those that a model as we made it has."""
+    linears: list[nn.Linear] = [model.encoder, model.actor, model.critic]
+    if (network := model.critic_network) is not None:
+        linears += [network.observations, network.hidden]
+    layers = cast("list[SSMLayer]", list(model.layers))
+    return [*(linear.bias for linear in linears), *(layer.bias for layer in layers)]
 
 
 def _must(weight: _Weight | None) -> _Weight:

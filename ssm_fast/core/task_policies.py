@@ -62,11 +62,12 @@ class TaskPolicies:
         }
         find = self.weights.get
         self._is_plain = all(is_plain(weight) for weight in self.weights.values())
+        network = () if model.critic_network is None else _NETWORK
         self._step_weights = PolicyWeights(
             [find(f"{head}.{kind}") for head in _HEADS for kind in ("weight", "bias")],
             find("log_std"),
             [find(f"layers.{i}.{name}") for i in range(model.num_layers) for name in _LAYER],
-            [find(f"critic_network.{name}") for name in _NETWORK if model.critic_network],
+            [find(f"critic_network.{name}") for name in network],
         )
 
     @torch.no_grad()

@@ -48,10 +48,6 @@ class Part(NamedTuple):
     items: Tensor  # [M], their numbers
     weight: float
 
-    def to(self, device: torch.device) -> Part:
-        """The same with the numbers on a device."""
-        return Part(self.items.to(device), self.weight)
-
 
 @dataclass(frozen=True)
 class Rows:

@@ -20,8 +20,8 @@ class FlatParameters:
     Args:
         model: Its trainable parameters have one dtype and device.
         world: The processes whose gradients are averaged.
-        memory_pace: The length of the steps of `memory_weights`, where not the transition matrices
-            alone have a pace of their own.
+        memory_pace: The length of the steps of `memory_weights`, in learning rates. None: only the
+            transition matrices take shorter ones, at `transition_pace`.
 
     Attributes:
         vector: All of them in order ``[P]``, what the optimizer steps.

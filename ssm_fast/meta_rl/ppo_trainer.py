@@ -50,7 +50,7 @@ _REWARD_CLIP = 10.0  # of the scaled reward
 _EPISODES_PER_INTERVAL = 5  # of the time limit, at least, between two resets of all environments
 _EPISODE_WINDOW = 20  # episodes in the reported mean
 _KL_BAND, _RATE_FACTOR = 1.5, 1.3  # of the KL divergence around desired_kl, of the answer to it
-_RATES = 1e-6, 2e-3  # bounds of a learning rate that follows the KL divergence
+_RATE_RANGE = 100.0  # how far it goes from the start, either way
 _LAST_KL = 0.1  # of desired_kl, that annealing comes to
 _STATE_VERSION = 3
 _SETTINGS = (
@@ -191,7 +191,7 @@ class PPOTrainer:
         clip_value_loss: Also clip the change of the value since the rollout by `clip_epsilon`.
         target_kl: End an update after the epoch whose mean KL divergence is above this.
         desired_kl: Let the learning rate follow the mean KL divergence of the updates: an update well
-            above this lowers it, one well below raises it (Heess et al. 2017, arXiv 1707.02286, do
+            above this lowers it, one well below raises it, by a factor of at most 100 from the start (Heess et al. 2017, arXiv 1707.02286, do
             so with the weight of a penalty).
         memory_pace: Length of the steps of the weights that lead into the states of the layers, through
             them and out of them, in learning rates. A state sums up many steps, so that a step of
@@ -273,7 +273,7 @@ class PPOTrainer:
         self.model = model.to(self.device)
 
         self._weights = FlatParameters(self.model, self.world, self.memory_pace)
-        self._gradient: SequenceGradient | None = None  # during an update
+        self._gradient: SequenceGradient | None = None  # of the last update
         self.optimizer = torch.optim.Adam(
             [self._weights.vector], lr=learning_rate, eps=1e-5, fused=True
         )
@@ -421,7 +421,7 @@ class PPOTrainer:
                 self._warm_up(env)
                 self._begin(env, self._episode_seed(self.iteration))
             left = (last - self.iteration) / (last - self._first_iteration)
-            learning_rate = self._rate
+            learning_rate = self.learning_rate if self.desired_kl is None else self._rate
             if self.anneal_lr and self.desired_kl is None:
                 learning_rate *= left
             for group in self.optimizer.param_groups:
@@ -463,9 +463,9 @@ class PPOTrainer:
         if self.anneal_lr:
             desired *= _LAST_KL + (1.0 - _LAST_KL) * left
         if kl > desired * _KL_BAND:
-            self._rate = max(self._rate / _RATE_FACTOR, _RATES[0])
+            self._rate = max(self._rate / _RATE_FACTOR, self.learning_rate / _RATE_RANGE)
         elif kl < desired / _KL_BAND:
-            self._rate = min(self._rate * _RATE_FACTOR, _RATES[1])
+            self._rate = min(self._rate * _RATE_FACTOR, self.learning_rate * _RATE_RANGE)
 
     def _ended_episodes(self, rollout: Rollout, rows: Rows) -> tuple[list[float], list[int]]:
         """Returns and lengths of the episodes that ended on all ranks, in one process's order."""
@@ -516,9 +516,9 @@ class PPOTrainer:
                     x, state, rows.of(model.draw_noise(rows.total))
                 )
                 sums = log_prob + value  # [B]; one of them is NaN where the action is
-                if not math.isfinite(float(sums.sum())):
+                finite = torch.isfinite(sums)  # [B]
+                if not bool(finite.all()):
                     self._env = None
-                    finite = torch.isfinite(sums)  # [B]
                     row = int(finite.logical_not().nonzero()[0])
                     raise FloatingPointError(
                         f"rollout step {t}: {env.env_name}: the policy of environment {row} is not "
@@ -903,7 +903,7 @@ class PPOTrainer:
             self.timesteps = read_count(state, "timesteps")
             self._first_iteration = read_count(state, "first_iteration")
             self._batch_size = read_count(known, "batch_size") or self._batch_size
-            self._rate = float(state["rate"])
+            self._rate = check_number("rate", state["rate"], above=0.0)
             self._seconds = float(state["seconds"])
             self._recent_returns.clear()
             self._recent_lengths.clear()

@@ -34,12 +34,13 @@ def transition_pace(name: str) -> float:
 
 def memory_weights(model: nn.Module) -> set[str]:
     """Names of the weights that lead into the states of its layers, through them and out of them."""
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if isinstance(module, SSMLayer)
-        for name in ("A", "B", "bias", "C")
-    }
+    names = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, SSMLayer):
+            inside = ("norm.weight", "norm.bias") if module.normalize_state else ()
+            own = ("A", "B", "bias", "C", *inside)
+            names |= {f"{prefix}.{name}" if prefix else name for name in own}
+    return names
 
 
 class SSMLayer(nn.Module):

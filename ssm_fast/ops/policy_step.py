@@ -167,6 +167,7 @@ def prepared_step(
     addresses = [_address(w) for w in (*heads, log_std, *(network or (None,) * 5), *layers)]
     mean, var, obs_eps, clip = observations or (None, None, 0.0, 0.0)
     statistics = _address(mean), _address(var), obs_eps, clip
+    kept = weights, observations
 
     def step(
         x: Tensor, state: Tensor | None, reset: Tensor | None, noise: Tensor | None
@@ -178,6 +179,7 @@ def prepared_step(
         action, value = x.new_empty(B, K), x.new_empty(B)
         log_prob = None if log_std is None else x.new_empty(B)
         next_state = x.new_empty(L, B, N)
+        assert kept  # the tensors live as long as their addresses
         kernel(
             x.data_ptr(),
             *statistics,

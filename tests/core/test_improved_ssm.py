@@ -264,6 +264,38 @@ def test_noise_of_some_rows_gives_the_actions_that_they_take_among_all(
         model.get_action(x[:, 0], state, noise=noise.float())
 
 
+@every_option
+def test_stepper_acts_as_get_action(options: dict[str, Any]) -> None:
+    model = make(**options)
+    x, state, *_ = inputs(model)
+    with torch.no_grad():
+        step = model.stepper(x[:, 0], state)
+        for t in range(3):
+            noise = model.draw_noise(len(x)).repeat_interleave(2, 1)[:, ::2]  # not contiguous
+            expected = model.get_action(x[:, t], state, noise=noise)
+            found = step(x[:, t], state, noise)
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one, other)
+            state = found[3]
+        with pytest.raises(TypeError, match="noise"):
+            step(x[:, 0], state, noise.float())
+        with pytest.raises(ValueError, match="noise must have shape"):
+            step(x[:, 0], state, noise[:2])
+
+
+def test_stepper_calls_another_get_action() -> None:
+    class Still(ImprovedSSM):
+        def get_action(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            action, *rest = super().get_action(*args, **kwargs)
+            return torch.zeros_like(action), *rest
+
+    model = Still(IN, ACTIONS, N, H, L).double()
+    x, state, *_ = inputs(model)
+    with torch.no_grad():
+        action, *_ = model.stepper(x[:, 0], state)(x[:, 0], state, model.draw_noise(len(x)))
+    assert not action.any()
+
+
 @pytest.mark.parametrize("discrete", [True, False])
 def test_log_prob_of_a_sample_has_the_policy_gradient(discrete: bool) -> None:
     # REINFORCE: the action is a constant; a reparametrised sample would have no gradient of mean.

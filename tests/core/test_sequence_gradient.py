@@ -82,11 +82,17 @@ def test_reads_the_weights_at_each_call() -> None:
         lambda model: setattr(model, "actor", nn.Sequential(model.actor)),
         lambda model: setattr(model, "evaluate_actions", model.evaluate_actions),
         lambda model: model.layers[1].register_parameter("bias", None),
+        lambda model: model.critic.register_parameter("bias", None),
+        lambda model: model.critic_network.hidden.register_parameter("bias", None),
+        lambda model: model.actor.register_full_backward_hook(lambda *_: None),
+        lambda model: model.actor.weight.register_hook(lambda grad: grad),
+        lambda model: setattr(model.layers[1], "A", model.layers[0].A),
+        lambda model: model.layers.__setitem__(1, model.layers[0]),
+        lambda model: setattr(model.critic_network, "hidden", nn.Identity()),
     ],
-    ids=["hook", "frozen", "module", "method", "no bias"],
 )
 def test_leaves_changed_models_to_autograd(change: Any) -> None:
-    model = _model()
+    model = _model(critic_dim=4)
     x, _, state, _ = _batch(model)
     assert SequenceGradient.of(model, x, state) is not None
     change(model)

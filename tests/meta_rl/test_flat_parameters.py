@@ -6,6 +6,7 @@ from torch import nn
 
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 from ssm_fast.nn import SSMLayer
+from ssm_fast.nn.ssm_layer import memory_weights
 
 
 def _model() -> nn.Module:
@@ -50,6 +51,12 @@ def test_weights_move_at_their_pace(memory_pace: float | None, slow: dict[str, f
         length = (parameter - before[name]).abs()
         expected = torch.full_like(length, 0.01 * slow.get(name, 1.0))
         torch.testing.assert_close(length, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_weights_of_a_norm_within_the_recurrence_are_of_the_memory() -> None:
+    assert memory_weights(SSMLayer(3, 4, 5, norm="output")) == {"A", "B", "C", "bias"}
+    inside = {"norm.weight", "norm.bias"}
+    assert memory_weights(SSMLayer(3, 4, 5, norm="state")) == {"A", "B", "C", "bias", *inside}
 
 
 def test_read_takes_what_changed_in_the_model() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout, _Minibatch
 from ssm_fast.meta_rl.run import RunDirectory, write_state
@@ -321,6 +322,25 @@ class TestUpdate:
             assert trainer._rate == 1e-4
         trainer._follow_kl(0.01, 0.0)
         assert trainer._rate == pytest.approx(1e-4 / 1.3)
+        other = _trainer(_model(), desired_kl=0.01, learning_rate=1e-4)
+        other.load_state_dict(trainer.state_dict())
+        assert other._rate == trainer._rate
+        with pytest.raises(ValueError, match="rate"):
+            other.load_state_dict(trainer.state_dict() | {"rate": float("nan")})
+
+    def test_the_written_out_gradient_trains_as_autograd(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        weights = []
+        for written_out in (True, False):
+            if not written_out:
+                monkeypatch.setattr(SequenceGradient, "of", lambda *_: None)
+            model = _model(critic_dim=5)
+            trainer = _trainer(model, entropy_coef=0.01, clip_value_loss=True)
+            trainer.train(_drift(2), 96)
+            assert (trainer._gradient is not None) == written_out
+            weights.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
 
     def test_value_clipping_holds_the_value_back(self) -> None:
         changes = []
