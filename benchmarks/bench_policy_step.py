@@ -8,7 +8,7 @@ from contest import contest
 
 from ssm_fast.bench.peers import GRUPolicy
 from ssm_fast.core.improved_ssm import ImprovedSSM
-from ssm_fast.ops.policy_step import policy_step
+from ssm_fast.ops.policy_step import PolicyStep
 
 
 @pytest.mark.parametrize("B", [1, 8, 64])
@@ -20,7 +20,7 @@ def test_policy_step(benchmark, B):
     small, square = torch.randn(B, 64), torch.randn(64, 64)
 
     with torch.no_grad():
-        weights = model._step_weights(x, state)
+        step = PolicyStep(model._step_weights(x, state), None, False, True, 1e-5)
 
         def modules() -> None:
             features, states = model._features(x, state, None)
@@ -33,9 +33,7 @@ def test_policy_step(benchmark, B):
             "get_action",
             {
                 "get_action": lambda: model.get_action(x, state, True),
-                "policy_step": lambda: policy_step(
-                    x, state, None, None, weights, None, False, True, 1e-5
-                ),
+                "policy_step": lambda: step(x, state, None, None),
                 "modules": modules,
                 "GRUCell policy": lambda: gru(x, state),
                 f"mm {B}x64x64": lambda: torch.mm(small, square),

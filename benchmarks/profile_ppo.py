@@ -12,9 +12,11 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import tyro
@@ -24,7 +26,7 @@ from mujoco.batch import Batch
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import Environment
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
-from ssm_fast.ops import policy_step
+from ssm_fast.ops import backend, policy_step
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,12 @@ class Clock:
 
 def main(options: Options) -> None:
     clock = Clock()
-    kernel = policy_step.native_kernel
-    policy_step.native_kernel = lambda *key: clock.around("policy, native", kernel(*key))  # type: ignore[assignment]
-    with Environment(options.env, 8, seed=0, physics="vector") as env:
+
+    def timed_kernel(name: str, dtype: torch.dtype) -> Callable[..., Any]:
+        return clock.around("policy, native", backend.native_kernel(name, dtype))
+
+    with ExitStack() as stack:
+        env = stack.enter_context(Environment(options.env, 8, seed=0, physics="vector"))
         torch.manual_seed(0)
         model = ImprovedSSM(
             env.input_dim,
@@ -74,11 +79,14 @@ def main(options: Options) -> None:
         )
         trainer = PPOTrainer(model, mini_batch_size=options.mini_batch_size, seed=0)
         trainer.train(env, 2048)
-        clock.seconds.clear()
-        Batch.step = clock.around("physics, native", Batch.step)
-        collect = clock.around("rollout", trainer.collect_rollout)
-        trainer.collect_rollout = collect  # type: ignore[method-assign]
-        trainer.update = clock.around("update", trainer.update)  # type: ignore[method-assign]
+        stack.enter_context(patch.object(policy_step, "native_kernel", timed_kernel))
+        for owner, name, part in (
+            (Batch, "step", "physics, native"),
+            (trainer, "collect_rollout", "rollout"),
+            (trainer, "update", "update"),
+        ):
+            timed = clock.around(part, getattr(owner, name))
+            stack.enter_context(patch.object(owner, name, timed))
         began = time.perf_counter()
         trainer.train(env, 2048 * options.iterations)
         seconds = time.perf_counter() - began

@@ -23,7 +23,7 @@ from ssm_fast.nn.ssm_layer import (
 )
 from ssm_fast.ops.backend import is_plain, is_watched, needs_autograd
 from ssm_fast.ops.output_norm import fused_output
-from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step, prepared_step
+from ssm_fast.ops.policy_step import Observations, PolicyStep, PolicyWeights
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
 
@@ -305,26 +305,13 @@ class ImprovedSSM(nn.Module):
         if weights is None or overridden:
             return lambda x, state, noise: self.get_action(x, state, noise=noise)
         self._check(x, hidden_state, None)
-        step = prepared_step(
-            weights, self.observations(), self.norm == "state", self.use_residual, NORM_EPS
-        )
+        step = self._policy_step(weights)
 
-        def gaussian(
-            x: Tensor, state: Tensor, noise: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def act(x: Tensor, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             check_noise(noise, [len(x), self.action_dim], x)
-            action, log_prob, value, next_state = step(x, state, None, noise.contiguous())
-            assert log_prob is not None
-            return action, log_prob, value, next_state
+            return self._act(step, x, state, None, noise)
 
-        def categorical(
-            x: Tensor, state: Tensor, noise: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            check_noise(noise, [len(x), self.action_dim], x)
-            logits, _, value, next_state = step(x, state, None, None)
-            return *choose_action(logits, False, noise), value, next_state
-
-        return categorical if self.discrete else gaussian
+        return act
 
     def _native_action(
         self,
@@ -337,21 +324,33 @@ class ImprovedSSM(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``get_action`` of one step without gradients, in one native call."""
         self._check(x, hidden_state, reset)
-        if noise is None and not deterministic:
+        if deterministic:
+            noise = None
+        elif noise is None:
             noise = self.draw_noise(len(x))
-        action, log_prob, value, next_hidden = policy_step(
-            x,
-            hidden_state,
-            None if reset is None else reset.bool(),
-            None if noise is None or deterministic or self.discrete else noise.contiguous(),
-            weights,
-            self.observations(),
-            self.norm == "state",
-            self.use_residual,
-            NORM_EPS,
+        reset = None if reset is None else reset.bool()
+        return self._act(self._policy_step(weights), x, hidden_state, reset, noise)
+
+    def _policy_step(self, weights: PolicyWeights) -> PolicyStep:
+        return PolicyStep(
+            weights, self.observations(), self.norm == "state", self.use_residual, NORM_EPS
         )
-        if log_prob is None:
-            action, log_prob = choose_action(action, deterministic, noise)  # [B], [B]
+
+    def _act(
+        self,
+        step: PolicyStep,
+        x: Tensor,
+        hidden_state: Tensor | None,
+        reset: Tensor | None,
+        noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The results of ``get_action``; the mode where there is no ``noise``."""
+        if self.discrete:
+            logits, _, value, next_hidden = step(x, hidden_state, reset, None)
+            return *choose_action(logits, noise is None, noise), value, next_hidden
+        noise = None if noise is None else noise.contiguous()
+        action, log_prob, value, next_hidden = step(x, hidden_state, reset, noise)
+        assert log_prob is not None
         return action, log_prob, value, next_hidden
 
     def evaluate_actions(

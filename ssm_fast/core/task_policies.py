@@ -17,7 +17,7 @@ from ssm_fast.core.improved_ssm import (
 )
 from ssm_fast.nn.ssm_layer import check_dtype
 from ssm_fast.ops.backend import is_plain
-from ssm_fast.ops.policy_step import PolicyWeights, policy_step
+from ssm_fast.ops.policy_step import PolicyStep, PolicyWeights
 
 _HEADS = ("encoder", "actor", "critic")
 _NETWORK = (
@@ -126,11 +126,7 @@ class TaskPolicies:
         starts = None if reset is None else reset.flatten().bool()  # [G B]
         if not (self._is_plain and model.can_step_natively(rows, state, starts, noise)):
             return None
-        action, log_prob, value, next_hidden = policy_step(
-            rows,
-            state,
-            starts,
-            None if model.discrete else noise,
+        step = PolicyStep(
             self._step_weights,
             model.observations(),
             model.norm == "state",
@@ -138,6 +134,8 @@ class TaskPolicies:
             NORM_EPS,
             self.tasks,
         )
+        noise_of_step = None if model.discrete else noise
+        action, log_prob, value, next_hidden = step(rows, state, starts, noise_of_step)
         if log_prob is None:
             action, log_prob = choose_action(action, noise is None, noise)
         return (

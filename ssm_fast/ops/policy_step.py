@@ -12,7 +12,7 @@ from torch import Tensor
 from ssm_fast.ops.backend import native_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 
 class PolicyWeights(NamedTuple):
@@ -55,7 +55,7 @@ def reference(
     residual: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The step as torch calls; arguments and results as `policy_step`."""
+    """The step as torch calls; the arguments of a `PolicyStep` and its call."""
     if observations is not None:
         mean, var, obs_eps, clip = observations
         x = ((x - mean) * (var + obs_eps).rsqrt()).clamp(-clip, clip).to(x.dtype)
@@ -100,28 +100,14 @@ def reference(
     return action, log_prob, value, torch.stack(states)
 
 
-def policy_step(
-    x: Tensor,
-    state: Tensor | None,
-    reset: Tensor | None,
-    noise: Tensor | None,
-    weights: PolicyWeights,
-    observations: Observations | None,
-    norm_state: bool,
-    residual: bool,
-    eps: float,
-    groups: int = 1,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Run one step of a recurrent actor-critic in one native call.
+class PolicyStep:
+    """One step of a recurrent actor-critic in one native call.
 
-    Internal to the models: shapes are not validated. The kernel reads the weights where they lie at
-    the time of the call, so there is no packed copy that an update could leave behind.
+    Internal to the models: shapes are not validated. Where the weights lie is looked up once, here,
+    and they are read there at every call: their values may change between two steps, tensors that
+    take their place are not seen.
 
     Args:
-        x: Observations ``[B, I]``, float32 or float64.
-        state: ``[L, B, N]``; zeros if None.
-        reset: Boolean ``[B]``, or None: where set, the incoming state is zeroed.
-        noise: Standard normal draws ``[B, K]``; None for the mode, and for a discrete policy.
         weights: Of the network, in the dtype of ``x``, contiguous, on the CPU.
         observations: Normalise ``x`` with these first, unless None.
         norm_state: Whether the layers' norm stands on the state rather than on the output.
@@ -129,76 +115,75 @@ def policy_step(
         eps: Of the layer norm.
         groups: ``G``, where every weight has that leading dimension: the rows are then those of the
             groups, ``B / G`` of each, one group after the other.
-
-    Returns:
-        The action ``[B, K]`` (the logits without a ``log_std``), its log-probability ``[B]`` (None
-        without a ``log_std``), the value ``[B]`` and the next state ``[L, B, N]``.
     """
-    step = prepared_step(weights, observations, norm_state, residual, eps, groups)
-    return step(x, state, reset, noise)
 
+    def __init__(
+        self,
+        weights: PolicyWeights,
+        observations: Observations | None,
+        norm_state: bool,
+        residual: bool,
+        eps: float,
+        groups: int = 1,
+    ) -> None:
+        heads, log_std, layers, network = weights
+        encoder, actor, A = heads[0], heads[2], layers[0]
+        assert encoder is not None
+        assert actor is not None
+        assert A is not None
+        H, I = encoder.shape[-2:]
+        N, K, L = A.shape[-1], actor.shape[-2], len(layers) // 7
+        hidden = network[3] if network else None
+        W = 0 if hidden is None else hidden.shape[-1]
+        mean, var, obs_eps, clip = observations or (None, None, 0.0, 0.0)
+        self._tensors = weights, observations  # what lies at the addresses stays there
+        self._kernel = native_kernel("policy_step", encoder.dtype)
+        self._statistics = _address(mean), _address(var), obs_eps, clip
+        tensors = (*heads, log_std, *(network or (None,) * 5), *layers)
+        self._addresses = [_address(tensor) for tensor in tensors]
+        self._groups, self._sizes = groups, (I, H, N, L, K, W)
+        self._options = norm_state, residual, eps
+        self._gaussian = log_std is not None
 
-def prepared_step(
-    weights: PolicyWeights,
-    observations: Observations | None,
-    norm_state: bool,
-    residual: bool,
-    eps: float,
-    groups: int = 1,
-) -> Callable[
-    [Tensor, Tensor | None, Tensor | None, Tensor | None],
-    tuple[Tensor, Tensor | None, Tensor, Tensor],
-]:
-    """`policy_step` as a function of ``x``, ``state``, ``reset`` and ``noise``, for many steps.
-
-    It looks up once where the weights lie. Their values may change between two steps; tensors that
-    take their place are not seen.
-    """
-    heads, log_std, layers, network = weights
-    encoder, actor, A = heads[0], heads[2], layers[0]
-    assert encoder is not None
-    assert actor is not None
-    assert A is not None
-    H, I = encoder.shape[-2:]
-    N, K, L = A.shape[-1], actor.shape[-2], len(layers) // 7
-    hidden = network[3] if network else None
-    W = 0 if hidden is None else hidden.shape[-1]
-    kernel = native_kernel("policy_step", encoder.dtype)
-    addresses = [_address(w) for w in (*heads, log_std, *(network or (None,) * 5), *layers)]
-    mean, var, obs_eps, clip = observations or (None, None, 0.0, 0.0)
-    statistics = _address(mean), _address(var), obs_eps, clip
-    kept = weights, observations
-
-    def step(
-        x: Tensor, state: Tensor | None, reset: Tensor | None, noise: Tensor | None
+    def __call__(
+        self, x: Tensor, state: Tensor | None, reset: Tensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Run the step.
+
+        Args:
+            x: Observations ``[B, I]``, float32 or float64.
+            state: ``[L, B, N]``; zeros if None.
+            reset: Boolean ``[B]``, or None: where set, the incoming state is zeroed.
+            noise: Standard normal draws ``[B, K]``, contiguous; None for the mode, and for a
+                discrete policy.
+
+        Returns:
+            The action ``[B, K]`` (the logits without a ``log_std``), its log-probability ``[B]``
+            (None without a ``log_std``), the value ``[B]`` and the next state ``[L, B, N]``.
+        """
+        _, _, N, L, K, _ = self._sizes
         x = x.contiguous()
         state = None if state is None else state.contiguous()
         reset = None if reset is None else reset.contiguous()
         B = len(x)
         action, value = x.new_empty(B, K), x.new_empty(B)
-        log_prob = None if log_std is None else x.new_empty(B)
+        log_prob = x.new_empty(B) if self._gaussian else None
         next_state = x.new_empty(L, B, N)
-        assert kept  # the tensors live as long as their addresses
-        kernel(
+        self._kernel(
             x.data_ptr(),
-            *statistics,
+            *self._statistics,
             _address(state),
             _address(reset),
             _address(noise),
-            addresses,
+            self._addresses,
             action.data_ptr(),
             _address(log_prob),
             value.data_ptr(),
             next_state.data_ptr(),
-            (groups, B // groups, I, H, N, L, K, W),
-            norm_state,
-            residual,
-            eps,
+            (self._groups, B // self._groups, *self._sizes),
+            *self._options,
         )
         return action, log_prob, value, next_state
-
-    return step
 
 
 def _address(tensor: Tensor | None) -> int:

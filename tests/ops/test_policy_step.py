@@ -4,7 +4,7 @@ import pytest
 import torch
 from references import relative_rms
 
-from ssm_fast.ops.policy_step import Observations, PolicyWeights, policy_step, reference
+from ssm_fast.ops.policy_step import Observations, PolicyStep, PolicyWeights, reference
 
 
 def problem(B, I, H, N, L, K, norm=None, discrete=False, dtype=torch.float64, W=0):
@@ -27,6 +27,10 @@ def problem(B, I, H, N, L, K, norm=None, discrete=False, dtype=torch.float64, W=
     weights = PolicyWeights(heads, None if discrete else draw(K), layers, network)
     x, state, noise = draw(B, I), draw(L, B, N), draw(B, K)
     return x, state, torch.rand(B, generator=generator) < 0.4, noise, weights
+
+
+def policy_step(x, state, reset, noise, *options):
+    return PolicyStep(*options)(x, state, reset, noise)
 
 
 def assert_equal(actual, expected, tolerance):
