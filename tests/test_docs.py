@@ -77,7 +77,8 @@ def run_together(text: str, folder: Path) -> None:
         result = subprocess.run(
             [*launcher, *options, name], capture_output=True, text=True, check=False, cwd=folder
         )
-        # torch 2.13 aborts so in one of a hundred exits of a process group, whatever the model.
+        # DistributedDataParallel keeps the process group alive. torch 2.13 aborts where a thread of
+        # it lets go of a Python object while the interpreter ends: one run of a hundred.
         if "terminate called without an active exception" not in result.stderr:
             break
     assert result.returncode == 0, result.stderr
