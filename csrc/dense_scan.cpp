@@ -49,9 +49,9 @@ void scan_segments(const DenseScan<T>& p, const Segment<T>* segments, int rows, 
       if (p.reverse) prefetch<T>(s, rows, kAhead * step * p.s_t, p.N);
     }
     if (lone) {
-      multiply_step<T, 1, kLoneSums>(u, h, s, W, p.N);
+      multiply_rows<T, 1, kLoneSums>(u, h, s, W, p.N, p.N);
     } else {
-      multiply_step<T>(u, h, s, rows, W, p.N);
+      multiply_rows<T>(u, h, s, rows, W, p.N, p.N);
     }
     for (int r = 0; r < rows; ++r) {
       h[r] = s[r];
@@ -76,7 +76,8 @@ void scan_all(const DenseScan<T>& p, Index count, Index length, At at) {
     std::memset(zeros, 0, std::size_t(round_up(p.N, kWidth<T>)) * sizeof(T));
     const Index most = Index(sizeof(T)) * p.N * p.N > kWideBytes ? kWideRows : kMaxRows;
     for_row_blocks(
-        p.G, count / p.G, thread, p.threads, most, [&](Index g) { pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, W); },
+        p.G, count / p.G, thread, p.threads, most,
+        [&](Index g) { pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, p.N, W); },
         [&](Index g, Index first, int rows) {
           Segment<T> segments[kWideRows];
           for (int r = 0; r < rows; ++r) {
@@ -104,7 +105,7 @@ Index chunk_steps(Index G, Index B, Index T_len, Index N) {
 // P := P P for [N, stride], the sum of its squares returned. `square` and W are of the same size.
 template <class T>
 T square_matrix(T* P, T* square, T* W, const T* zeros, Index N, Index stride, int threads) {
-  pack(P, Index(1), stride, N, W);
+  pack(P, Index(1), stride, N, N, W);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (Index first = 0; first < N; first += kMaxRows) {
     const int rows = int(N - first < kMaxRows ? N - first : kMaxRows);
@@ -115,7 +116,7 @@ T square_matrix(T* P, T* square, T* W, const T* zeros, Index N, Index stride, in
       h[r] = P + (first + r) * stride;
       out[r] = square + (first + r) * stride;
     }
-    multiply_step<T>(u, h, out, rows, W, N);
+    multiply_rows<T>(u, h, out, rows, W, N, N);
   }
   T total = 0;
   for (Index i = 0; i < N; ++i) {
@@ -175,7 +176,7 @@ bool run_chunked(const DenseScan<T>& p, Index steps) {
     return Segment<T>{0, b, c * steps, c == 0 ? initial(p, 0, b) : nullptr};
   });
   T* W = p.scratch;
-  pack(chunks.power, Index(1), stride, p.N, W);
+  pack(chunks.power, Index(1), stride, p.N, p.N, W);
   for (Index b = 0; b < p.B; ++b) {
     for (Index c = 0; c < whole; ++c) {
       const Index last = (c + 1) * steps - 1;
@@ -185,7 +186,7 @@ bool run_chunked(const DenseScan<T>& p, Index steps) {
       if (c == 0 || resets_within(p, b, c, steps)) {
         std::memcpy(next, local, std::size_t(p.N) * sizeof(T));
       } else {
-        multiply_step<T>(&local, &entry, &next, 1, W, p.N);
+        multiply_rows<T>(&local, &entry, &next, 1, W, p.N, p.N);
       }
       // A power that underflowed would turn an infinity into a NaN that a step at a time does not give.
       for (Index n = 0; n < p.N; ++n) {

@@ -24,6 +24,7 @@ using Address = std::uintptr_t;
 template <std::size_t N>
 using Strides = std::array<Index, N>;
 
+constexpr Index kLinearRows = 96;    // rows of a linear call that are worth a thread
 constexpr Index kParallelRows = 16;  // rows of a policy step that are worth a thread
 constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
 
@@ -323,6 +324,94 @@ void output_norm_grad(Address grad_y, Strides<2> grad_strides, Address z, Stride
   SSM_FAST_CALL(output_norm_grad(params));
 }
 
+// Threads of a linear call: each has a workspace, so no more than there are blocks worth one.
+int linear_threads(const Strides<4>& sizes) {
+  const auto [G, M, I, O] = sizes;
+  return threads_for(double(G * M) * double(I * O), (G * M + kLinearRows - 1) / kLinearRows);
+}
+
+template <class T>
+void linear(Address x, Strides<2> x_strides, Address W, Strides<3> W_strides, Address bias, Index bias_stride,
+            Address y, Strides<4> sizes, bool tanh) {
+  const auto [G, M, I, O] = sizes;
+  Linear<T> params{};
+  params.threads = linear_threads(sizes);
+  const auto scratch = scratch_block<T>(params.threads * SSM_FAST_CALL(linear_scratch(I, O, sizeof(T) == 8)));
+  params.x = at<T>(x);
+  std::tie(params.x_g, params.x_m) = std::tuple_cat(x_strides);
+  params.W = at<T>(W);
+  std::tie(params.W_g, params.W_o, params.W_i) = std::tuple_cat(W_strides);
+  params.bias = at<T>(bias);
+  params.bias_g = bias_stride;
+  params.y = at<T>(y);
+  std::tie(params.G, params.M, params.I, params.O) = std::tuple_cat(sizes);
+  params.tanh = tanh;
+  params.scratch = static_cast<T*>(scratch.get());
+  const py::gil_scoped_release release;
+  use_huge_pages(params.y, G * M * O);
+  SSM_FAST_CALL(linear(params));
+}
+
+template <class T>
+void linear_grad(Address grad_y, Strides<2> grad_strides, Address y, Strides<2> y_strides, Address x,
+                 Strides<2> x_strides, Address W, Strides<3> W_strides, Address grad_x, Address grad_W,
+                 Address grad_bias, Strides<4> sizes) {
+  const auto [G, M, I, O] = sizes;
+  LinearGrad<T> params{};
+  const Index parts = SSM_FAST_CALL(linear_grad_parts(G, M, I, O, sizeof(T) == 8));
+  params.threads = threads_for(double(G * M) * double(I * O), parts);
+  const auto scratch = scratch_block<T>(SSM_FAST_CALL(linear_grad_scratch(G, M, I, O, params.threads, sizeof(T) == 8)));
+  params.grad_y = at<T>(grad_y);
+  std::tie(params.grad_g, params.grad_m) = std::tuple_cat(grad_strides);
+  params.y = at<T>(y);
+  std::tie(params.y_g, params.y_m) = std::tuple_cat(y_strides);
+  params.x = at<T>(x);
+  std::tie(params.x_g, params.x_m) = std::tuple_cat(x_strides);
+  params.W = at<T>(W);
+  std::tie(params.W_g, params.W_o, params.W_i) = std::tuple_cat(W_strides);
+  params.grad_x = at<T>(grad_x);
+  params.grad_W = at<T>(grad_W);
+  params.grad_bias = at<T>(grad_bias);
+  std::tie(params.G, params.M, params.I, params.O) = std::tuple_cat(sizes);
+  params.scratch = static_cast<T*>(scratch.get());
+  const py::gil_scoped_release release;
+  use_huge_pages(params.grad_x, G * M * I);
+  SSM_FAST_CALL(linear_grad(params));
+}
+
+template <class T>
+void linear_tangent(Address x_t, Strides<2> xt_strides, Address W_t, Strides<3> Wt_strides, Address bias_t,
+                    Index bias_stride, Address x, Strides<2> x_strides, Address W, Strides<3> W_strides, Address y,
+                    Strides<2> y_strides, Address grad_y, Strides<2> grad_strides, Address y_t, Address turn,
+                    Strides<4> sizes) {
+  const auto [G, M, I, O] = sizes;
+  LinearTangent<T> params{};
+  params.threads = linear_threads(sizes);
+  const auto scratch = scratch_block<T>(params.threads * SSM_FAST_CALL(linear_scratch(I, O, sizeof(T) == 8)));
+  params.x_t = at<T>(x_t);
+  std::tie(params.xt_g, params.xt_m) = std::tuple_cat(xt_strides);
+  params.W_t = at<T>(W_t);
+  std::tie(params.Wt_g, params.Wt_o, params.Wt_i) = std::tuple_cat(Wt_strides);
+  params.bias_t = at<T>(bias_t);
+  params.bias_g = bias_stride;
+  params.x = at<T>(x);
+  std::tie(params.x_g, params.x_m) = std::tuple_cat(x_strides);
+  params.W = at<T>(W);
+  std::tie(params.W_g, params.W_o, params.W_i) = std::tuple_cat(W_strides);
+  params.y = at<T>(y);
+  std::tie(params.y_g, params.y_m) = std::tuple_cat(y_strides);
+  params.grad_y = at<T>(grad_y);
+  std::tie(params.grad_g, params.grad_m) = std::tuple_cat(grad_strides);
+  params.y_t = at<T>(y_t);
+  params.turn = at<T>(turn);
+  std::tie(params.G, params.M, params.I, params.O) = std::tuple_cat(sizes);
+  params.scratch = static_cast<T*>(scratch.get());
+  const py::gil_scoped_release release;
+  use_huge_pages(params.y_t, G * M * O);
+  use_huge_pages(params.turn, G * M * O);
+  SSM_FAST_CALL(linear_tangent(params));
+}
+
 // `weights` holds the encoder's, the actor's and the critic's weight and bias, log_std, and seven a layer.
 template <class T>
 void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, double obs_clip, Address state,
@@ -418,6 +507,12 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("output_norm_float64", &output_norm<double>);
   m.def("output_norm_grad_float32", &output_norm_grad<float>);
   m.def("output_norm_grad_float64", &output_norm_grad<double>);
+  m.def("linear_float32", &linear<float>);
+  m.def("linear_float64", &linear<double>);
+  m.def("linear_grad_float32", &linear_grad<float>);
+  m.def("linear_grad_float64", &linear_grad<double>);
+  m.def("linear_tangent_float32", &linear_tangent<float>);
+  m.def("linear_tangent_float64", &linear_tangent<double>);
   m.def("policy_step_float32", &policy_step<float>);
   m.def("policy_step_float64", &policy_step<double>);
 }

@@ -167,7 +167,7 @@ void scan_rows(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch
       if (kSweep != Sweep::forward) prefetch<T>(row.n, R, kAhead * step * p.n_t, p.N);
       if (kSweep == Sweep::adjoint) prefetch<T>(row.first, R, kAhead * step * p.s_t, p.N);
     }
-    multiply_step<T, R, kSums>(u, h, product, scratch.W, p.N);
+    multiply_rows<T, R, kSums>(u, h, product, scratch.W, p.N, p.N);
     if constexpr (kSweep == Sweep::forward) {
       normalise<T, R>(row, product, scratch.weight, scratch.bias, p.N, p.eps);
     } else if constexpr (kSweep == Sweep::tangent) {
@@ -230,7 +230,7 @@ void run(const NormScan<T>& p) {
     const Scratch<T> scratch{weight, bias, zeros, product, product + kMaxRows * stride, stride};
     std::memset(weight, 0, std::size_t((3 + kMaxRows) * stride) * sizeof(T));
     const auto enter = [&](Index g) {
-      pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, scratch.W);
+      pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, p.N, scratch.W);
       std::memcpy(weight, p.weight + g * p.weight_g, std::size_t(p.N) * sizeof(T));
       if (p.bias) std::memcpy(bias, p.bias + g * p.bias_g, std::size_t(p.N) * sizeof(T));
     };

@@ -171,6 +171,63 @@ struct OutputNormGrad {
   T* scratch;  // output_norm_scratch elements, aligned to 64 bytes
 };
 
+// y = [tanh] (x W^T + b) over the M rows of each group.
+template <class T>
+struct Linear {
+  const T* x;
+  Index x_g, x_m;
+  const T* W;
+  Index W_g, W_o, W_i;
+  const T* bias;  // or null
+  Index bias_g;
+  T* y;  // contiguous [G, M, O]
+  Index G, M, I, O;
+  bool tanh;
+  int threads;
+  T* scratch;  // `threads` times linear_scratch elements
+};
+
+// Gradients of Linear. With y there was a tanh: the gradient before it is z = grad_y (1 - y^2), else grad_y.
+template <class T>
+struct LinearGrad {
+  const T* grad_y;
+  Index grad_g, grad_m;
+  const T* y;  // or null
+  Index y_g, y_m;
+  const T* x;
+  Index x_g, x_m;
+  const T* W;
+  Index W_g, W_o, W_i;
+  T *grad_x, *grad_W, *grad_bias;  // z W, z^T x and the sum of z, contiguous; null where not wanted
+  Index G, M, I, O;
+  int threads;
+  T* scratch;  // linear_grad_scratch elements
+};
+
+// The tangent y_t = (x_t W^T + x W_t^T + b_t) (1 - y^2), the last factor only with y.
+template <class T>
+struct LinearTangent {
+  const T* x_t;  // null as W_t and bias_t where there is none
+  Index xt_g, xt_m;
+  const T* W_t;
+  Index Wt_g, Wt_o, Wt_i;
+  const T* bias_t;
+  Index bias_g;
+  const T* x;
+  Index x_g, x_m;
+  const T* W;
+  Index W_g, W_o, W_i;
+  const T* y;  // or null
+  Index y_g, y_m;
+  const T* grad_y;  // or null; with y
+  Index grad_g, grad_m;
+  T* y_t;   // contiguous [G, M, O]
+  T* turn;  // -2 y grad_y (x_t W^T + x W_t^T + b_t), contiguous [G, M, O]; with grad_y, else null
+  Index G, M, I, O;
+  int threads;
+  T* scratch;  // `threads` times linear_scratch elements
+};
+
 // A layer of a policy; matrices are contiguous, [outputs, inputs].
 template <class T>
 struct PolicyLayer {
@@ -236,6 +293,15 @@ struct PolicyStep {
   void output_norm(const OutputNorm<double>&);                                                   \
   void output_norm_grad(const OutputNormGrad<float>&);                                           \
   void output_norm_grad(const OutputNormGrad<double>&);                                          \
+  Index linear_scratch(Index I, Index O, bool is_double);                                        \
+  Index linear_grad_parts(Index G, Index M, Index I, Index O, bool is_double);                   \
+  Index linear_grad_scratch(Index G, Index M, Index I, Index O, int threads, bool is_double);    \
+  void linear(const Linear<float>&);                                                             \
+  void linear(const Linear<double>&);                                                            \
+  void linear_grad(const LinearGrad<float>&);                                                    \
+  void linear_grad(const LinearGrad<double>&);                                                   \
+  void linear_tangent(const LinearTangent<float>&);                                              \
+  void linear_tangent(const LinearTangent<double>&);                                             \
   Index policy_step_scratch(Index I, Index H, Index N, Index K, Index W, bool is_double);        \
   void policy_step(const PolicyStep<float>&);                                                    \
   void policy_step(const PolicyStep<double>&);                                                   \

@@ -23,12 +23,12 @@ inline Index even_block(Index rows, Index most) {
 template <class T>
 constexpr int kTile = kTileVectors * kWidth<T>;  // columns of a full tile
 
-// A, transposed and cut into tiles of columns: W[tile][k][column], zero beyond N.
+// A [N, K], transposed and cut into tiles of columns: W[tile][k][column], zero beyond N.
 template <class T>
-inline void pack(const T* A, Index row, Index column, Index N, T* W) {
+inline void pack(const T* A, Index row, Index column, Index K, Index N, T* W) {
   for (Index first = 0; first < N; first += kTile<T>) {
     const Index width = round_up(N - first < kTile<T> ? N - first : kTile<T>, kWidth<T>);
-    for (Index k = 0; k < N; ++k, W += width) {
+    for (Index k = 0; k < K; ++k, W += width) {
       for (Index j = 0; j < width; ++j) {
         W[j] = first + j < N ? A[(first + j) * row + k * column] : T(0);
       }
@@ -36,13 +36,13 @@ inline void pack(const T* A, Index row, Index column, Index N, T* W) {
   }
 }
 
-// out[r] = h[r] W + u[r] for R rows and NV vectors of columns from `column` on, the last of them partial.
+// out[r] = h[r] W + u[r] for R rows of K elements and NV vectors of columns from `column` on, the last of them partial.
 //
 // With kSums / NV chains every such product is summed apart, so that the latency of one addition does
 // not pace a narrow tile, or the row of a batch of one (kLoneSums). The order of the additions depends
 // on the tile and the batch alone: a row's bits do not depend on the block it is in.
 template <class T, int R, int NV, int kSums>
-inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, const T* W, Index N, Index column,
+inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, const T* W, Index K, Index column,
                           int last) {
   constexpr int L = kWidth<T>;
   constexpr int kChains = kSums / NV;
@@ -72,11 +72,11 @@ inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, c
     W += NV * L;
   };
   Index k = 0;
-  for (; k + kChains <= N; k += kChains) {
+  for (; k + kChains <= K; k += kChains) {
 #pragma GCC unroll 8
     for (int chain = 0; chain < kChains; ++chain) add_product(k + chain, acc[chain]);
   }
-  for (; k < N; ++k) add_product(k, acc[0]);
+  for (; k < K; ++k) add_product(k, acc[0]);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -98,41 +98,42 @@ inline void multiply_tile(const T* const* u, const T* const* h, T* const* out, c
 
 // The tile of columns from `column` on; W is that tile.
 template <class T, int R, int kSums = kTileVectors>
-inline void multiply_columns(const T* const* u, const T* const* h, T* const* out, const T* W, Index N, Index column) {
+inline void multiply_columns(const T* const* u, const T* const* h, T* const* out, const T* W, Index K, Index N,
+                             Index column) {
   constexpr int L = kWidth<T>;
-  if (column + kTile<T> <= N) return multiply_tile<T, R, kTileVectors, kSums>(u, h, out, W, N, column, L);
+  if (column + kTile<T> <= N) return multiply_tile<T, R, kTileVectors, kSums>(u, h, out, W, K, column, L);
   const int left = int(N - column);
   const int vectors = (left + L - 1) / L;
   const int last = left - (vectors - 1) * L;
   switch (vectors) {
-    case 1: return multiply_tile<T, R, 1, kSums>(u, h, out, W, N, column, last);
-    case 2: return multiply_tile<T, R, 2, kSums>(u, h, out, W, N, column, last);
-    case 3: return multiply_tile<T, R, (kTileVectors < 3 ? 1 : 3), kSums>(u, h, out, W, N, column, last);
-    default: return multiply_tile<T, R, kTileVectors, kSums>(u, h, out, W, N, column, last);
+    case 1: return multiply_tile<T, R, 1, kSums>(u, h, out, W, K, column, last);
+    case 2: return multiply_tile<T, R, 2, kSums>(u, h, out, W, K, column, last);
+    case 3: return multiply_tile<T, R, (kTileVectors < 3 ? 1 : 3), kSums>(u, h, out, W, K, column, last);
+    default: return multiply_tile<T, R, kTileVectors, kSums>(u, h, out, W, K, column, last);
   }
 }
 
-// One step of R rows, all columns: out = h A^T + u.
+// R rows, all N columns: out = h A^T + u.
 template <class T, int R, int kSums = kTileVectors>
-inline void multiply_step(const T* const* u, const T* const* h, T* const* out, const T* W, Index N) {
+inline void multiply_rows(const T* const* u, const T* const* h, T* const* out, const T* W, Index K, Index N) {
   for (Index column = 0; column < N; column += kTile<T>) {
-    multiply_columns<T, R, kSums>(u, h, out, W + N * column, N, column);
+    multiply_columns<T, R, kSums>(u, h, out, W + K * column, K, N, column);
   }
 }
 
 // The same for any number of rows; all of them visit a tile before the next one is read.
 template <class T>
-inline void multiply_step(const T* const* u, const T* const* h, T* const* out, int rows, const T* W, Index N) {
-  for (Index column = 0; column < N; column += kTile<T>, W += N * kTile<T>) {
+inline void multiply_rows(const T* const* u, const T* const* h, T* const* out, int rows, const T* W, Index K, Index N) {
+  for (Index column = 0; column < N; column += kTile<T>, W += K * kTile<T>) {
     for (int r = 0, R; r < rows; r += R) {
       R = int(even_block(rows - r, kMaxRows));
       switch (R) {
-        case 1: multiply_columns<T, 1>(u + r, h + r, out + r, W, N, column); break;
-        case 2: multiply_columns<T, 2>(u + r, h + r, out + r, W, N, column); break;
-        case 3: multiply_columns<T, 3>(u + r, h + r, out + r, W, N, column); break;
-        case 4: multiply_columns<T, 4>(u + r, h + r, out + r, W, N, column); break;
-        case 5: multiply_columns<T, 5>(u + r, h + r, out + r, W, N, column); break;
-        default: multiply_columns<T, kMaxRows>(u + r, h + r, out + r, W, N, column); break;
+        case 1: multiply_columns<T, 1>(u + r, h + r, out + r, W, K, N, column); break;
+        case 2: multiply_columns<T, 2>(u + r, h + r, out + r, W, K, N, column); break;
+        case 3: multiply_columns<T, 3>(u + r, h + r, out + r, W, K, N, column); break;
+        case 4: multiply_columns<T, 4>(u + r, h + r, out + r, W, K, N, column); break;
+        case 5: multiply_columns<T, 5>(u + r, h + r, out + r, W, K, N, column); break;
+        default: multiply_columns<T, kMaxRows>(u + r, h + r, out + r, W, K, N, column); break;
       }
     }
   }

@@ -32,5 +32,11 @@ output_norm_float32: _Kernel
 output_norm_float64: _Kernel
 output_norm_grad_float32: _Kernel
 output_norm_grad_float64: _Kernel
+linear_float32: _Kernel
+linear_float64: _Kernel
+linear_grad_float32: _Kernel
+linear_grad_float64: _Kernel
+linear_tangent_float32: _Kernel
+linear_tangent_float64: _Kernel
 policy_step_float32: _Kernel
 policy_step_float64: _Kernel

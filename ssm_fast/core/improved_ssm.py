@@ -18,6 +18,7 @@ from ssm_fast.nn.ssm_layer import (
     Norm,
     SSMLayer,
     check_dtype,
+    is_untouched,
     last_state,
     orthogonal_,
 )
@@ -533,7 +534,7 @@ class ImprovedSSM(nn.Module):
         norm = modules["obs_norm"]
         if norm is not None and not (
             type(norm) is RunningNorm
-            and _is_untouched(norm)
+            and is_untouched(norm)
             and norm.mean.shape == norm.var.shape == (self.input_dim,)
             and norm.mean.dtype == norm.var.dtype == torch.float64
             and all(is_plain(t) and t.is_contiguous() for t in (norm.mean, norm.var))
@@ -601,7 +602,7 @@ def _step_shapes(
 
 def _linear_weights(module: nn.Module | None) -> list[Tensor | None] | None:
     """Weight and bias, or ``None`` where this is not a linear layer as we made it."""
-    if type(module) is not nn.Linear or not _is_untouched(module):
+    if type(module) is not nn.Linear or not is_untouched(module):
         return None
     return [module._parameters.get("weight"), module._parameters.get("bias")]
 
@@ -610,7 +611,7 @@ def _network_weights(network: nn.Module | None) -> list[Tensor | None] | None:
     """The tensors of a critic's network, none of none, or ``None`` as for a linear one."""
     if network is None:
         return []
-    if type(network) is not CriticNetwork or not _is_untouched(network):
+    if type(network) is not CriticNetwork or not is_untouched(network):
         return None
     parts = [_linear_weights(network._modules[n]) for n in ("observations", "features", "hidden")]
     joined = _joined(parts)
@@ -624,7 +625,7 @@ def _layer_weights(layer: nn.Module, norm_state: bool) -> list[Tensor | None] | 
     """The tensors of a layer as `PolicyWeights` has them, or ``None`` as for a linear one."""
     if (
         type(layer) is not SSMLayer
-        or not _is_untouched(layer)
+        or not is_untouched(layer)
         or layer.normalize_state != norm_state
     ):
         return None
@@ -633,7 +634,7 @@ def _layer_weights(layer: nn.Module, norm_state: bool) -> list[Tensor | None] | 
     if norm is None:
         return [*weights, None, None]
     affine = [norm._parameters.get("weight"), norm._parameters.get("bias")]
-    ours = type(norm) is nn.LayerNorm and _is_untouched(norm) and norm.eps == NORM_EPS
+    ours = type(norm) is nn.LayerNorm and is_untouched(norm) and norm.eps == NORM_EPS
     return [*weights, *affine] if ours and all(t is not None for t in affine) else None
 
 
@@ -645,16 +646,6 @@ def _joined(parts: list[list[Tensor | None] | None]) -> list[Tensor | None] | No
             return None
         joined += part
     return joined
-
-
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether nobody has put a hook on it or another method into it."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in module.__dict__
-        or "step" in module.__dict__
-    )
 
 
 def check_noise(noise: Tensor, expected: list[int], x: Tensor) -> None:

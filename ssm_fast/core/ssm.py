@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,30 @@ from ssm_fast.checks import check_count
 from ssm_fast.nn.ssm_layer import (
     GAIN,
     check_dtype,
+    is_untouched,
     last_state,
     orthogonal_,
     unit_variance_,
 )
 from ssm_fast.ops import dense_scan
+from ssm_fast.ops.linear import linear
+
+
+class OutputNetwork(nn.Sequential):
+    """Linear, tanh, linear; of a sequence in fused passes, where these are as we made them."""
+
+    def forward(self, s: Tensor) -> Tensor:
+        """``[..., O]`` from states ``[..., N]``."""
+        parts = tuple(self)
+        kinds = [type(part) if is_untouched(part) else None for part in parts]
+        if s.ndim == 3 and kinds == [nn.Linear, nn.Tanh, nn.Linear]:  # a step is faster by modules
+            first, _, second = cast("tuple[nn.Linear, nn.Tanh, nn.Linear]", parts)
+            h = linear(s, first.weight, first.bias, tanh=True)  # [B, T, H]
+            return linear(h, second.weight, second.bias)
+        y = s
+        for part in parts:
+            y = part(y)
+        return y
 
 
 class StateSpaceModel(nn.Module):
@@ -59,7 +78,7 @@ class StateSpaceModel(nn.Module):
         self.hidden_dim = check_count("hidden_dim", hidden_dim)
         self.A = nn.Parameter(torch.empty(state_dim, state_dim))
         self.B = nn.Parameter(torch.empty(state_dim, input_dim))
-        self.C = nn.Sequential(
+        self.C = OutputNetwork(
             nn.Linear(state_dim, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, output_dim)
         )
         self.D = nn.Parameter(torch.empty(output_dim, input_dim))
@@ -129,7 +148,8 @@ class StateSpaceModel(nn.Module):
                 f"reset must have shape {list(x.shape[:-1])}, as x without its features, "
                 f"got {list(reset.shape)}"
             )
-        u = F.linear(x, self.B)  # [B, N] or [B, T, N]
+        project = linear if x.ndim == 3 else F.linear  # a step is too small for it
+        u = project(x, self.B)  # [B, N] or [B, T, N]
         if x.ndim == 3:
             s = dense_scan(u, self.A, h, reset)  # [B, T, N]
             h_next = last_state(s, h)  # [B, N]
@@ -140,7 +160,7 @@ class StateSpaceModel(nn.Module):
                     h = h.masked_fill(reset.bool().unsqueeze(1), 0.0)  # [B, N]
                 s = torch.addmm(u, h, self.A.t())  # [B, N]
             h_next = s
-        return self.C(s) + F.linear(x, self.D), h_next  # [B, O] or [B, T, O], [B, N]
+        return self.C(s) + project(x, self.D), h_next  # [B, O] or [B, T, O], [B, N]
 
     def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""

@@ -254,6 +254,16 @@ class SSMLayer(nn.Module):
         )
 
 
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nobody has put a hook on it or another method into it."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or "forward" in module.__dict__
+        or "step" in module.__dict__
+    )
+
+
 def last_state(s: Tensor, s0: Tensor | None) -> Tensor:
     """The state after a sequence of states ``[B, T, N]``: ``s0`` where ``T`` is 0."""
     if s.shape[1] > 0:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch  # before _native: the compiled module uses the OpenMP runtime that torch has loaded
 from torch import Tensor
+from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.utils import unwrap_dead_wrappers
 
 try:
@@ -265,14 +266,14 @@ def cpu_kernel(
 def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """``function.apply`` for calls that pass every argument, by position.
 
-    Outside functorch this leaves out what torch does to fill in defaults: it inspects the signature
-    of ``forward`` in each call, which takes longer than the rest of ``apply``.
+    This leaves out what torch does to fill in defaults: it inspects the signature of ``forward`` in
+    each call, which outside functorch takes longer than the rest of ``apply``.
     """
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def run(*arguments: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return function.apply(*arguments)
+            return custom_function_call(function, *arguments)
         return apply(*unwrap_dead_wrappers(arguments))
 
     return run

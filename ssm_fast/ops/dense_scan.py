@@ -142,7 +142,7 @@ class DenseScan(torch.autograd.Function):
         A = fold(A, in_dims[1], V, 0) if to == 0 else A
         s0 = None if s0 is None else fold(s0, in_dims[2], V, to)
         reset = None if reset is None else fold(reset, in_dims[3], V, to)
-        return DenseScan.apply(u, A, s0, reset, reverse).unflatten(to, (V, -1)), to
+        return _differentiable(u, A, s0, reset, reverse).unflatten(to, (V, -1)), to
 
 
 _differentiable = direct_apply(DenseScan)

@@ -166,7 +166,7 @@ class LinearScan(torch.autograd.Function):
             return x.flatten(0, 1)
 
         folded = (fold(x, d) for x, d in zip((a, b, h0), in_dims, strict=False))
-        return LinearScan.apply(*folded, reverse, shift).unflatten(0, (V, -1)), 0
+        return _differentiable(*folded, reverse, shift).unflatten(0, (V, -1)), 0
 
 
 _differentiable = direct_apply(LinearScan)

@@ -304,9 +304,9 @@ class OutputNorm(torch.autograd.Function):
             if weight is not None and weight.dim() == 2:
                 z = z.movedim(0, 1)
                 residual = None if residual is None else residual.movedim(0, 1)
-                outputs = OutputNorm.apply(z, weight, bias, residual, eps, tanh)
+                outputs = _differentiable(z, weight, bias, residual, eps, tanh)
                 return outputs, (1, 1, 1)
-            outputs = OutputNorm.apply(z, weight, bias, residual, eps, tanh)
+            outputs = _differentiable(z, weight, bias, residual, eps, tanh)
             saved = None if weight is None else 0
             return outputs, (0, saved, saved)
         # Weights of their own: V groups, or V times as many.
@@ -315,7 +315,7 @@ class OutputNorm(torch.autograd.Function):
         flat = [
             None if x is None else x.flatten(0, groups - 1) for x in (z, weight, bias, residual)
         ]
-        outputs = OutputNorm.apply(*flat, eps, tanh)
+        outputs = _differentiable(*flat, eps, tanh)
         return tuple(x.unflatten(0, z.shape[:groups]) for x in outputs), (0, 0, 0)
 
 

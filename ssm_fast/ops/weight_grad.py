@@ -16,6 +16,7 @@ from ssm_fast.ops.backend import (
     native_kernel,
     needs_autograd,
 )
+from ssm_fast.ops.linear import grouped_linear
 
 
 def incoming(s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: bool) -> Tensor:
@@ -83,7 +84,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """Rows times the matrix of their group, one GEMM a group: [G, B, T, N]."""
-    return (x.flatten(1, 2) @ matrix).reshape(x.shape)
+    return grouped_linear(x.flatten(1, 2), matrix.mT).view(x.shape)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,7 +139,7 @@ class WeightGrad(torch.autograd.Function):
         x, s = fold(x, in_dims[0], V, 0), fold(s, in_dims[1], V, 0)
         s0 = None if s0 is None else fold(s0, in_dims[2], V, 0)
         reset = None if reset is None else fold(reset, in_dims[3], V, 0)
-        return WeightGrad.apply(x, s, s0, reset, reverse).unflatten(0, (V, -1)), 0
+        return _differentiable(x, s, s0, reset, reverse).unflatten(0, (V, -1)), 0
 
 
 _differentiable = direct_apply(WeightGrad)

@@ -517,6 +517,102 @@ void exercise_output_norm_grad(Random& random) {
   check(random, G * M, kernel, std::tie(grad_y, z, weight, bias, mean, rstd), std::tie(grad_z, grad_weight, grad_bias));
 }
 
+struct LinearSizes {
+  Index G, M, I, O;
+  std::vector<Index> rows() const { return {G, M}; }
+  std::vector<Index> matrices() const { return {G, O, I}; }
+};
+
+// Mostly small; now and then rows of several blocks, or of several partial sums.
+LinearSizes random_linear(Random& random) {
+  LinearSizes sizes{random.size(3), random.size(9), random.features(), random.features()};
+  if (random.chance(0.1)) sizes.M = 90 + random.below(120);
+  if (random.chance(0.05)) sizes = {random.size(2), 1000 + random.below(600), random.size(20), random.size(20)};
+  return sizes;
+}
+
+template <class K, class T>
+void exercise_linear(Random& random) {
+  const auto sizes = random_linear(random);
+  const auto [G, M, I, O] = sizes;
+  const Tensor<T> x(random, kInput<T>, sizes.rows(), I), W(random, kInput<T>, sizes.matrices(), 1);
+  const Tensor<T> bias(random, sometimes<T>(random), {G}, O), y(random, kOutput<T>, sizes.rows(), O, {M * O, O});
+  Linear<T> p{};
+  p.x = x.data(), p.x_g = x.stride(0), p.x_m = x.stride(1);
+  p.W = W.data(), p.W_g = W.stride(0), p.W_o = W.stride(1), p.W_i = W.stride(2);
+  p.bias = bias.data(), p.bias_g = bias.stride(0);
+  p.y = y.data();
+  p.G = G, p.M = M, p.I = I, p.O = O;
+  p.tanh = random.chance(0.5);
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::linear_scratch(I, O, sizeof(T) == 8) * threads, memory);
+    K::linear(p);
+  };
+  check(random, G * M, kernel, std::tie(x, W, bias), std::tie(y));
+}
+
+template <class K, class T>
+void exercise_linear_grad(Random& random) {
+  const auto sizes = random_linear(random);
+  const auto [G, M, I, O] = sizes;
+  const auto none = Tensor<T>::Use::left_out;
+  const auto wanted = [&] { return random.chance(0.7) ? kOutput<T> : none; };
+  const Tensor<T> grad_y(random, kInput<T>, sizes.rows(), O), y(random, sometimes<T>(random), sizes.rows(), O);
+  const Tensor<T> x(random, kInput<T>, sizes.rows(), I), W(random, kInput<T>, sizes.matrices(), 1);
+  const Tensor<T> grad_x(random, wanted(), sizes.rows(), I, {M * I, I});
+  const Tensor<T> grad_W(random, wanted(), {G, O}, I, {O * I, I});
+  const Tensor<T> grad_bias(random, wanted(), {G}, O, std::vector<Index>{O});
+  LinearGrad<T> p{};
+  p.grad_y = grad_y.data(), p.grad_g = grad_y.stride(0), p.grad_m = grad_y.stride(1);
+  p.y = y.data(), p.y_g = y.stride(0), p.y_m = y.stride(1);
+  p.x = x.data(), p.x_g = x.stride(0), p.x_m = x.stride(1);
+  p.W = W.data(), p.W_g = W.stride(0), p.W_o = W.stride(1), p.W_i = W.stride(2);
+  p.grad_x = grad_x.data(), p.grad_W = grad_W.data(), p.grad_bias = grad_bias.data();
+  p.G = G, p.M = M, p.I = I, p.O = O;
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::linear_grad_scratch(G, M, I, O, threads, sizeof(T) == 8), memory);
+    K::linear_grad(p);
+  };
+  check(random, G * M, kernel, std::tie(grad_y, y, x, W), std::tie(grad_x, grad_W, grad_bias));
+}
+
+template <class K, class T>
+void exercise_linear_tangent(Random& random) {
+  const auto sizes = random_linear(random);
+  const auto [G, M, I, O] = sizes;
+  const auto none = Tensor<T>::Use::left_out;
+  const auto through_tanh = random.chance(0.7) ? kInput<T> : none;
+  const bool turns = through_tanh == kInput<T> && random.chance(0.7);
+  const std::vector<Index> contiguous{M * O, O};
+  const Tensor<T> x_t(random, sometimes<T>(random), sizes.rows(), I), x(random, kInput<T>, sizes.rows(), I);
+  const Tensor<T> W_t(random, sometimes<T>(random), sizes.matrices(), 1), W(random, kInput<T>, sizes.matrices(), 1);
+  const Tensor<T> bias_t(random, sometimes<T>(random), {G}, O), y(random, through_tanh, sizes.rows(), O);
+  const Tensor<T> grad_y(random, turns ? kInput<T> : none, sizes.rows(), O);
+  const Tensor<T> y_t(random, kOutput<T>, sizes.rows(), O, contiguous);
+  const Tensor<T> turn(random, turns ? kOutput<T> : none, sizes.rows(), O, contiguous);
+  LinearTangent<T> p{};
+  p.x_t = x_t.data(), p.xt_g = x_t.stride(0), p.xt_m = x_t.stride(1);
+  p.W_t = W_t.data(), p.Wt_g = W_t.stride(0), p.Wt_o = W_t.stride(1), p.Wt_i = W_t.stride(2);
+  p.bias_t = bias_t.data(), p.bias_g = bias_t.stride(0);
+  p.x = x.data(), p.x_g = x.stride(0), p.x_m = x.stride(1);
+  p.W = W.data(), p.W_g = W.stride(0), p.W_o = W.stride(1), p.W_i = W.stride(2);
+  p.y = y.data(), p.y_g = y.stride(0), p.y_m = y.stride(1);
+  p.grad_y = grad_y.data(), p.grad_g = grad_y.stride(0), p.grad_m = grad_y.stride(1);
+  p.y_t = y_t.data(), p.turn = turn.data();
+  p.G = G, p.M = M, p.I = I, p.O = O;
+  const auto kernel = [&](int threads) {
+    std::unique_ptr<Memory> memory;
+    p.threads = threads;
+    p.scratch = fresh_scratch<T>(random, K::linear_scratch(I, O, sizeof(T) == 8) * threads, memory);
+    K::linear_tangent(p);
+  };
+  check(random, G * M, kernel, std::tie(x_t, W_t, bias_t, x, W, y, grad_y), std::tie(y_t, turn));
+}
+
 template <class K, class T>
 void exercise_policy_step(Random& random) {
   const Index G = random.size(3), B = random.size(20), I = random.size(20), H = random.features(),
@@ -595,6 +691,14 @@ void exercise_policy_step(Random& random) {
       return isa::output_norm_scratch(p...);     \
     }                                            \
     template <class... P>                        \
+    static Index linear_scratch(P... p) {        \
+      return isa::linear_scratch(p...);          \
+    }                                            \
+    template <class... P>                        \
+    static Index linear_grad_scratch(P... p) {   \
+      return isa::linear_grad_scratch(p...);     \
+    }                                            \
+    template <class... P>                        \
     static Index policy_step_scratch(P... p) {   \
       return isa::policy_step_scratch(p...);     \
     }                                            \
@@ -605,6 +709,18 @@ void exercise_policy_step(Random& random) {
     template <class P>                           \
     static void output_norm_grad(const P& p) {   \
       isa::output_norm_grad(p);                  \
+    }                                            \
+    template <class P>                           \
+    static void linear(const P& p) {             \
+      isa::linear(p);                            \
+    }                                            \
+    template <class P>                           \
+    static void linear_grad(const P& p) {        \
+      isa::linear_grad(p);                       \
+    }                                            \
+    template <class P>                           \
+    static void linear_tangent(const P& p) {     \
+      isa::linear_tangent(p);                    \
     }                                            \
     template <class P>                           \
     static void policy_step(const P& p) {        \
@@ -671,6 +787,12 @@ void exercise(const std::string& isa, int cases, std::uint64_t seed) {
   repeat("output_norm float64", exercise_output_norm<K, double>);
   repeat("output_norm_grad float32", exercise_output_norm_grad<K, float>);
   repeat("output_norm_grad float64", exercise_output_norm_grad<K, double>);
+  repeat("linear float32", exercise_linear<K, float>);
+  repeat("linear float64", exercise_linear<K, double>);
+  repeat("linear_grad float32", exercise_linear_grad<K, float>);
+  repeat("linear_grad float64", exercise_linear_grad<K, double>);
+  repeat("linear_tangent float32", exercise_linear_tangent<K, float>);
+  repeat("linear_tangent float64", exercise_linear_tangent<K, double>);
   repeat("policy_step float32", exercise_policy_step<K, float>);
   repeat("policy_step float64", exercise_policy_step<K, double>);
   std::printf("%s: every kernel, %d cases each\n", isa.c_str(), cases);

@@ -1,0 +1,406 @@
+"""linear: a linear layer of groups of rows, with tanh behind it. Maths in docs/ops/linear.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_fast.ops.backend import (
+    LIBRARY,
+    cpu_kernel,
+    direct_apply,
+    fold,
+    last_contiguous,
+    native_kernel,
+    needs_autograd,
+    promoted,
+)
+
+
+def reference(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """The layer as torch calls: [G, M, I], [G, O, I], [G, O] -> [G, M, O]."""
+    y = x @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+    return y.tanh() if tanh else y
+
+
+def through_tanh(grad: Tensor, y: Tensor | None) -> Tensor:
+    """The gradient (or tangent) on the other side of the tanh that gave ``y``, if there was one."""
+    return grad if y is None else grad * (1 - y.square())
+
+
+# x is [G, M, I], weight [G, O, I] and bias [G, O]; y, if given, what the layer gave through a tanh.
+LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, bool tanh) -> Tensor")
+LIBRARY.define(
+    "linear_grad(Tensor grad, Tensor? y, Tensor x, Tensor weight, bool for_x, bool for_weight, "
+    "bool for_bias) -> (Tensor, Tensor, Tensor)",
+)
+LIBRARY.define(
+    "linear_tangent(Tensor x, Tensor weight, Tensor? x_t, Tensor? weight_t, Tensor? bias_t, "
+    "Tensor? y, Tensor? grad) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("ssm_fast::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[1])
+
+
+@torch.library.register_fake("ssm_fast::linear_grad")
+def _(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    for_x: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (x.shape, for_x), (weight.shape, for_weight), (weight.shape[:2], for_bias)
+    grad_x, grad_weight, grad_bias = (x.new_empty(s if wanted else (0,)) for s, wanted in shapes)
+    return grad_x, grad_weight, grad_bias
+
+
+@torch.library.register_fake("ssm_fast::linear_tangent")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    y: Tensor | None,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[1])
+    return x.new_empty(shape), x.new_empty(shape if grad is not None else (0,))
+
+
+def _rows(x: Tensor | None) -> tuple[int, tuple[int, int]]:
+    """Address and strides of [G, M, ...]; ``x`` must live until the kernel returns."""
+    return (0, (0, 0)) if x is None else (x.data_ptr(), (x.stride(0), x.stride(1)))
+
+
+def _matrices(x: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    return (0, (0, 0, 0)) if x is None else (x.data_ptr(), x.stride())
+
+
+def _biases(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+
+
+def _side_by_side(x: Tensor | None) -> Tensor | None:
+    return None if x is None else last_contiguous(x)
+
+
+@cpu_kernel("linear")
+def run_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    """`linear` of groups without a graph; internal."""
+    G, M, I = x.shape
+    y = x.new_empty(G, M, weight.shape[1])
+    if y.numel() == 0 or I == 0:
+        return reference(x, weight, bias, tanh)
+    x, bias = last_contiguous(x), _side_by_side(bias)
+    native_kernel("linear", x.dtype)(
+        *_rows(x),
+        *_matrices(weight),
+        *_biases(bias),
+        y.data_ptr(),
+        (*x.shape, y.shape[2]),
+        tanh,
+    )
+    return y
+
+
+@cpu_kernel("linear_grad", "linear")
+def run_linear_grad(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    for_x: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``x``, ``weight`` and ``bias``, those that are wanted; internal."""
+    make = x.new_zeros if grad.numel() == 0 or x.numel() == 0 else x.new_empty
+    grad_x = make(x.shape if for_x else (0,))
+    grad_weight = make(weight.shape if for_weight else (0,))
+    grad_bias = make(weight.shape[:2] if for_bias else (0,))
+    if grad.numel() == 0 or x.numel() == 0:
+        if for_bias and grad.numel() > 0:
+            grad_bias = through_tanh(grad, y).sum(1)
+        return grad_x, grad_weight, grad_bias
+    grad, y, x = last_contiguous(grad), _side_by_side(y), last_contiguous(x)
+    native_kernel("linear_grad", x.dtype)(
+        *_rows(grad),
+        *_rows(y),
+        *_rows(x),
+        *_matrices(weight),
+        grad_x.data_ptr(),  # 0 where nothing is wanted
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
+        (*x.shape, weight.shape[1]),
+    )
+    return grad_x, grad_weight, grad_bias
+
+
+@cpu_kernel("linear_tangent", "linear")
+def run_linear_tangent(
+    x: Tensor,
+    weight: Tensor,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    y: Tensor | None,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The tangent of ``y`` by those of the arguments; with ``grad``, a gradient of y, how it turns.
+
+    Internal. The second result is the derivative of ``grad (1 - y²)`` by y, times the tangent before
+    the tanh.
+    """
+    shape = (*x.shape[:-1], weight.shape[1])
+    y_t, turn = x.new_empty(shape), x.new_empty(shape if grad is not None else (0,))
+    if y_t.numel() == 0 or x.numel() == 0:
+        return composed_tangent(x, weight, x_t, weight_t, bias_t, y, grad)
+    x, y, grad = last_contiguous(x), _side_by_side(y), _side_by_side(grad)
+    x_t, bias_t = _side_by_side(x_t), _side_by_side(bias_t)
+    native_kernel("linear_tangent", x.dtype)(
+        *_rows(x_t),
+        *_matrices(weight_t),
+        *_biases(bias_t),
+        *_rows(x),
+        *_matrices(weight),
+        *_rows(y),
+        *_rows(grad),
+        y_t.data_ptr(),
+        turn.data_ptr(),
+        (*x.shape, shape[2]),
+    )
+    return y_t, turn
+
+
+def composed_gradients(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    for_x: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`run_linear_grad` as torch calls."""
+    z, nothing = through_tanh(grad, y), x.new_empty(0)
+    return (
+        z @ weight if for_x else nothing,
+        z.mT @ x if for_weight else nothing,
+        z.sum(1) if for_bias else nothing,
+    )
+
+
+def composed_tangent(
+    x: Tensor,
+    weight: Tensor,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    y: Tensor | None,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`run_linear_tangent` as torch calls."""
+    z_t = x.new_zeros(*x.shape[:-1], weight.shape[1])  # [G, M, O]
+    if x_t is not None:
+        z_t = z_t + x_t @ weight.mT
+    if weight_t is not None:
+        z_t = z_t + x @ weight_t.mT
+    if bias_t is not None:
+        z_t = z_t + bias_t.unsqueeze(1)
+    turn = x.new_empty(0) if grad is None or y is None else -2 * y * grad * z_t
+    return through_tanh(z_t, y), turn
+
+
+class Linear(torch.autograd.Function):
+    """Autograd of the layer; its gradients are another Function."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool
+    ) -> Tensor:
+        return run_linear(x, weight, bias, tanh)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: D102
+        x, weight, _, tanh = inputs
+        y = output if tanh else None
+        ctx.save_for_backward(x, weight, y)
+        ctx.save_for_forward(x, weight, y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x, weight, y = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        call = _differentiable_grad if needs_autograd(grad, y, x, weight) else run_linear_grad
+        gradients = call(grad, y, x, weight, *wanted)
+        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None
+
+    @staticmethod
+    def jvp(  # noqa: D102
+        ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None
+    ) -> Tensor:
+        x, weight, y = ctx.saved_tensors
+        return composed_tangent(x, weight, x_t, weight_t, bias_t, y, None)[0]
+
+    @staticmethod
+    def vmap(  # noqa: D102
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tanh: bool,
+    ) -> tuple[Tensor, int]:
+        V = info.batch_size
+        x, weight = fold(x, in_dims[0], V, 0), fold(weight, in_dims[1], V, 0)
+        bias = None if bias is None else fold(bias, in_dims[2], V, 0)
+        return _differentiable(x, weight, bias, tanh).unflatten(0, (V, -1)), 0
+
+
+class LinearGrad(torch.autograd.Function):
+    """Autograd of the layer's gradients, which its tangent and its gradients again make up."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        grad: Tensor,
+        y: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        for_x: bool,
+        for_weight: bool,
+        for_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return run_linear_grad(grad, y, x, weight, for_x, for_weight, for_bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: D102
+        *tensors, for_x, for_weight, for_bias = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.wanted = for_x, for_weight, for_bias
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        grad, y, x, weight = ctx.saved_tensors
+        # Cotangents u, V, v of the gradients of x, weight and bias enter as tangents would.
+        u, V, v = (c if wanted else None for c, wanted in zip(cotangents, ctx.wanted, strict=True))
+        for_grad, for_y, for_x, for_weight, *_ = ctx.needs_input_grad
+        for_x, for_weight = for_x and V is not None, for_weight and u is not None
+        tensors = grad, y, x, weight, u, V, v
+        again = needs_autograd(*tensors)  # a third time: by torch's own formulas
+        tangent = composed_tangent if again else run_linear_tangent
+        gradients = composed_gradients if again else run_linear_grad
+        grad_of_grad, turn = tangent(x, weight, u, V, v, y, None if y is None else grad)
+        grad_x = grad_weight = None
+        if for_x or for_weight:
+            rows = x if u is None else u
+            matrix = weight if V is None else V
+            grad_x, grad_weight, _ = gradients(grad, y, rows, matrix, for_x, for_weight, False)
+        return (
+            grad_of_grad if for_grad else None,
+            turn if for_y else None,
+            grad_x if for_x else None,
+            grad_weight if for_weight else None,
+            *(None,) * 3,
+        )
+
+    @staticmethod
+    def jvp(  # noqa: D102
+        ctx: Any,
+        grad_t: Tensor | None,
+        y_t: Tensor | None,
+        x_t: Tensor | None,
+        weight_t: Tensor | None,
+        *_: None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad, y, x, weight = ctx.saved_tensors
+        z, z_t = through_tanh(grad, y), torch.zeros_like(grad)
+        if grad_t is not None:
+            z_t = z_t + through_tanh(grad_t, y)
+        if y_t is not None:
+            z_t = z_t - 2 * y * y_t * grad
+        by_x, by_weight, by_bias = composed_gradients(z_t, None, x, weight, *ctx.wanted)
+        if weight_t is not None and ctx.wanted[0]:
+            by_x = by_x + z @ weight_t
+        if x_t is not None and ctx.wanted[1]:
+            by_weight = by_weight + z.mT @ x_t
+        return by_x, by_weight, by_bias
+
+    @staticmethod
+    def vmap(  # noqa: D102
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        grad: Tensor,
+        y: Tensor | None,
+        x: Tensor,
+        weight: Tensor,
+        *wanted: bool,
+    ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        V = info.batch_size
+        folded = [
+            None if t is None else fold(t, in_dim, V, 0)
+            for t, in_dim in zip((grad, y, x, weight), in_dims, strict=False)
+        ]
+        gradients = _differentiable_grad(*folded, *wanted)
+        return (
+            tuple(
+                g.unflatten(0, (V, -1)) if w else g for g, w in zip(gradients, wanted, strict=True)
+            ),
+            tuple(0 if w else None for w in wanted),
+        )
+
+
+_differentiable = direct_apply(Linear)
+_differentiable_grad = direct_apply(LinearGrad)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = False) -> Tensor:
+    """Compute ``x Wᵀ + b``, or the hyperbolic tangent of it.
+
+    `torch.nn.functional.linear` for the models of this package: one pass over the rows gives product,
+    bias and tanh, another all gradients, and gradients of these again take two. Weights that are
+    vmapped run as groups of one call. Internal to the models.
+
+    Args:
+        x: ``[..., I]``, float32 or float64.
+        weight: ``[O, I]``.
+        bias: ``[O]``, or None.
+        tanh: Whether to take the hyperbolic tangent.
+
+    Returns:
+        ``[..., O]``, bitwise the same for any number of threads.
+
+    Raises:
+        ValueError: A shape does not fit.
+        TypeError: The dtypes differ, or there is no kernel for them.
+    """
+    x, weight, bias = promoted(x, weight, bias)
+    O, I = weight.shape
+    if x.shape[-1] != I or (bias is not None and bias.shape != (O,)):
+        of_bias = "" if bias is None else f" and a bias of {list(bias.shape)}"
+        raise ValueError(f"x {list(x.shape)} does not fit weights [{O}, {I}]{of_bias}")
+    for other in (weight, bias):
+        if other is not None and other.dtype != x.dtype:
+            raise TypeError(f"weights must have the dtype of x, {x.dtype}, got {other.dtype}")
+    groups = x.reshape(1, -1, I), weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0)
+    return grouped_linear(*groups, tanh).view(*x.shape[:-1], O)
+
+
+def grouped_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = False
+) -> Tensor:
+    """`linear` of groups, ``[G, M, I]``, ``[G, O, I]``, ``[G, O]`` -> ``[G, M, O]``; nothing is checked."""
+    if torch.compiler.is_compiling():
+        return reference(x, weight, bias, tanh)
+    call = _differentiable if needs_autograd(x, weight, bias) else run_linear
+    y: Tensor = call(x, weight, bias, tanh)
+    return y
