@@ -70,6 +70,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(CXX) -std=c++17 -Wall -Wextra -Werror -fsyntax-only -Icsrc tests/native/exercise_kernels.cpp # `make sanitize` builds it
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

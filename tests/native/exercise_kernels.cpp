@@ -633,7 +633,13 @@ void exercise_policy_step(Random& random) {
   const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), {1}, G * B, rows);
   const Tensor<T> encoder_weight = flat(H * I, kInput<T>), encoder_bias = flat(H, sometimes<T>(random));
   const Tensor<T> actor_weight = flat(K_ * H, kInput<T>), actor_bias = flat(K_, sometimes<T>(random));
-  const Tensor<T> critic_weight = flat(H, kInput<T>), critic_bias = flat(1, sometimes<T>(random));
+  // The critic reads the features through a network of its own of this width, if any.
+  const Index width = random.chance(0.5) ? random.features() : 0;
+  const auto network = width > 0 ? kInput<T> : none, network_bias = width > 0 ? sometimes<T>(random) : none;
+  const Tensor<T> value_x = flat(width * I, network), value_h = flat(width * H, network);
+  const Tensor<T> value_bias = flat(width, network_bias), value_hidden_bias = flat(width, network_bias);
+  const Tensor<T> value_hidden = flat(width * width, network);
+  const Tensor<T> critic_weight = flat(width > 0 ? width : H, kInput<T>), critic_bias = flat(1, sometimes<T>(random));
   const Tensor<T> log_std = flat(K_, discrete ? none : kInput<T>);
   // One tensor of each kind serves all layers and groups.
   const Tensor<T> A = flat(N * N, kInput<T>), W = flat(N * H, kInput<T>), bias = flat(N, sometimes<T>(random));
@@ -646,24 +652,26 @@ void exercise_policy_step(Random& random) {
       std::size_t(L), {A.data(), W.data(), bias.data(), C.data(), D.data(), weight.data(), norm_bias.data()});
   const std::vector<PolicyWeights<T>> groups(
       std::size_t(G), {encoder_weight.data(), encoder_bias.data(), actor_weight.data(), actor_bias.data(),
-                       critic_weight.data(), critic_bias.data(), log_std.data(), layers.data()});
+                       critic_weight.data(), critic_bias.data(), log_std.data(), value_x.data(), value_h.data(),
+                       value_bias.data(), value_hidden.data(), value_hidden_bias.data(), layers.data()});
   PolicyStep<T> p{};
   p.x = x.data(), p.state = state.data(), p.reset = reset.data(), p.noise = noise.data();
   p.obs_mean = obs_mean.data(), p.obs_var = obs_var.data(), p.obs_eps = 1e-8, p.obs_clip = 10.0;
   p.weights = groups.data();
   p.action = action.data(), p.log_prob = log_prob.data(), p.value = value.data(), p.next_state = next_state.data();
-  p.G = G, p.B = B, p.I = I, p.H = H, p.N = N, p.L = L, p.K = K_;
+  p.G = G, p.B = B, p.I = I, p.H = H, p.N = N, p.L = L, p.K = K_, p.W = width;
   p.norm_state = norm_state, p.residual = random.chance(0.5);
   p.eps = T(1e-5);
   const auto kernel = [&](int threads) {
     std::unique_ptr<Memory> memory;
     p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::policy_step_scratch(I, H, N, K_, sizeof(T) == 8) * threads, memory);
+    p.scratch = fresh_scratch<T>(random, K::policy_step_scratch(I, H, N, K_, width, sizeof(T) == 8) * threads, memory);
     K::policy_step(p);
   };
   check(random, G * B, kernel,
         std::tie(x, state, noise, obs_mean, obs_var, reset, encoder_weight, encoder_bias, actor_weight, actor_bias,
-                 critic_weight, critic_bias, log_std, A, W, bias, C, D, weight, norm_bias),
+                 critic_weight, critic_bias, log_std, value_x, value_h, value_bias, value_hidden, value_hidden_bias, A,
+                 W, bias, C, D, weight, norm_bias),
         std::tie(action, log_prob, value, next_state));
 }
 
