@@ -28,9 +28,9 @@ SWEEPS = {  # what runs, what it is compared with, and its products
 def test_linear(benchmark, sweep, G, M, I, O):
     ours, theirs, count = SWEEPS[sweep]
     x, weight, bias, grad = (torch.randn(G, *s) for s in ((M, I), (O, I), (O,), (M, O)))
-    y = run_linear(x, weight, bias, True)
+    y = run_linear(x, weight, bias, None, True)
     arguments = {
-        "linear": (x, weight, bias, True),
+        "linear": (x, weight, bias, None, True),
         "linear_grad": (grad, y, x, weight, True, True, True),
         "linear_tangent": (x, weight, x, weight, bias, y, grad),
     }[sweep]

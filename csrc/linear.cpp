@@ -43,7 +43,7 @@ void forward_rows(const Linear<T>& p, const Workspace<T>& work, Index g, Index f
   const T *u[kBlock], *x[kBlock];
   T* y[kBlock];
   for (Index r = 0; r < rows; ++r) {
-    u[r] = p.bias ? p.bias + g * p.bias_g : work.zeros;
+    u[r] = p.add ? p.add + g * p.add_g + (first + r) * p.add_m : p.bias ? p.bias + g * p.bias_g : work.zeros;
     x[r] = p.x + g * p.x_g + (first + r) * p.x_m;
     y[r] = p.y + (g * p.M + first + r) * p.O;
   }

@@ -332,7 +332,7 @@ int linear_threads(const Strides<4>& sizes) {
 
 template <class T>
 void linear(Address x, Strides<2> x_strides, Address W, Strides<3> W_strides, Address bias, Index bias_stride,
-            Address y, Strides<4> sizes, bool tanh) {
+            Address add, Strides<2> add_strides, Address y, Strides<4> sizes, bool tanh) {
   const auto [G, M, I, O] = sizes;
   Linear<T> params{};
   params.threads = linear_threads(sizes);
@@ -343,6 +343,8 @@ void linear(Address x, Strides<2> x_strides, Address W, Strides<3> W_strides, Ad
   std::tie(params.W_g, params.W_o, params.W_i) = std::tuple_cat(W_strides);
   params.bias = at<T>(bias);
   params.bias_g = bias_stride;
+  params.add = at<T>(add);
+  std::tie(params.add_g, params.add_m) = std::tuple_cat(add_strides);
   params.y = at<T>(y);
   std::tie(params.G, params.M, params.I, params.O) = std::tuple_cat(sizes);
   params.tanh = tanh;

@@ -171,7 +171,7 @@ struct OutputNormGrad {
   T* scratch;  // output_norm_scratch elements, aligned to 64 bytes
 };
 
-// y = [tanh] (x W^T + b) over the M rows of each group.
+// y = [tanh] (x W^T + b), or (x W^T + add), over the M rows of each group.
 template <class T>
 struct Linear {
   const T* x;
@@ -180,6 +180,8 @@ struct Linear {
   Index W_g, W_o, W_i;
   const T* bias;  // or null
   Index bias_g;
+  const T* add;  // or null; not with a bias
+  Index add_g, add_m;
   T* y;  // contiguous [G, M, O]
   Index G, M, I, O;
   bool tanh;

@@ -21,9 +21,9 @@ from ssm_fast.nn.ssm_layer import (
     is_untouched,
     last_state,
     orthogonal_,
+    tanh_layer,
 )
 from ssm_fast.ops.backend import is_plain, is_watched, needs_autograd
-from ssm_fast.ops.output_norm import fused_output
 from ssm_fast.ops.policy_step import Observations, PolicyStep, PolicyWeights
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
@@ -487,8 +487,8 @@ class ImprovedSSM(nn.Module):
             if one_step and reset is not None:
                 hidden_state = hidden_state.masked_fill(reset.bool().unsqueeze(1), 0.0)
             state = hidden_state.unbind(0)
-        h = self.encoder(x)  # [B, H] or [B, T, H]
-        h = h.tanh() if one_step else fused_output(h, None, None, None, NORM_EPS, True)
+        # [B, H] or [B, T, H]
+        h = self.encoder(x).tanh() if one_step else tanh_layer(self.encoder, x)
         states: list[Tensor] = []
         for layer, s in zip(cast("list[SSMLayer]", self.layers), state, strict=True):
             residual = h if self.use_residual else None  # [B, H] or [B, T, H]

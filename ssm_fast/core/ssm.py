@@ -7,7 +7,6 @@ from os import PathLike
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast.checks import check_count
@@ -17,6 +16,8 @@ from ssm_fast.nn.ssm_layer import (
     is_untouched,
     last_state,
     orthogonal_,
+    product,
+    runs_fused,
     unit_variance_,
 )
 from ssm_fast.ops import dense_scan
@@ -30,9 +31,9 @@ class OutputNetwork(nn.Sequential):
         """``[..., O]`` from states ``[..., N]``."""
         parts = tuple(self)
         kinds = [type(part) if is_untouched(part) else None for part in parts]
-        if s.ndim == 3 and kinds == [nn.Linear, nn.Tanh, nn.Linear]:  # a step is faster by modules
+        if runs_fused(s) and kinds == [nn.Linear, nn.Tanh, nn.Linear]:
             first, _, second = cast("tuple[nn.Linear, nn.Tanh, nn.Linear]", parts)
-            h = linear(s, first.weight, first.bias, tanh=True)  # [B, T, H]
+            h = linear(s, first.weight, first.bias, tanh=True)  # [..., H]
             return linear(h, second.weight, second.bias)
         y = s
         for part in parts:
@@ -148,8 +149,7 @@ class StateSpaceModel(nn.Module):
                 f"reset must have shape {list(x.shape[:-1])}, as x without its features, "
                 f"got {list(reset.shape)}"
             )
-        project = linear if x.ndim == 3 else F.linear  # a step is too small for it
-        u = project(x, self.B)  # [B, N] or [B, T, N]
+        u = product(x, self.B)  # [B, N] or [B, T, N]
         if x.ndim == 3:
             s = dense_scan(u, self.A, h, reset)  # [B, T, N]
             h_next = last_state(s, h)  # [B, N]
@@ -160,7 +160,7 @@ class StateSpaceModel(nn.Module):
                     h = h.masked_fill(reset.bool().unsqueeze(1), 0.0)  # [B, N]
                 s = torch.addmm(u, h, self.A.t())  # [B, N]
             h_next = s
-        return self.C(s) + project(x, self.D), h_next  # [B, O] or [B, T, O], [B, N]
+        return product(x, self.D, add=self.C(s)), h_next  # [B, O] or [B, T, O], [B, N]
 
     def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from ssm_fast.checks import check_count
 from ssm_fast.ops import dense_scan, norm_scan
+from ssm_fast.ops.linear import linear
 from ssm_fast.ops.output_norm import fused_output
 
 Norm = Literal["output", "state"]
 
 GAIN = 0.9  # of the orthogonal A: every mode forgets by this factor a step, in a different plane
+
+ROWS = 256  # from which on `linear` is faster than torch's product, whose call costs less
 
 TRANSITION_PACE = 0.1  # of transition matrices in a gradient step, in learning rates
 
@@ -203,11 +206,11 @@ class SSMLayer(nn.Module):
         Returns:
             States ``[B, T, N]`` or ``[T, B, N]``.
         """
-        u = F.linear(x, self.B, self.bias)  # [B, T, N] or [T, B, N]
+        u = product(x, self.B, self.bias)  # [B, T, N] or [T, B, N]
         if reset is not None and restart is not None:
             # The scan zeroes the state there, so that A r comes in with the drive.
             r = restart.masked_fill((reset == 0).unsqueeze(-1), 0.0)  # [B, T, N] or [T, B, N]
-            u = u + F.linear(r, self.A)
+            u = product(r, self.A, add=u)
         if not batch_first:
             u = u.transpose(0, 1)  # [B, T, N]
             reset = None if reset is None else reset.transpose(0, 1)  # [B, T]
@@ -234,8 +237,7 @@ class SSMLayer(nn.Module):
         Returns:
             Outputs ``[..., H]``.
         """
-        z = F.linear(x, self.D)  # [..., H]
-        z = torch.addmm(z.flatten(0, -2), s.flatten(0, -2), self.C.t()).view(z.shape)  # [..., H]
+        z = product(s, self.C, add=product(x, self.D))  # [..., H]
         norm = None if self.normalize_state else self.norm
         weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
         if norm is not None and (weight is None or bias is None):
@@ -252,6 +254,39 @@ class SSMLayer(nn.Module):
             f"{self.input_size}, {self.hidden_size}, state_size={self.state_size}, "
             f"bias={self.bias is not None}, norm={norm!r}"
         )
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether `ops.linear` is the faster one for rows ``x``.
+
+    torch's own product is so for few rows, on a GPU, in half precision and where a compiler sees it.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.numel() >= ROWS * x.shape[-1]
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, add: Tensor | None = None
+) -> Tensor:
+    """``x Wᵀ``, plus a bias ``[O]`` or plus ``add`` ``[..., O]``."""
+    if runs_fused(x):
+        return linear(x, weight, bias, add)
+    if add is None:
+        return F.linear(x, weight, bias)
+    rows = torch.addmm(add.flatten(0, -2), x.flatten(0, -2), weight.t())
+    return rows.view(add.shape)
+
+
+def tanh_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """The hyperbolic tangent of a linear layer, in one pass where it is as torch makes it."""
+    if type(layer) is nn.Linear and is_untouched(layer) and runs_fused(x):
+        return linear(x, layer.weight, layer.bias, tanh=True)
+    return fused_output(layer(x), None, None, None, 1e-5, True)
 
 
 def is_untouched(module: nn.Module) -> bool:

@@ -19,9 +19,13 @@ from ssm_fast.ops.backend import (
 )
 
 
-def reference(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    """The layer as torch calls: [G, M, I], [G, O, I], [G, O] -> [G, M, O]."""
-    y = x @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, tanh: bool
+) -> Tensor:
+    """The layer as torch calls: [G, M, I], [G, O, I], [G, O], [G, M, O] -> [G, M, O]."""
+    if bias is not None:
+        add = bias.unsqueeze(1)
+    y = x @ weight.mT if add is None else torch.baddbmm(add, x, weight.mT)
     return y.tanh() if tanh else y
 
 
@@ -30,8 +34,9 @@ def through_tanh(grad: Tensor, y: Tensor | None) -> Tensor:
     return grad if y is None else grad * (1 - y.square())
 
 
-# x is [G, M, I], weight [G, O, I] and bias [G, O]; y, if given, what the layer gave through a tanh.
-LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, bool tanh) -> Tensor")
+# x is [G, M, I], weight [G, O, I], bias [G, O] and add [G, M, O], without a bias or tanh. y, if given, is
+# what the layer gave through a tanh.
+LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? add, bool tanh) -> Tensor")
 LIBRARY.define(
     "linear_grad(Tensor grad, Tensor? y, Tensor x, Tensor weight, bool for_x, bool for_weight, "
     "bool for_bias) -> (Tensor, Tensor, Tensor)",
@@ -43,7 +48,7 @@ LIBRARY.define(
 
 
 @torch.library.register_fake("ssm_fast::linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, tanh: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[1])
 
 
@@ -94,17 +99,20 @@ def _side_by_side(x: Tensor | None) -> Tensor | None:
 
 
 @cpu_kernel("linear")
-def run_linear(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+def run_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, tanh: bool
+) -> Tensor:
     """`linear` of groups without a graph; internal."""
     G, M, I = x.shape
     y = x.new_empty(G, M, weight.shape[1])
     if y.numel() == 0 or I == 0:
-        return reference(x, weight, bias, tanh)
-    x, bias = last_contiguous(x), _side_by_side(bias)
+        return reference(x, weight, bias, add, tanh)
+    x, bias, add = last_contiguous(x), _side_by_side(bias), _side_by_side(add)
     native_kernel("linear", x.dtype)(
         *_rows(x),
         *_matrices(weight),
         *_biases(bias),
+        *_rows(add),
         y.data_ptr(),
         (*x.shape, y.shape[2]),
         tanh,
@@ -220,18 +228,28 @@ def composed_tangent(
     return through_tanh(z_t, y), turn
 
 
+def _folded(
+    tensors: tuple[Tensor | None, ...], in_dims: tuple[int | None, ...], V: int
+) -> list[Tensor | None]:
+    """The tensors of V times as many groups."""
+    return [
+        None if t is None else fold(t, in_dim, V, 0)
+        for t, in_dim in zip(tensors, in_dims, strict=False)
+    ]
+
+
 class Linear(torch.autograd.Function):
     """Autograd of the layer; its gradients are another Function."""
 
     @staticmethod
     def forward(  # noqa: D102
-        x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool
+        x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, tanh: bool
     ) -> Tensor:
-        return run_linear(x, weight, bias, tanh)
+        return run_linear(x, weight, bias, add, tanh)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: D102
-        x, weight, _, tanh = inputs
+        x, weight, *_, tanh = inputs
         y = output if tanh else None
         ctx.save_for_backward(x, weight, y)
         ctx.save_for_forward(x, weight, y)
@@ -239,17 +257,24 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, weight, y = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
+        *wanted, for_add, _ = ctx.needs_input_grad
         call = _differentiable_grad if needs_autograd(grad, y, x, weight) else run_linear_grad
         gradients = call(grad, y, x, weight, *wanted)
-        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), None
+        by_input = (g if w else None for g, w in zip(gradients, wanted, strict=True))
+        return *by_input, grad if for_add else None, None
 
     @staticmethod
     def jvp(  # noqa: D102
-        ctx: Any, x_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None
+        ctx: Any,
+        x_t: Tensor | None,
+        weight_t: Tensor | None,
+        bias_t: Tensor | None,
+        add_t: Tensor | None,
+        *_: None,
     ) -> Tensor:
         x, weight, y = ctx.saved_tensors
-        return composed_tangent(x, weight, x_t, weight_t, bias_t, y, None)[0]
+        y_t = composed_tangent(x, weight, x_t, weight_t, bias_t, y, None)[0]
+        return y_t if add_t is None else y_t + add_t
 
     @staticmethod
     def vmap(  # noqa: D102
@@ -258,12 +283,12 @@ class Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        add: Tensor | None,
         tanh: bool,
     ) -> tuple[Tensor, int]:
         V = info.batch_size
-        x, weight = fold(x, in_dims[0], V, 0), fold(weight, in_dims[1], V, 0)
-        bias = None if bias is None else fold(bias, in_dims[2], V, 0)
-        return _differentiable(x, weight, bias, tanh).unflatten(0, (V, -1)), 0
+        folded = _folded((x, weight, bias, add), in_dims, V)
+        return _differentiable(*folded, tanh).unflatten(0, (V, -1)), 0
 
 
 class LinearGrad(torch.autograd.Function):
@@ -346,10 +371,7 @@ class LinearGrad(torch.autograd.Function):
         *wanted: bool,
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
         V = info.batch_size
-        folded = [
-            None if t is None else fold(t, in_dim, V, 0)
-            for t, in_dim in zip((grad, y, x, weight), in_dims, strict=False)
-        ]
+        folded = _folded((grad, y, x, weight), in_dims, V)
         gradients = _differentiable_grad(*folded, *wanted)
         return (
             tuple(
@@ -363,44 +385,67 @@ _differentiable = direct_apply(Linear)
 _differentiable_grad = direct_apply(LinearGrad)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = False) -> Tensor:
-    """Compute ``x Wᵀ + b``, or the hyperbolic tangent of it.
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    tanh: bool = False,
+) -> Tensor:
+    """Compute ``x Wᵀ + b``, its hyperbolic tangent, or ``x Wᵀ + add``.
 
-    `torch.nn.functional.linear` for the models of this package: one pass over the rows gives product,
-    bias and tanh, another all gradients, and gradients of these again take two. Weights that are
-    vmapped run as groups of one call. Internal to the models.
+    `torch.nn.functional.linear` for the sequences of this package: one pass over the rows gives
+    product, sum and tanh, another all gradients, and gradients of these again take two. Weights that
+    are vmapped run as groups of one call. Internal to the models.
 
     Args:
         x: ``[..., I]``, float32 or float64.
         weight: ``[O, I]``.
         bias: ``[O]``, or None.
+        add: ``[..., O]``, or None; not with a bias or tanh.
         tanh: Whether to take the hyperbolic tangent.
 
     Returns:
         ``[..., O]``, bitwise the same for any number of threads.
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: A shape does not fit, or ``add`` stands beside a bias or tanh.
         TypeError: The dtypes differ, or there is no kernel for them.
     """
-    x, weight, bias = promoted(x, weight, bias)
+    x, weight, bias, add = promoted(x, weight, bias, add)
     O, I = weight.shape
-    if x.shape[-1] != I or (bias is not None and bias.shape != (O,)):
-        of_bias = "" if bias is None else f" and a bias of {list(bias.shape)}"
-        raise ValueError(f"x {list(x.shape)} does not fit weights [{O}, {I}]{of_bias}")
-    for other in (weight, bias):
-        if other is not None and other.dtype != x.dtype:
-            raise TypeError(f"weights must have the dtype of x, {x.dtype}, got {other.dtype}")
-    groups = x.reshape(1, -1, I), weight.unsqueeze(0), None if bias is None else bias.unsqueeze(0)
-    return grouped_linear(*groups, tanh).view(*x.shape[:-1], O)
+    if add is not None and (bias is not None or tanh):
+        raise ValueError("add must be None with a bias or tanh")
+    given = {"x": (x, I), "bias": (bias, O), "add": (add, O)}
+    for name, (tensor, size) in given.items():
+        if tensor is None:
+            continue
+        if tensor.shape[-1] != size:
+            raise ValueError(f"{name} {list(tensor.shape)} does not fit weights [{O}, {I}]")
+        if tensor.dtype != weight.dtype:
+            raise TypeError(f"{name} must have the dtype of the weights, {weight.dtype}")
+    if add is not None and add.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"add {list(add.shape)} does not fit x {list(x.shape)}")
+    y = grouped_linear(
+        x.reshape(1, -1, I),
+        weight.unsqueeze(0),
+        None if bias is None else bias.unsqueeze(0),
+        None if add is None else add.reshape(1, -1, O),
+        tanh,
+    )
+    return y.view(*x.shape[:-1], O)
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, tanh: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    tanh: bool = False,
 ) -> Tensor:
-    """`linear` of groups, ``[G, M, I]``, ``[G, O, I]``, ``[G, O]`` -> ``[G, M, O]``; nothing is checked."""
+    """`linear` of groups, as in the schema; nothing is checked."""
     if torch.compiler.is_compiling():
-        return reference(x, weight, bias, tanh)
-    call = _differentiable if needs_autograd(x, weight, bias) else run_linear
-    y: Tensor = call(x, weight, bias, tanh)
+        return reference(x, weight, bias, add, tanh)
+    call = _differentiable if needs_autograd(x, weight, bias, add) else run_linear
+    y: Tensor = call(x, weight, bias, add, tanh)
     return y

@@ -14,5 +14,5 @@ def test_gradients_of_both_orders(device, tanh):
         torch.randn(*shape, dtype=torch.float64, generator=generator).to(device).requires_grad_()
         for shape in ((3, 5), (4, 5), (4,))
     ]
-    assert gradcheck(lambda *t: linear(*t, tanh), leaves)
-    assert gradgradcheck(lambda *t: linear(*t, tanh), leaves)
+    assert gradcheck(lambda *t: linear(*t, tanh=tanh), leaves)
+    assert gradgradcheck(lambda *t: linear(*t, tanh=tanh), leaves)

@@ -536,11 +536,15 @@ void exercise_linear(Random& random) {
   const auto sizes = random_linear(random);
   const auto [G, M, I, O] = sizes;
   const Tensor<T> x(random, kInput<T>, sizes.rows(), I), W(random, kInput<T>, sizes.matrices(), 1);
-  const Tensor<T> bias(random, sometimes<T>(random), {G}, O), y(random, kOutput<T>, sizes.rows(), O, {M * O, O});
+  const auto none = Tensor<T>::Use::left_out, add_use = sometimes<T>(random);
+  const Tensor<T> bias(random, add_use == none ? sometimes<T>(random) : none, {G}, O),
+      add(random, add_use, sizes.rows(), O);
+  const Tensor<T> y(random, kOutput<T>, sizes.rows(), O, {M * O, O});
   Linear<T> p{};
   p.x = x.data(), p.x_g = x.stride(0), p.x_m = x.stride(1);
   p.W = W.data(), p.W_g = W.stride(0), p.W_o = W.stride(1), p.W_i = W.stride(2);
   p.bias = bias.data(), p.bias_g = bias.stride(0);
+  p.add = add.data(), p.add_g = add.stride(0), p.add_m = add.stride(1);
   p.y = y.data();
   p.G = G, p.M = M, p.I = I, p.O = O;
   p.tanh = random.chance(0.5);
@@ -550,7 +554,7 @@ void exercise_linear(Random& random) {
     p.scratch = fresh_scratch<T>(random, K::linear_scratch(I, O, sizeof(T) == 8) * threads, memory);
     K::linear(p);
   };
-  check(random, G * M, kernel, std::tie(x, W, bias), std::tie(y));
+  check(random, G * M, kernel, std::tie(x, W, bias, add), std::tie(y));
 }
 
 template <class K, class T>

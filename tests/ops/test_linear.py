@@ -62,7 +62,7 @@ def test_value_and_gradients_equal_torch(sizes, tanh, dtype, has_bias):
     exact = exact if has_bias else (*exact[:2], None)
     mine = [None if t is None else t.to(dtype).requires_grad_() for t in exact]
     theirs = [None if t is None else t.detach().requires_grad_() for t in exact]
-    y = grouped_linear(*mine, tanh)
+    y = grouped_linear(*mine, tanh=tanh)
     expected = torch.stack(
         [torch_calls(*(None if t is None else t[g] for t in theirs), tanh) for g in range(sizes[0])]
     )
@@ -81,10 +81,10 @@ def test_value_and_gradients_equal_torch(sizes, tanh, dtype, has_bias):
 @with_tanh
 def test_kernels_equal_torch_calls(sizes, tanh):
     x, weight, bias = problem(*sizes)
-    y = reference(x, weight, bias, tanh)
+    y = reference(x, weight, bias, None, tanh)
     u, V, v = problem(*sizes, seed=1)
     cotangent = torch.randn_like(y)
-    torch.testing.assert_close(run_linear(x, weight, bias, tanh), y)
+    torch.testing.assert_close(run_linear(x, weight, bias, None, tanh), y)
     saved = y if tanh else None
     for wanted in [(True, True, True), (True, False, False), (False, True, True)]:
         arguments = cotangent, saved, x, weight, *wanted
@@ -102,7 +102,7 @@ def test_gradcheck_to_the_third_order(tanh, has_bias):
     leaves = [t.clone().requires_grad_() for t in leaves]
 
     def call(x, weight, bias=None):
-        return linear(x, weight, bias, tanh)
+        return linear(x, weight, bias, tanh=tanh)
 
     def gradients(*tensors):
         loss = call(*tensors).pow(3).sum()
@@ -112,6 +112,29 @@ def test_gradcheck_to_the_third_order(tanh, has_bias):
     assert gradgradcheck(call, leaves)
     assert gradcheck(gradients, leaves)
     assert gradgradcheck(gradients, leaves)
+
+
+@every_size
+def test_adds_to_the_product(sizes):
+    x, weight, _ = problem(*sizes)
+    add = torch.randn(sizes[0], sizes[1], sizes[3], dtype=torch.float64)
+    torch.testing.assert_close(grouped_linear(x, weight, add=add), add + x @ weight.mT)
+    views = x, weight, add.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(run_linear(*views[:2], None, views[2], False), add + x @ weight.mT)
+
+
+def test_gradients_of_what_it_adds_to():
+    x, weight, _ = problem(1, 3, 5, 4)
+    leaves = [t.clone().requires_grad_() for t in (x[0], weight[0], torch.rand(3, 4).double())]
+
+    def call(x, weight, add):
+        return linear(x, weight, add=add)
+
+    assert gradcheck(call, leaves, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(call, leaves)
+    many = [torch.stack([t.detach(), 2 * t.detach()]) for t in leaves]
+    expected = torch.stack([a + x @ w.mT for x, w, a in zip(*many, strict=True)])
+    torch.testing.assert_close(vmap(call)(*many), expected)
 
 
 @pytest.mark.parametrize("trained", range(3))
@@ -135,7 +158,7 @@ def test_vmap_over_weights_is_groups(tanh):
     x, weight, bias = problem(3, 8, 5, 4)
 
     def loss(x, weight, bias):
-        return linear(x, weight, bias, tanh).pow(3).sum()
+        return linear(x, weight, bias, tanh=tanh).pow(3).sum()
 
     for in_dims in [(0, 0, 0), (None, 0, 0), (0, None, None)]:
         shared = [t if d == 0 else t[0] for t, d in zip((x, weight, bias), in_dims, strict=True)]
@@ -195,7 +218,7 @@ def test_leading_dimensions():
 @pytest.mark.parametrize("sizes", [(1, 0, 3, 4), (1, 5, 3, 0), (2, 0, 3, 4)])
 def test_empty(sizes):
     leaves = [t.requires_grad_() for t in problem(*sizes)]
-    y = grouped_linear(*leaves, True)
+    y = grouped_linear(*leaves, tanh=True)
     assert y.shape == (sizes[0], sizes[1], sizes[3])
     gradients = torch.autograd.grad(y.sum(), leaves)
     assert all(not g.any() for g in gradients)
@@ -205,7 +228,7 @@ def test_float32_error():
     tensors = problem(1, 4096, 128, 64)
     single = [t.float().requires_grad_() for t in tensors]
     double = [t.requires_grad_() for t in tensors]
-    y, expected = grouped_linear(*single, True), reference(*double, True)
+    y, expected = grouped_linear(*single, tanh=True), reference(*double, None, True)
     assert relative_rms(y, expected) <= 1e-6
     cotangent = torch.randn_like(expected)
     actual = torch.autograd.grad(y, single, cotangent.float())
@@ -221,7 +244,7 @@ def test_results_are_bitwise_the_same_for_any_thread_count():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            y = run_linear(x, weight, bias, True)
+            y = run_linear(x, weight, bias, None, True)
             gradients = run_linear_grad(y, y, x, weight, True, True, True)
             results.append([y, *gradients, *run_linear_tangent(x, weight, u, V, v, y, y)])
     finally:
@@ -233,9 +256,9 @@ def test_results_are_bitwise_the_same_for_any_thread_count():
 @with_tanh
 def test_opcheck(tanh):
     x, weight, bias = problem(2, 3, 4, 5)
-    y = run_linear(x, weight, bias, tanh)
+    y = run_linear(x, weight, bias, None, tanh)
     ops = torch.ops.ssm_fast
-    torch.library.opcheck(ops.linear.default, (x, weight, bias, tanh))
+    torch.library.opcheck(ops.linear.default, (x, weight, bias, None, tanh))
     saved, cotangent = (y, torch.randn_like(y)) if tanh else (None, None)
     torch.library.opcheck(
         ops.linear_grad.default, (torch.randn_like(y), saved, x, weight, True, True, False)
@@ -247,7 +270,7 @@ def test_compiles_to_torchs_own_products():
     x, weight, bias = problem(1, 6, 5, 4)
     compiled = torch.compile(linear, fullgraph=True, backend="eager")
     torch.testing.assert_close(
-        compiled(x[0], weight[0], bias[0], True), torch_calls(x[0], weight[0], bias[0], True)
+        compiled(x[0], weight[0], bias[0], None, True), torch_calls(x[0], weight[0], bias[0], True)
     )
 
 
@@ -255,9 +278,13 @@ def test_errors():
     x, weight, bias = (t[0] for t in problem(1, 6, 5, 4))
     with pytest.raises(ValueError, match=r"x \[6, 4\] does not fit weights \[4, 5\]"):
         linear(x[:, :4], weight)
-    with pytest.raises(ValueError, match=r"a bias of \[3\]"):
+    with pytest.raises(ValueError, match=r"bias \[3\] does not fit weights \[4, 5\]"):
         linear(x, weight, bias[:3])
-    with pytest.raises(TypeError, match=r"weights must have the dtype of x, torch.float64"):
+    with pytest.raises(ValueError, match=r"add \[5, 4\] does not fit x \[6, 5\]"):
+        linear(x, weight, add=torch.ones(5, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="add must be None with a bias or tanh"):
+        linear(x, weight, bias, torch.ones(6, 4, dtype=torch.float64))
+    with pytest.raises(TypeError, match=r"x must have the dtype of the weights, torch\.float32"):
         linear(x, weight.float())
     with pytest.raises(TypeError, match=r"linear has no kernel for torch\.float16"):
         linear(x.half(), weight.half())
@@ -267,5 +294,8 @@ def test_nan_and_infinity_pass_through():
     x, weight, bias = (t[0] for t in problem(1, 6, 5, 4))
     x[2, 1] = float("nan")
     x[4] = float("inf")
-    y, expected = linear(x, weight.abs(), bias, True), torch_calls(x, weight.abs(), bias, True)
+    y, expected = (
+        linear(x, weight.abs(), bias, None, True),
+        torch_calls(x, weight.abs(), bias, True),
+    )
     torch.testing.assert_close(y, expected, equal_nan=True)
