@@ -16,6 +16,7 @@ from ssm_fast.core.improved_ssm import (
 )
 from ssm_fast.nn.ssm_layer import SSMLayer
 from ssm_fast.ops.dense_scan import matrix_gradient, sweep
+from ssm_fast.ops.linear import run_linear, run_linear_grad
 from ssm_fast.ops.output_norm import run_output_norm, run_output_norm_grad
 
 # Of log-probabilities, values and entropies, [S, T] each: what to report, and the gradients of a
@@ -128,14 +129,12 @@ class SequenceGradient:
         log_std = self._log_std.value
         x, actions = x.reshape(-1, I), actions.reshape(-1, len(log_std))  # [M, I], [M, K]
         M = len(x)
-        z = encoder(x)  # [M, H]
-        h, *z_moments = run_output_norm(z, None, None, None, NORM_EPS, True, True)
+        encoded = h = encoder.tanh(x)  # [M, H]
         kept = []
         for layer, s0 in zip(self._layers, state, strict=True):
-            u = torch.addmm(layer.bias.value, h, layer.B.transposed).view(S, T, -1)  # [S, T, N]
-            s = sweep(u, layer.A.value, s0, reset)  # [S, T, N]
-            y = torch.mm(h, layer.D.transposed)  # [M, H]
-            y.addmm_(s.reshape(M, -1), layer.C.transposed)
+            u = layer.B.times(h, layer.bias)  # [M, N]
+            s = sweep(u.view(S, T, -1), layer.A.value, s0, reset)  # [S, T, N]
+            y = layer.C.times(s.reshape(M, -1), add=layer.D.times(h))  # [M, H]
             weight, bias = layer.affine
             residual = h if self._use_residual else None
             out, *moments = run_output_norm(y, weight, bias, residual, NORM_EPS, True, True)
@@ -168,18 +167,13 @@ class SequenceGradient:
             for pair, gradient in zip((layer.norm_weight, layer.norm_bias), g_affine, strict=True):
                 if pair is not None:
                     pair.gradient.copy_(gradient)
-            torch.mm(g_y.t(), s.reshape(M, -1), out=layer.C.gradient)
-            torch.mm(g_y.t(), h, out=layer.D.gradient)
-            g_s = torch.mm(g_y, layer.C.value).view(S, T, -1)  # [S, T, N]
+            g_s = layer.C.give(g_y, s.reshape(M, -1)).view(S, T, -1)  # [S, T, N]
             g_u = sweep(g_s, layer.A.transposed, None, reset, reverse=True)  # [S, T, N]
             layer.A.gradient.copy_(matrix_gradient(g_u, s, s0, reset))
-            g_u = g_u.reshape(M, -1)  # [M, N]
-            torch.mm(g_u.t(), h, out=layer.B.gradient)
-            torch.sum(g_u, 0, out=layer.bias.gradient)
-            g_in = torch.mm(g_y, layer.D.value).addmm_(g_u, layer.B.value)  # [M, H]
+            g_in = layer.D.give(g_y, h)  # [M, H]
+            g_in += layer.B.give(g_u.reshape(M, -1), h, layer.bias)
             g_h = g_in.add_(g_h) if self._use_residual else g_in
-        g_z, *_ = run_output_norm_grad(g_h, z, None, None, *z_moments, True)
-        encoder.give(g_z, x)
+        encoder.give_tanh(g_h, encoded, x)
         return report
 
 
@@ -190,6 +184,28 @@ class _Weight:
         self.value = value
         self.gradient = gradient
         self.transposed = value.t()
+
+    def times(self, x: Tensor, bias: _Weight | None = None, add: Tensor | None = None) -> Tensor:
+        """``x Wᵀ [+ bias] [+ add]``, ``[M, O]`` from rows ``[M, I]``."""
+        offset = None if bias is None else bias.value.unsqueeze(0)
+        add = None if add is None else add.unsqueeze(0)
+        return run_linear(x.unsqueeze(0), self.value.unsqueeze(0), offset, add, False)[0]
+
+    def give(self, g: Tensor, x: Tensor, bias: _Weight | None = None) -> Tensor:
+        """Sets the gradients from that of `times`, and returns that of ``x``."""
+        g_x, g_weight, g_bias = run_linear_grad(
+            g.unsqueeze(0),
+            None,
+            x.unsqueeze(0),
+            self.value.unsqueeze(0),
+            True,
+            True,
+            bias is not None,
+        )
+        self.gradient.copy_(g_weight[0])
+        if bias is not None:
+            bias.gradient.copy_(g_bias[0])
+        return g_x[0]
 
 
 class _Linear:
@@ -206,6 +222,20 @@ class _Linear:
         """Sets the gradients, from that of what it gave for ``x``."""
         torch.mm(g.t(), x, out=self.weight.gradient)
         torch.sum(g, 0, out=self.bias.gradient)
+
+    def tanh(self, x: Tensor) -> Tensor:
+        """The hyperbolic tangent of the layer."""
+        weight, bias = self.weight.value.unsqueeze(0), self.bias.value.unsqueeze(0)
+        return run_linear(x.unsqueeze(0), weight, bias, None, True)[0]
+
+    def give_tanh(self, g: Tensor, y: Tensor, x: Tensor) -> None:
+        """Sets the gradients, from that of ``y``, which `tanh` gave for ``x``."""
+        weight = self.weight.value.unsqueeze(0)
+        _, g_weight, g_bias = run_linear_grad(
+            g.unsqueeze(0), y.unsqueeze(0), x.unsqueeze(0), weight, False, True, True
+        )
+        self.weight.gradient.copy_(g_weight[0])
+        self.bias.gradient.copy_(g_bias[0])
 
 
 class _Network:
