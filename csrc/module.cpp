@@ -9,7 +9,8 @@
 #include <tuple>
 #include <vector>
 
-#include "dispatch.h"
+#include "calls.h"
+#include "sequence_gradient.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -24,29 +25,11 @@ using Address = std::uintptr_t;
 template <std::size_t N>
 using Strides = std::array<Index, N>;
 
-constexpr Index kLinearRows = 96;    // rows of a linear call that are worth a thread
 constexpr Index kParallelRows = 16;  // rows of a policy step that are worth a thread
-constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
 
 template <class T>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
-}
-
-int threads_for(double work, Index rows) {
-  if (work < kSerialWork || omp_in_parallel()) return 1;
-  const Index threads = omp_get_max_threads();
-  return int(threads < rows ? threads : (rows < 1 ? 1 : rows));
-}
-
-struct AlignedDelete {
-  void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-
-// An aligned block for `elements` values that a kernel works in.
-template <class T>
-std::unique_ptr<void, AlignedDelete> scratch_block(Index elements) {
-  return std::unique_ptr<void, AlignedDelete>(::operator new(std::size_t(elements) * sizeof(T), std::align_val_t{64}));
 }
 
 // Elements from the first to the end of the last one of [G, B, T, N] with these strides.
@@ -69,14 +52,6 @@ void use_huge_pages(T* output, Index elements) {
   (void)output, (void)elements;
 #endif
 }
-
-// Calls a function of the chosen instruction set.
-#if defined(SSM_FAST_HAS_avx512)
-#define SSM_FAST_CALL(call) \
-  (chosen_isa() == Isa::avx512 ? avx512::call : chosen_isa() == Isa::avx2 ? avx2::call : baseline::call)
-#else
-#define SSM_FAST_CALL(call) (baseline::call)
-#endif
 
 template <class T>
 void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides, Address s0, Strides<2> s0_strides,
@@ -324,18 +299,12 @@ void output_norm_grad(Address grad_y, Strides<2> grad_strides, Address z, Stride
   SSM_FAST_CALL(output_norm_grad(params));
 }
 
-// Threads of a linear call: each has a workspace, so no more than there are blocks worth one.
-int linear_threads(const Strides<4>& sizes) {
-  const auto [G, M, I, O] = sizes;
-  return threads_for(double(G * M) * double(I * O), (G * M + kLinearRows - 1) / kLinearRows);
-}
-
 template <class T>
 void linear(Address x, Strides<2> x_strides, Address W, Strides<3> W_strides, Address bias, Index bias_stride,
             Address add, Strides<2> add_strides, Address y, Strides<4> sizes, bool tanh) {
   const auto [G, M, I, O] = sizes;
   Linear<T> params{};
-  params.threads = linear_threads(sizes);
+  params.threads = linear_threads(G * M, double(I * O));
   const auto scratch = scratch_block<T>(params.threads * SSM_FAST_CALL(linear_scratch(I, O, sizeof(T) == 8)));
   params.x = at<T>(x);
   std::tie(params.x_g, params.x_m) = std::tuple_cat(x_strides);
@@ -388,7 +357,7 @@ void linear_tangent(Address x_t, Strides<2> xt_strides, Address W_t, Strides<3> 
                     Strides<4> sizes) {
   const auto [G, M, I, O] = sizes;
   LinearTangent<T> params{};
-  params.threads = linear_threads(sizes);
+  params.threads = linear_threads(G * M, double(I * O));
   const auto scratch = scratch_block<T>(params.threads * SSM_FAST_CALL(linear_scratch(I, O, sizeof(T) == 8)));
   params.x_t = at<T>(x_t);
   std::tie(params.xt_g, params.xt_m) = std::tuple_cat(xt_strides);
@@ -469,6 +438,33 @@ void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, d
   SSM_FAST_CALL(policy_step(params));
 }
 
+template <class T>
+void bind_sequence_gradient(py::module_& m, const char* name) {
+  using Gradient = SequenceGradient<T>;
+  const auto pointers = [](const std::vector<Address>& addresses) {
+    std::vector<T*> found;
+    for (const Address address : addresses) found.push_back(at<T>(address));
+    return found;
+  };
+  py::class_<Gradient>(m, name)
+      .def(py::init([pointers](const std::vector<Address>& weights, const std::vector<Address>& gradients,
+                               const Strides<6>& sizes, bool residual, double eps) {
+        const auto [I, H, N, L, K, W] = sizes;
+        return std::make_unique<Gradient>(pointers(weights), pointers(gradients),
+                                          typename Gradient::Sizes{I, H, N, L, K, W}, residual, T(eps));
+      }))
+      .def("forward",
+           [](Gradient& self, Address x, Address state, Address reset, Address mean, Address value, Index S,
+              Index T_len) {
+             const py::gil_scoped_release release;
+             self.forward(at<T>(x), at<T>(state), at<std::uint8_t>(reset), at<T>(mean), at<T>(value), S, T_len);
+           })
+      .def("backward", [](Gradient& self, Address grad_mean, Address grad_value) {
+        const py::gil_scoped_release release;
+        self.backward(at<T>(grad_mean), at<T>(grad_value));
+      });
+}
+
 }  // namespace
 }  // namespace ssm_fast
 
@@ -515,6 +511,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("linear_grad_float64", &linear_grad<double>);
   m.def("linear_tangent_float32", &linear_tangent<float>);
   m.def("linear_tangent_float64", &linear_tangent<double>);
+  bind_sequence_gradient<float>(m, "SequenceGradient_float32");
+  bind_sequence_gradient<double>(m, "SequenceGradient_float64");
   m.def("policy_step_float32", &policy_step<float>);
   m.def("policy_step_float64", &policy_step<double>);
 }

@@ -10,6 +10,20 @@ class Sweep(Enum):
 class _Kernel(Protocol):
     def __call__(self, *arguments: float | bool | Sequence[int] | Sweep) -> None: ...
 
+class _SequenceGradient:
+    def __init__(
+        self,
+        weights: Sequence[int],
+        gradients: Sequence[int],
+        sizes: Sequence[int],
+        residual: bool,
+        eps: float,
+    ) -> None: ...
+    def forward(
+        self, x: int, state: int, reset: int, mean: int, value: int, S: int, T_len: int
+    ) -> None: ...
+    def backward(self, grad_mean: int, grad_value: int) -> None: ...
+
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def num_threads() -> int: ...
@@ -38,5 +52,7 @@ linear_grad_float32: _Kernel
 linear_grad_float64: _Kernel
 linear_tangent_float32: _Kernel
 linear_tangent_float64: _Kernel
+SequenceGradient_float32: type[_SequenceGradient]
+SequenceGradient_float64: type[_SequenceGradient]
 policy_step_float32: _Kernel
 policy_step_float64: _Kernel
