@@ -21,9 +21,11 @@ from ssm_fast.nn.ssm_layer import (
     is_untouched,
     last_state,
     orthogonal_,
+    runs_fused,
     tanh_layer,
 )
 from ssm_fast.ops.backend import is_plain, is_watched, needs_autograd
+from ssm_fast.ops.output_norm import fused_output
 from ssm_fast.ops.policy_step import Observations, PolicyStep, PolicyWeights
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
@@ -59,9 +61,11 @@ class CriticNetwork(nn.Module):
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """``[..., W]`` from normalised observations ``[..., I]`` and features ``[..., H]``."""
-        v = (self.observations(x) + self.features(features.detach())).tanh()  # [..., W]
-        out: Tensor = self.hidden(v).tanh()  # [..., W]
-        return out
+        v = self.observations(x) + self.features(features.detach())  # [..., W]
+        if not runs_fused(x):
+            out: Tensor = self.hidden(v.tanh()).tanh()  # [..., W]
+            return out
+        return tanh_layer(self.hidden, fused_output(v, None, None, None, NORM_EPS, True))
 
 
 class ImprovedSSM(nn.Module):
