@@ -15,7 +15,13 @@ from ssm_fast.ops.linear import (
     run_linear_tangent,
 )
 
-SIZES = [(20, 2000, 64, 128), (20, 2000, 17, 64), (20, 2000, 128, 6), (1, 64, 64, 64)]
+SIZES = [
+    (4, 2000, 64, 128),
+    (4, 2000, 17, 64),
+    (4, 2000, 128, 6),
+    (1, 2048, 64, 64),
+    (1, 64, 64, 64),
+]
 SWEEPS = {  # what runs, what it is compared with, and its products
     "linear": (run_linear, reference, 1),
     "linear_grad": (run_linear_grad, composed_gradients, 2),

@@ -122,7 +122,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 OURS: dict[str, Callable[..., Callable[[], Any]]] = {
     "MetaMAML": meta_maml(),
     "MetaMAML chunk_size=1": meta_maml(chunk_size=1),
-    "MetaMAML chunk_size=4": meta_maml(chunk_size=4),
+    "MetaMAML, all tasks at once": meta_maml(chunk_size=SIZES["G"]),
     "MetaMAML first_order": meta_maml(first_order=True),
 }
 PEERS: dict[str, Callable[..., Callable[[], Any]]] = {

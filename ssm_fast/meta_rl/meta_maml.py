@@ -25,6 +25,7 @@ TaskData: TypeAlias = Sequence[Any]  # support_x, support_y, query_x, query_y
 
 _PARTS = ("support_x", "support_y", "query_x", "query_y")
 _STATE_VERSION = 1
+_CHUNK_ROWS = 8192  # of the tasks in a vmapped call on the CPU
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class MetaMAML:
         inner_steps: Inner steps of `meta_update`, and of `adapt_task` by default.
         learn_inner_lr: Learn a rate for each weight together with the weights (Meta-SGD).
         max_grad_norm: Scale the meta-gradient down to this norm; None leaves it.
-        chunk_size: Tasks in one vmapped call; None takes all. Smaller chunks take less memory and
-            give the same numbers.
+        chunk_size: Tasks in one vmapped call. None takes all on a GPU, and on the CPU as many as have
+            8,192 rows together: what larger calls give leaves the caches. Smaller chunks take less
+            memory and give the same numbers.
         optimizer: Makes the outer optimizer from the list of meta-parameters, instead of Adam.
 
     Attributes:
@@ -226,7 +228,7 @@ class MetaMAML:
         _keep_freed_memory()
         total = [torch.zeros_like(p) for p in (*self._parameters.values(), *self._rates.values())]
         losses = total[0].new_empty(len(tasks))
-        for chunk in _same_shapes(tasks, self.chunk_size or len(tasks)):
+        for chunk in _same_shapes(tasks, self.chunk_size or _tasks_of_a_chunk(tasks)):
             losses[chunk], gradients = self._chunk_gradient(
                 chunk, tasks, initial_hidden_state, loss_fn, steps
             )
@@ -490,6 +492,12 @@ def _keep_freed_memory() -> None:
 def _is_differentiable(weights: Weights, rates: float | Mapping[str, Tensor]) -> bool:
     tensors = [*weights.values(), *(rates.values() if isinstance(rates, Mapping) else ())]
     return any(x.requires_grad for x in tensors)
+
+
+def _tasks_of_a_chunk(tasks: Sequence[TaskData]) -> int:
+    first: Tensor = tree_leaves(tasks[0][0])[0]
+    rows = first.numel() // first.shape[-1] if first.ndim > 1 else first.numel()
+    return len(tasks) if first.is_cuda else max(1, _CHUNK_ROWS // rows)
 
 
 def _same_shapes(tasks: Sequence[TaskData], size: int) -> list[list[int]]:

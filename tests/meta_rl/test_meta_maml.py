@@ -202,6 +202,14 @@ class TestMetaGradient:
     def test_chunks(self, chunk_size: int) -> None:
         self.compare("norm_state", 2, chunk_size=chunk_size)
 
+    @pytest.mark.parametrize(("rows", "calls"), [(10, 1), (4096, 2), (5000, 3)])
+    def test_large_tasks_run_in_chunks_by_themselves(self, rows: int, calls: int) -> None:
+        model, seen = torch.nn.Linear(2, 1), []
+        model.register_forward_hook(lambda *_: seen.append(1))
+        x, y = torch.randn(rows, 2), torch.randn(rows, 1)
+        MetaMAML(model).meta_update([(x, y, x, y)] * 3)
+        assert len(seen) == 2 * calls  # of the support and of the query sets
+
     def test_tasks_of_different_lengths(self) -> None:
         tasks = [*make_tasks(2, 4), *make_tasks(2, 7), *make_tasks(1, 4)]
         tasks = [tasks[i] for i in (0, 2, 4, 1, 3)]
