@@ -1,5 +1,6 @@
 # make train: train the SSM policy on HalfCheetah-v5 and print its evaluation. make test: the test suite.
 # make docs: the documentation site, in build/site.
+# make pretrained: the policies that the web app offers.
 # make wheel: the sdist and a checked wheel, in dist.
 # Every target builds what it needs: a virtual environment in .venv with the package installed in it.
 
@@ -23,7 +24,9 @@ ifeq ($(shell uname),Darwin) # what the module links besides the system is torch
 endif
 CASES ?= 10000
 
-.PHONY: train test test-isa fuzz sanitize bench wheel docs lint format clean
+PRETRAINED ?= halfcheetah-v5 cartpole-family halfcheetah-dir
+
+.PHONY: train pretrained test test-isa fuzz sanitize bench wheel docs lint format clean
 
 train: $(VENV)/.installed-rl
 	$(BIN)/ssm-fast train --preset halfcheetah-v5 --steps $(STEPS) --seed $(SEED) --out $(OUT)
@@ -31,6 +34,13 @@ train: $(VENV)/.installed-rl
 test: $(VENV)/.installed-dev
 	$(BIN)/pytest
 	$(MAKE) test-isa
+
+# The policies that come with the package, where the web app looks for them.
+pretrained: $(VENV)/.installed-rl
+	set -e; for preset in $(PRETRAINED); do \
+	  $(BIN)/ssm-fast train --preset $$preset --seed 0 --out runs/pretrained/$$preset; \
+	  cp runs/pretrained/$$preset/policy.safetensors ssm_fast/app/pretrained/$$preset.safetensors; \
+	done
 
 # The kernels once more at every instruction set below the one that the processor would choose.
 test-isa: $(VENV)/.installed-dev
