@@ -17,16 +17,22 @@ struct Workspace {
   Index row;  // their stride
 };
 
+// Of a packed matrix, whichever way around.
+template <class T>
+Index matrix_elements(Index I, Index O) {
+  const Index forward = I * round_up(O, kWidth<T>), back = O * round_up(I, kWidth<T>);
+  return forward > back ? forward : back;
+}
+
 template <class T>
 Index workspace_elements(Index I, Index O) {
   constexpr Index L = kWidth<T>;
-  const Index widest = round_up(I > O ? I : O, L);
-  return 2 * (I > O ? I : O) * widest + widest + kBlock * round_up(O, L);
+  return 2 * matrix_elements<T>(I, O) + round_up(I > O ? I : O, L) + kBlock * round_up(O, L);
 }
 
 template <class T>
 Workspace<T> workspace_at(T* scratch, Index I, Index O) {
-  const Index widest = round_up(I > O ? I : O, kWidth<T>), matrix = (I > O ? I : O) * widest;
+  const Index widest = round_up(I > O ? I : O, kWidth<T>), matrix = matrix_elements<T>(I, O);
   T* zeros = scratch + 2 * matrix;
   std::memset(zeros, 0, std::size_t(widest) * sizeof(T));
   return {scratch, scratch + matrix, zeros, zeros + widest, round_up(O, kWidth<T>)};

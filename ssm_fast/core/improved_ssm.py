@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from os import PathLike
 from typing import Any, Literal, cast
@@ -310,7 +310,7 @@ class ImprovedSSM(nn.Module):
         if weights is None or overridden:
             return lambda x, state, noise: self.get_action(x, state, noise=noise)
         self._check(x, hidden_state, None)
-        step = self._policy_step(weights)
+        step = self._policy_step(_held(weights))
 
         def act(x: Tensor, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             check_noise(noise, [len(x), self.action_dim], x)
@@ -602,6 +602,17 @@ def _step_shapes(
         rest += ((W, I), True), ((W, H), True), ((W,), False), ((W, W), True), ((W,), False)
     layer = ((N, N), True), ((N, H), True), ((N,), False), ((H, N), True), ((H, H), True)
     return heads + rest + (*layer, ((F,), False), ((F,), False)) * L
+
+
+def _held(weights: PolicyWeights) -> PolicyWeights:
+    """Aliases, which keep the memory even where a module gets another."""
+
+    def aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if x is None else x.detach() for x in tensors]
+
+    heads, log_std, layers, network = weights
+    (log_std,) = aliases([log_std])
+    return PolicyWeights(aliases(heads), log_std, aliases(layers), aliases(network))
 
 
 def _linear_weights(module: nn.Module | None) -> list[Tensor | None] | None:

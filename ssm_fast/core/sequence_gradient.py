@@ -54,7 +54,8 @@ class SequenceGradient:
         assert model.log_std is not None
         self._log_std = model.log_std.detach()
         self._log_std_gradient = gradients[id(model.log_std)]
-        self._weights = _weights(model)  # what lies at the addresses stays there
+        weights = _weights(model)
+        self._weights = [None if w is None else w.detach() for w in weights]  # holds the memory
         width = 0 if model.critic_network is None else model.critic.in_features
         sizes = (
             model.input_dim,
@@ -64,9 +65,10 @@ class SequenceGradient:
             model.action_dim,
             width,
         )
+        self._sizes = sizes
         self._native = native_kernel("SequenceGradient", self.vector.dtype)(
-            [0 if w is None else w.data_ptr() for w in self._weights],
-            [0 if w is None else gradients[id(w)].data_ptr() for w in self._weights],
+            [0 if w is None else w.data_ptr() for w in weights],
+            [0 if w is None else gradients[id(w)].data_ptr() for w in weights],
             sizes,
             model.use_residual,
             NORM_EPS,
@@ -117,6 +119,7 @@ class SequenceGradient:
         """
         S, T, _ = x.shape
         log_std = self._log_std
+        self._check(x, actions, state, reset)
         actions = actions.reshape(-1, len(log_std))  # [M, K]
         x, state, reset = x.contiguous(), state.contiguous(), reset.contiguous()
         mean, value = x.new_empty(actions.shape), x.new_empty(S, T)
@@ -139,9 +142,25 @@ class SequenceGradient:
         weighted = deviation * g_log_prob.unsqueeze(1)  # [M, K]
         g_log_std = torch.linalg.vecdot(weighted, deviation, dim=0) - g_log_prob.sum()
         self._log_std_gradient.copy_(g_log_std + sum(g.sum() for g in g_entropy))
-        g_mean, g_value = weighted.div_(std), g_value.contiguous()  # [M, K], [M]
+        g_mean, g_value = weighted.div_(std), g_value.to(x.dtype).contiguous()  # [M, K], [M]
         self._native.backward(g_mean.data_ptr(), g_value.data_ptr())
         return report
+
+    def _check(self, x: Tensor, actions: Tensor, state: Tensor, reset: Tensor) -> None:
+        """What the native calls rely on."""
+        S, T, _ = x.shape
+        I, _, N, L, K, _ = self._sizes
+        expected = {
+            "x": (x, (S, T, I), self.vector.dtype),
+            "actions": (actions, (S, T, K), self.vector.dtype),
+            "state": (state, (L, S, N), self.vector.dtype),
+            "reset": (reset, (S, T), torch.bool),
+        }
+        for name, (tensor, shape, dtype) in expected.items():
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if tensor.dtype != dtype:
+                raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
 
 
 def _weights(model: ImprovedSSM) -> list[Tensor | None]:

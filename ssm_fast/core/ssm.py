@@ -160,7 +160,10 @@ class StateSpaceModel(nn.Module):
                     h = h.masked_fill(reset.bool().unsqueeze(1), 0.0)  # [B, N]
                 s = torch.addmm(u, h, self.A.t())  # [B, N]
             h_next = s
-        return product(x, self.D, add=self.C(s)), h_next  # [B, O] or [B, T, O], [B, N]
+        y = self.C(s)  # what a user puts there may broadcast or promote
+        if y.shape == (*x.shape[:-1], self.output_dim) and y.dtype == x.dtype:
+            return product(x, self.D, add=y), h_next
+        return y + product(x, self.D), h_next  # [B, O] or [B, T, O], [B, N]
 
     def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""

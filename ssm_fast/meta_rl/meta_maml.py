@@ -228,7 +228,7 @@ class MetaMAML:
         _keep_freed_memory()
         total = [torch.zeros_like(p) for p in (*self._parameters.values(), *self._rates.values())]
         losses = total[0].new_empty(len(tasks))
-        for chunk in _same_shapes(tasks, self.chunk_size or _tasks_of_a_chunk(tasks)):
+        for chunk in _same_shapes(tasks, self.chunk_size):
             losses[chunk], gradients = self._chunk_gradient(
                 chunk, tasks, initial_hidden_state, loss_fn, steps
             )
@@ -494,24 +494,27 @@ def _is_differentiable(weights: Weights, rates: float | Mapping[str, Tensor]) ->
     return any(x.requires_grad for x in tensors)
 
 
-def _tasks_of_a_chunk(tasks: Sequence[TaskData]) -> int:
-    first: Tensor = tree_leaves(tasks[0][0])[0]
-    rows = first.numel() // first.shape[-1] if first.ndim > 1 else first.numel()
-    return len(tasks) if first.is_cuda else max(1, _CHUNK_ROWS // rows)
+def _tasks_of_a_chunk(task: TaskData, count: int) -> int:
+    """How many of `count` tasks like this one run together."""
+    leaves: list[Tensor] = tree_leaves((task[0], task[2]))
+    if leaves[0].device.type != "cpu":
+        return count
+    rows = max(x.numel() // x.shape[-1] if x.ndim > 1 else x.numel() for x in leaves)
+    return max(1, _CHUNK_ROWS // rows)
 
 
-def _same_shapes(tasks: Sequence[TaskData], size: int) -> list[list[int]]:
-    """Indices of tasks of the same shapes, at most ``size`` together."""
+def _same_shapes(tasks: Sequence[TaskData], size: int | None) -> list[list[int]]:
+    """Indices of tasks of the same shapes, at most ``size`` together, or as many as fit the caches."""
     groups: dict[Any, list[int]] = {}
     for i, task in enumerate(tasks):
         leaves, structure = tree_flatten(tuple(task))
         key = str(structure), tuple((x.shape, x.dtype) for x in leaves)
         groups.setdefault(key, []).append(i)
-    return [
-        group[first : first + size]
-        for group in groups.values()
-        for first in range(0, len(group), size)
-    ]
+    chunks = []
+    for group in groups.values():
+        most = size or _tasks_of_a_chunk(tasks[group[0]], len(group))
+        chunks += [group[first : first + most] for first in range(0, len(group), most)]
+    return chunks
 
 
 def _check_losses(history: Tensor, chunk: list[int]) -> None:

@@ -299,6 +299,9 @@ class PPOTrainer:
         self._reset = np.empty(0, dtype=np.bool_)  # [B]
         self._return = torch.empty(0)  # [B], discounted, of the episodes under way
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_gradient": None}  # addresses; the next update makes it anew
+
     def train(
         self,
         env: AnyEnvironment,

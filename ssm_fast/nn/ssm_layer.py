@@ -294,6 +294,8 @@ def is_untouched(module: nn.Module) -> bool:
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
         or "forward" in module.__dict__
         or "step" in module.__dict__
     )

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from ssm_fast.ops.backend import (
     LIBRARY,
@@ -78,7 +80,8 @@ def _(
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:-1], weight.shape[1])
-    return x.new_empty(shape), x.new_empty(shape if grad is not None else (0,))
+    turns = grad is not None and y is not None
+    return x.new_empty(shape), x.new_empty(shape if turns else (0,))
 
 
 def _rows(x: Tensor | None) -> tuple[int, tuple[int, int]]:
@@ -168,8 +171,8 @@ def run_linear_tangent(
     Internal. The second result is the derivative of ``grad (1 - y²)`` by y, times the tangent before
     the tanh.
     """
-    shape = (*x.shape[:-1], weight.shape[1])
-    y_t, turn = x.new_empty(shape), x.new_empty(shape if grad is not None else (0,))
+    shape, turns = (*x.shape[:-1], weight.shape[1]), grad is not None and y is not None
+    y_t, turn = x.new_empty(shape), x.new_empty(shape if turns else (0,))
     if y_t.numel() == 0 or x.numel() == 0:
         return composed_tangent(x, weight, x_t, weight_t, bias_t, y, grad)
     x, y, grad = last_contiguous(x), _side_by_side(y), _side_by_side(grad)
@@ -385,6 +388,14 @@ _differentiable = direct_apply(Linear)
 _differentiable_grad = direct_apply(LinearGrad)
 
 
+def _is_forward_over_forward() -> bool:
+    """Whether forward mode runs inside forward mode, where torch takes what a jvp saved for constant."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    levels = retrieve_all_functorch_interpreters()
+    return sum(level.key() == TransformType.Jvp for level in levels) > 1
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -444,7 +455,7 @@ def grouped_linear(
     tanh: bool = False,
 ) -> Tensor:
     """`linear` of groups, as in the schema; nothing is checked."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_forward_over_forward():
         return reference(x, weight, bias, add, tanh)
     call = _differentiable if needs_autograd(x, weight, bias, add) else run_linear
     y: Tensor = call(x, weight, bias, add, tanh)

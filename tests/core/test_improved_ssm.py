@@ -20,7 +20,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from ssm_fast.core.improved_ssm import ImprovedSSM
-from ssm_fast.nn import RunningNorm, SSMLayer
+from ssm_fast.nn import RunningNorm, SSMLayer, ssm_layer
 
 IN, ACTIONS, N, H, L = 5, 3, 6, 8, 2
 
@@ -704,3 +704,30 @@ class TestNativeStep:
             model.encoder.weight.data = model.encoder.weight.data[:, :-1].contiguous()
             with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
                 model.get_action(x[:, 0], h)
+
+
+@pytest.mark.parametrize("critic_dim", [None, 6])
+def test_fused_and_not_give_the_same(
+    critic_dim: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = ImprovedSSM(3, 2, 5, 7, critic_dim=critic_dim).double()
+    x, results = torch.randn(4, 6, 3).double(), []
+    for least in (1, 10**9):
+        monkeypatch.setattr(ssm_layer, "ROWS", least)
+        mean, log_std, value, state = model(x)
+        loss = mean.pow(3).sum() + log_std.sum() + value.square().sum()
+        results.append([mean, value, state, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("least", [1, 10**9])
+@pytest.mark.parametrize("name", ["encoder", "critic_network.hidden"])
+def test_backward_hooks_run(name: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssm_layer, "ROWS", least)
+    model, seen = ImprovedSSM(3, 2, 5, 7, critic_dim=6), []
+    model.get_submodule(name).register_full_backward_hook(lambda *_: seen.append(1))
+    mean, _, value, _ = model(torch.randn(4, 6, 3, requires_grad=True))
+    (mean.sum() + value.sum()).backward()
+    assert seen

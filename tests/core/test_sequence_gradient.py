@@ -62,6 +62,66 @@ def test_equals_autograd(
     torch.testing.assert_close(gradient.vector, flat, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("critic_dim", [None, 40])
+def test_any_number_of_rows_and_threads(critic_dim: int | None, dtype: torch.dtype) -> None:
+    model = _model(critic_dim=critic_dim).to(dtype)  # the critic's network wider than the features
+    gradient: SequenceGradient | None = None
+    threads = torch.get_num_threads()
+    for rows in (3, 200, 7, 120):
+        state = torch.randn(2, rows, 9, dtype=dtype)
+        batch = (
+            torch.randn(rows, 11, I, dtype=dtype),
+            torch.randn(rows, 11, K, dtype=dtype),
+            state,
+            torch.rand(rows, 11) < 0.3,
+        )
+        loss = _loss(torch.randn(3, rows, 11, dtype=dtype), 2)
+        gradient = gradient or SequenceGradient.of(model, batch[0], state)
+        assert gradient is not None
+        vectors = []
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                gradient(*batch, loss)
+                vectors.append(gradient.vector.clone())
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(*vectors)
+        model.zero_grad()
+        loss(*model.evaluate_actions(*batch))[0].backward()
+        flat = torch.cat([x.reshape(-1) for x in _gradients(model)])
+        error = (vectors[0] - flat).norm() / flat.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+
+def test_keeps_the_memory_of_a_model_that_moves() -> None:
+    model = _model()
+    batch, loss = _batch(model), _loss(torch.randn(3, S, T).double(), 2)
+    gradient = SequenceGradient.of(model, batch[0], batch[2])
+    assert gradient is not None
+    before = gradient(*batch, loss)
+    model.float()
+    assert torch.equal(gradient(*batch, loss), before)
+
+
+def test_wrong_tensors() -> None:
+    model = _model()
+    x, actions, state, reset = _batch(model)
+    gradient, loss = SequenceGradient.of(model, x, state), _loss(torch.zeros(3, S, T), 2)
+    assert gradient is not None
+    with pytest.raises(TypeError, match=r"actions must have dtype torch\.float64"):
+        gradient(x, actions.float(), state, reset, loss)
+    with pytest.raises(TypeError, match=r"reset must have dtype torch\.bool"):
+        gradient(x, actions, state, reset.double(), loss)
+    with pytest.raises(ValueError, match="state must have shape"):
+        gradient(x, actions, state[:, 1:], reset, loss)
+
+
 def test_reads_the_weights_at_each_call() -> None:
     model = _model()
     batch = _batch(model)

@@ -13,9 +13,10 @@ from references import relative_rms
 from scipy import signal
 from torch import Tensor
 from torch.autograd import gradcheck
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, vmap
 
 from ssm_fast.core.ssm import StateSpaceModel
+from ssm_fast.nn import ssm_layer
 
 N, IN, OUT, HIDDEN = 5, 3, 2, 7
 
@@ -229,3 +230,54 @@ def test_bad_input() -> None:
         model(x, h.float())
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         model.init_hidden(0)
+
+
+@pytest.fixture(params=[1, 10**9], ids=["fused", "torch"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways in which sequences are projected."""
+    monkeypatch.setattr(ssm_layer, "ROWS", request.param)
+
+
+def test_fused_and_not_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, h, reset) = make(), inputs()
+    results = []
+    for least in (1, 10**9):
+        monkeypatch.setattr(ssm_layer, "ROWS", least)
+        y, h_next = model(x, h, reset)
+        loss = y.pow(3).sum() + h_next.sum()
+        results.append([y, h_next, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("rows")
+def test_hooks_of_the_output_network_run() -> None:
+    model, (x, *_) = make(), inputs()
+    model.C[2].register_full_backward_hook(lambda *_: (torch.zeros(4, 8, HIDDEN).double(),))
+    model(x)[0].sum().backward()
+    assert not model.A.grad.any()
+
+
+@pytest.mark.usefixtures("rows")
+def test_an_output_network_of_another_kind() -> None:
+    model, (x, *_) = make(), inputs()
+    model.C = torch.nn.Linear(N, 1).double()  # broadcasts
+    assert model(x)[0].shape == (4, 8, OUT)
+    model.C = torch.nn.Sequential(torch.nn.Linear(N, OUT).double(), torch.nn.Tanh())
+    assert model(x)[0].shape == (4, 8, OUT)
+
+
+@pytest.mark.usefixtures("rows")
+def test_forward_mode_twice() -> None:
+    model, (x, *_) = make(), inputs(2, 3)
+
+    def loss(bias: Tensor) -> Tensor:
+        return functional_call(model, {"C.0.bias": bias}, (x,))[0].pow(2).sum()
+
+    bias = model.C[0].bias.detach()
+    torch.testing.assert_close(jacfwd(jacfwd(loss))(bias), hessian(loss)(bias))
+
+
+def test_many_inputs_take_no_square_workspace() -> None:
+    model = StateSpaceModel(2, 100_000, 2, 4)
+    assert model(torch.zeros(1, 256, 100_000))[0].shape == (1, 256, 2)

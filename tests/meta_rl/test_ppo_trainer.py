@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import subprocess
@@ -339,6 +340,7 @@ class TestUpdate:
             trainer = _trainer(model, entropy_coef=0.01, clip_value_loss=True)
             trainer.train(_drift(2), 96)
             assert (trainer._gradient is not None) == written_out
+            copy.deepcopy(trainer)
             weights.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
         torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
 
