@@ -292,6 +292,11 @@ def last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def row_address(x: Tensor | None) -> tuple[int, tuple[int, int]]:
+    """Address and strides of rows [G, M, ...]; ``x`` must live until the kernel returns."""
+    return (0, (0, 0)) if x is None else (x.data_ptr(), (x.stride(0), x.stride(1)))
+
+
 def fold(x: Tensor, in_dim: int | None, size: int, to: int) -> Tensor:
     """Merge a vmapped dimension of ``x`` into its dimension ``to``."""
     if in_dim is None:

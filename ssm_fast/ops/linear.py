@@ -18,6 +18,7 @@ from ssm_fast.ops.backend import (
     native_kernel,
     needs_autograd,
     promoted,
+    row_address,
 )
 
 
@@ -36,6 +37,45 @@ def through_tanh(grad: Tensor, y: Tensor | None) -> Tensor:
     return grad if y is None else grad * (1 - y.square())
 
 
+def composed_gradients(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    for_x: bool,
+    for_weight: bool,
+    for_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`run_linear_grad` as torch calls."""
+    z = through_tanh(grad, y)
+    return (
+        z @ weight if for_x else x.new_empty(0),
+        z.mT @ x if for_weight else x.new_empty(0),
+        z.sum(1) if for_bias else x.new_empty(0),
+    )
+
+
+def composed_tangent(
+    x: Tensor,
+    weight: Tensor,
+    x_t: Tensor | None,
+    weight_t: Tensor | None,
+    bias_t: Tensor | None,
+    y: Tensor | None,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`run_linear_tangent` as torch calls."""
+    z_t = x.new_zeros(*x.shape[:-1], weight.shape[1])  # [G, M, O]
+    if x_t is not None:
+        z_t = z_t + x_t @ weight.mT
+    if weight_t is not None:
+        z_t = z_t + x @ weight_t.mT
+    if bias_t is not None:
+        z_t = z_t + bias_t.unsqueeze(1)
+    turn = x.new_empty(0) if grad is None or y is None else -2 * y * grad * z_t
+    return through_tanh(z_t, y), turn
+
+
 # x is [G, M, I], weight [G, O, I], bias [G, O] and add [G, M, O], without a bias or tanh. y, if given, is
 # what the layer gave through a tanh.
 LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, Tensor? add, bool tanh) -> Tensor")
@@ -49,44 +89,12 @@ LIBRARY.define(
 )
 
 
-@torch.library.register_fake("ssm_fast::linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, tanh: bool) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[1])
-
-
-@torch.library.register_fake("ssm_fast::linear_grad")
-def _(
-    grad: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    for_x: bool,
-    for_weight: bool,
-    for_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = (x.shape, for_x), (weight.shape, for_weight), (weight.shape[:2], for_bias)
-    grad_x, grad_weight, grad_bias = (x.new_empty(s if wanted else (0,)) for s, wanted in shapes)
-    return grad_x, grad_weight, grad_bias
-
-
-@torch.library.register_fake("ssm_fast::linear_tangent")
-def _(
-    x: Tensor,
-    weight: Tensor,
-    x_t: Tensor | None,
-    weight_t: Tensor | None,
-    bias_t: Tensor | None,
-    y: Tensor | None,
-    grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    shape = (*x.shape[:-1], weight.shape[1])
-    turns = grad is not None and y is not None
-    return x.new_empty(shape), x.new_empty(shape if turns else (0,))
-
-
-def _rows(x: Tensor | None) -> tuple[int, tuple[int, int]]:
-    """Address and strides of [G, M, ...]; ``x`` must live until the kernel returns."""
-    return (0, (0, 0)) if x is None else (x.data_ptr(), (x.stride(0), x.stride(1)))
+for _op, _composed in (
+    ("linear", reference),
+    ("linear_grad", composed_gradients),
+    ("linear_tangent", composed_tangent),
+):
+    torch.library.register_fake(f"ssm_fast::{_op}", _composed)
 
 
 def _matrices(x: Tensor | None) -> tuple[int, tuple[int, ...]]:
@@ -112,10 +120,10 @@ def run_linear(
         return reference(x, weight, bias, add, tanh)
     x, bias, add = last_contiguous(x), _side_by_side(bias), _side_by_side(add)
     native_kernel("linear", x.dtype)(
-        *_rows(x),
+        *row_address(x),
         *_matrices(weight),
         *_biases(bias),
-        *_rows(add),
+        *row_address(add),
         y.data_ptr(),
         (*x.shape, y.shape[2]),
         tanh,
@@ -134,19 +142,16 @@ def run_linear_grad(
     for_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``x``, ``weight`` and ``bias``, those that are wanted; internal."""
-    make = x.new_zeros if grad.numel() == 0 or x.numel() == 0 else x.new_empty
-    grad_x = make(x.shape if for_x else (0,))
-    grad_weight = make(weight.shape if for_weight else (0,))
-    grad_bias = make(weight.shape[:2] if for_bias else (0,))
     if grad.numel() == 0 or x.numel() == 0:
-        if for_bias and grad.numel() > 0:
-            grad_bias = through_tanh(grad, y).sum(1)
-        return grad_x, grad_weight, grad_bias
+        return composed_gradients(grad, y, x, weight, for_x, for_weight, for_bias)
+    grad_x = x.new_empty(x.shape if for_x else (0,))
+    grad_weight = x.new_empty(weight.shape if for_weight else (0,))
+    grad_bias = x.new_empty(weight.shape[:2] if for_bias else (0,))
     grad, y, x = last_contiguous(grad), _side_by_side(y), last_contiguous(x)
     native_kernel("linear_grad", x.dtype)(
-        *_rows(grad),
-        *_rows(y),
-        *_rows(x),
+        *row_address(grad),
+        *row_address(y),
+        *row_address(x),
         *_matrices(weight),
         grad_x.data_ptr(),  # 0 where nothing is wanted
         grad_weight.data_ptr(),
@@ -178,57 +183,18 @@ def run_linear_tangent(
     x, y, grad = last_contiguous(x), _side_by_side(y), _side_by_side(grad)
     x_t, bias_t = _side_by_side(x_t), _side_by_side(bias_t)
     native_kernel("linear_tangent", x.dtype)(
-        *_rows(x_t),
+        *row_address(x_t),
         *_matrices(weight_t),
         *_biases(bias_t),
-        *_rows(x),
+        *row_address(x),
         *_matrices(weight),
-        *_rows(y),
-        *_rows(grad),
+        *row_address(y),
+        *row_address(grad),
         y_t.data_ptr(),
         turn.data_ptr(),
         (*x.shape, shape[2]),
     )
     return y_t, turn
-
-
-def composed_gradients(
-    grad: Tensor,
-    y: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    for_x: bool,
-    for_weight: bool,
-    for_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`run_linear_grad` as torch calls."""
-    z, nothing = through_tanh(grad, y), x.new_empty(0)
-    return (
-        z @ weight if for_x else nothing,
-        z.mT @ x if for_weight else nothing,
-        z.sum(1) if for_bias else nothing,
-    )
-
-
-def composed_tangent(
-    x: Tensor,
-    weight: Tensor,
-    x_t: Tensor | None,
-    weight_t: Tensor | None,
-    bias_t: Tensor | None,
-    y: Tensor | None,
-    grad: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`run_linear_tangent` as torch calls."""
-    z_t = x.new_zeros(*x.shape[:-1], weight.shape[1])  # [G, M, O]
-    if x_t is not None:
-        z_t = z_t + x_t @ weight.mT
-    if weight_t is not None:
-        z_t = z_t + x @ weight_t.mT
-    if bias_t is not None:
-        z_t = z_t + bias_t.unsqueeze(1)
-    turn = x.new_empty(0) if grad is None or y is None else -2 * y * grad * z_t
-    return through_tanh(z_t, y), turn
 
 
 def _folded(
@@ -244,21 +210,19 @@ def _folded(
 class Linear(torch.autograd.Function):
     """Autograd of the layer; its gradients are another Function."""
 
-    @staticmethod
-    def forward(  # noqa: D102
-        x: Tensor, weight: Tensor, bias: Tensor | None, add: Tensor | None, tanh: bool
-    ) -> Tensor:
-        return run_linear(x, weight, bias, add, tanh)
+    forward = staticmethod(run_linear)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keeps what the gradients and tangents read."""
         x, weight, *_, tanh = inputs
         y = output if tanh else None
         ctx.save_for_backward(x, weight, y)
         ctx.save_for_forward(x, weight, y)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs, which can be differentiated again."""
         x, weight, y = ctx.saved_tensors
         *wanted, for_add, _ = ctx.needs_input_grad
         call = _differentiable_grad if needs_autograd(grad, y, x, weight) else run_linear_grad
@@ -267,7 +231,7 @@ class Linear(torch.autograd.Function):
         return *by_input, grad if for_add else None, None
 
     @staticmethod
-    def jvp(  # noqa: D102
+    def jvp(
         ctx: Any,
         x_t: Tensor | None,
         weight_t: Tensor | None,
@@ -275,12 +239,13 @@ class Linear(torch.autograd.Function):
         add_t: Tensor | None,
         *_: None,
     ) -> Tensor:
+        """The tangent of the output, as torch calls."""
         x, weight, y = ctx.saved_tensors
         y_t = composed_tangent(x, weight, x_t, weight_t, bias_t, y, None)[0]
         return y_t if add_t is None else y_t + add_t
 
     @staticmethod
-    def vmap(  # noqa: D102
+    def vmap(
         info: Any,
         in_dims: tuple[int | None, ...],
         x: Tensor,
@@ -289,6 +254,7 @@ class Linear(torch.autograd.Function):
         add: Tensor | None,
         tanh: bool,
     ) -> tuple[Tensor, int]:
+        """V times as many groups."""
         V = info.batch_size
         folded = _folded((x, weight, bias, add), in_dims, V)
         return _differentiable(*folded, tanh).unflatten(0, (V, -1)), 0
@@ -297,27 +263,19 @@ class Linear(torch.autograd.Function):
 class LinearGrad(torch.autograd.Function):
     """Autograd of the layer's gradients, which its tangent and its gradients again make up."""
 
-    @staticmethod
-    def forward(  # noqa: D102
-        grad: Tensor,
-        y: Tensor | None,
-        x: Tensor,
-        weight: Tensor,
-        for_x: bool,
-        for_weight: bool,
-        for_bias: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return run_linear_grad(grad, y, x, weight, for_x, for_weight, for_bias)
+    forward = staticmethod(run_linear_grad)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: D102
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keeps what the gradients and tangents read."""
         *tensors, for_x, for_weight, for_bias = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.wanted = for_x, for_weight, for_bias
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the inputs, which can be differentiated again."""
         grad, y, x, weight = ctx.saved_tensors
         # Cotangents u, V, v of the gradients of x, weight and bias enter as tangents would.
         u, V, v = (c if wanted else None for c, wanted in zip(cotangents, ctx.wanted, strict=True))
@@ -342,7 +300,7 @@ class LinearGrad(torch.autograd.Function):
         )
 
     @staticmethod
-    def jvp(  # noqa: D102
+    def jvp(
         ctx: Any,
         grad_t: Tensor | None,
         y_t: Tensor | None,
@@ -350,6 +308,7 @@ class LinearGrad(torch.autograd.Function):
         weight_t: Tensor | None,
         *_: None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """The tangent of the output, as torch calls."""
         grad, y, x, weight = ctx.saved_tensors
         z, z_t = through_tanh(grad, y), torch.zeros_like(grad)
         if grad_t is not None:
@@ -364,7 +323,7 @@ class LinearGrad(torch.autograd.Function):
         return by_x, by_weight, by_bias
 
     @staticmethod
-    def vmap(  # noqa: D102
+    def vmap(
         info: Any,
         in_dims: tuple[int | None, ...],
         grad: Tensor,
@@ -373,6 +332,7 @@ class LinearGrad(torch.autograd.Function):
         weight: Tensor,
         *wanted: bool,
     ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+        """V times as many groups."""
         V = info.batch_size
         folded = _folded((grad, y, x, weight), in_dims, V)
         gradients = _differentiable_grad(*folded, *wanted)

@@ -22,6 +22,7 @@ from ssm_fast.ops.backend import (
     normalised,
     project_norm,
     promoted,
+    row_address,
 )
 
 
@@ -96,11 +97,6 @@ def _(
     return z.new_empty(z.shape), z.new_empty(weights), z.new_empty(weights)
 
 
-def _rows(x: Tensor | None) -> tuple[int, tuple[int, int]]:
-    """Address and strides of [G, M, H]; ``x`` must live until the kernel returns."""
-    return (0, (0, 0)) if x is None else (x.data_ptr(), (x.stride(0), x.stride(1)))
-
-
 def _weights(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.data_ptr(), x.stride(0) if x.dim() == 2 else 0)
 
@@ -150,10 +146,10 @@ def run_output_norm(
     weight = None if weight is None else last_contiguous(weight)
     bias = None if bias is None else last_contiguous(bias)
     native_kernel("output_norm", z.dtype)(
-        *_rows(rows),
+        *row_address(rows),
         *_weights(weight),
         *_weights(bias),
-        *_rows(added),
+        *row_address(added),
         y.data_ptr(),
         mean.data_ptr(),  # 0 where nothing is saved
         rstd.data_ptr(),
@@ -185,8 +181,8 @@ def run_output_norm_grad(
     weight = None if weight is None else last_contiguous(weight)
     bias = None if bias is None else last_contiguous(bias)
     native_kernel("output_norm_grad", z.dtype)(
-        *_rows(grads),
-        *_rows(rows),
+        *row_address(grads),
+        *row_address(rows),
         *_weights(weight),
         *_weights(bias),
         mean.data_ptr(),
