@@ -42,11 +42,13 @@ pretrained: $(VENV)/.installed-rl
 	  cp runs/pretrained/$$preset/policy.safetensors ssm_fast/app/pretrained/$$preset.safetensors; \
 	done
 
+ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_meta_gradient.py
+
 # The kernels once more at every instruction set below the one that the processor would choose.
 test-isa: $(VENV)/.installed-dev
 	set -e; levels="$$($(BIN)/python -I -c "from ssm_fast.ops.backend import native; print(*native.available_isas()[:-1])")"; \
 	for isa in $$levels; do \
-	  echo "SSM_FAST_ISA=$$isa"; SSM_FAST_ISA=$$isa $(BIN)/pytest tests/ops -m "not isa_independent"; \
+	  echo "SSM_FAST_ISA=$$isa"; SSM_FAST_ISA=$$isa $(BIN)/pytest $(ISA_TESTS) -m "not isa_independent"; \
 	done
 
 # Random calls of the ops, CASES of them where `make test` makes a few hundred.

@@ -106,10 +106,12 @@ def vmapped_update(model: nn.Module, tasks: list[tuple[Tensor, ...]]) -> Callabl
     return run
 
 
-def meta_maml(**options: Any) -> Callable[[nn.Module, list[tuple[Tensor, ...]]], Any]:
+def meta_maml(
+    loss_fn: Any = None, **options: Any
+) -> Callable[[nn.Module, list[tuple[Tensor, ...]]], Any]:
     def update(model: nn.Module, tasks: list[tuple[Tensor, ...]]) -> Callable[[], float]:
         maml = MetaMAML(model, INNER_LR, OUTER_LR, **options)
-        return lambda: maml.meta_update(tasks)
+        return lambda: maml.meta_update(tasks, loss_fn=loss_fn)
 
     return update
 
@@ -124,6 +126,7 @@ OURS: dict[str, Callable[..., Callable[[], Any]]] = {
     "MetaMAML chunk_size=1": meta_maml(chunk_size=1),
     "MetaMAML, all tasks at once": meta_maml(chunk_size=SIZES["G"]),
     "MetaMAML first_order": meta_maml(first_order=True),
+    "MetaMAML, a loss_fn of one's own": meta_maml(F.mse_loss),
 }
 PEERS: dict[str, Callable[..., Callable[[], Any]]] = {
     "model loop, tasks looped": lambda model, tasks: looped_update(Stepped(model), tasks),

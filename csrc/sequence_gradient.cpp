@@ -7,12 +7,6 @@ namespace {
 
 constexpr Index kLine = 64;  // bytes
 
-template <class T>
-void add_to(T* x, const T* y, Index elements) {
-#pragma GCC ivdep
-  for (Index i = 0; i < elements; ++i) x[i] += y[i];
-}
-
 }  // namespace
 
 template <class T>
@@ -48,71 +42,14 @@ void SequenceGradient<T>::reserve(Index rows) {
 }
 
 template <class T>
-T* SequenceGradient<T>::scratch(Index elements) {
-  if (elements > scratch_elements_) {
-    scratch_ = scratch_block<T>(elements);
-    scratch_elements_ = elements;
-  }
-  return static_cast<T*>(scratch_.get());
-}
-
-template <class T>
-void SequenceGradient<T>::linear(const T* x, Index I, const T* W, const T* bias, const T* add, bool tanh, T* y,
-                                 Index O) {
-  Linear<T> p{};
-  p.x = x, p.x_m = I;
-  p.W = W, p.W_o = I, p.W_i = 1;
-  p.bias = bias;
-  p.add = add, p.add_m = O;
-  p.y = y;
-  p.G = 1, p.M = M_, p.I = I, p.O = O;
-  p.tanh = tanh;
-  p.threads = linear_threads(M_, double(I * O));
-  p.scratch = scratch(p.threads * SSM_FAST_CALL(linear_scratch(I, O, sizeof(T) == 8)));
-  SSM_FAST_CALL(linear(p));
-}
-
-template <class T>
-void SequenceGradient<T>::linear_grad(const T* grad, const T* y, Index O, const T* x, Index I, std::size_t weight,
-                                      T* grad_x, T* grad_bias) {
-  LinearGrad<T> p{};
-  p.grad_y = grad, p.grad_m = O;
-  p.y = y, p.y_m = O;
-  p.x = x, p.x_m = I;
-  p.W = weights_[weight], p.W_o = I, p.W_i = 1;
-  p.grad_x = grad_x, p.grad_W = gradients_[weight], p.grad_bias = grad_bias;
-  p.G = 1, p.M = M_, p.I = I, p.O = O;
-  p.threads = threads_for(double(M_) * double(I * O), SSM_FAST_CALL(linear_grad_parts(1, M_, I, O, sizeof(T) == 8)));
-  p.scratch = scratch(SSM_FAST_CALL(linear_grad_scratch(1, M_, I, O, p.threads, sizeof(T) == 8)));
-  SSM_FAST_CALL(linear_grad(p));
-}
-
-// dense_scan, or with the matrix transposed its adjoint.
-template <class T>
-void SequenceGradient<T>::sweep(const T* u, const T* A, bool transposed, const T* s0, T* s) {
-  const Index N = sizes_.N;
-  DenseScan<T> p{};
-  p.u = u, p.u_b = T_ * N, p.u_t = N;
-  p.A = A, p.A_row = transposed ? 1 : N, p.A_col = transposed ? N : 1;
-  p.s0 = s0, p.s0_b = N;
-  p.reset = reset_, p.reset_b = T_, p.reset_t = 1;
-  p.s = s, p.s_b = T_ * N, p.s_t = N;
-  p.G = 1, p.B = S_, p.T_len = T_, p.N = N;
-  p.reverse = transposed;
-  p.threads = threads_for(double(M_) * double(N * N), SSM_FAST_CALL(dense_scan_rows(1, S_, T_, N)));
-  p.scratch = scratch(SSM_FAST_CALL(dense_scan_scratch(1, S_, T_, N, p.threads, sizeof(T) == 8)));
-  SSM_FAST_CALL(dense_scan(p));
-}
-
-template <class T>
 void SequenceGradient<T>::layer_forward(Index l, const T* h) {
   const auto [I, H, N, L, K, W] = sizes_;
   const Layer& layer = layers_[std::size_t(l)];
   const auto weight = [&](Part which) { return weights_[part(l, which)]; };
-  linear(h, H, weight(kB), weight(kBias), nullptr, false, layer.u, N);
-  sweep(layer.u, weight(kA), false, state_ + l * S_ * N, layer.s);
-  linear(h, H, weight(kD), nullptr, nullptr, false, wide_, H);
-  linear(layer.s, N, weight(kC), nullptr, wide_, false, layer.y, H);
+  passes_.linear(h, weight(kB), weight(kBias), nullptr, false, layer.u, M_, H, N);
+  passes_.sweep(layer.u, weight(kA), false, state_ + l * S_ * N, reset_, layer.s, S_, T_, N);
+  passes_.linear(h, weight(kD), nullptr, nullptr, false, wide_, M_, H, H);
+  passes_.linear(layer.s, weight(kC), nullptr, wide_, false, layer.y, M_, N, H);
   OutputNorm<T> p{};
   p.z = layer.y, p.z_m = H;
   p.weight = weight(kNormWeight), p.bias = weight(kNormBias);
@@ -140,29 +77,23 @@ void SequenceGradient<T>::layer_backward(Index l, const T* h) {
   norm.G = 1, norm.M = M_, norm.H = H;
   norm.tanh = true;
   norm.threads = threads_for(double(M_) * double(H) / 4, M_);
-  norm.scratch = scratch(SSM_FAST_CALL(output_norm_scratch(1, M_, H, sizeof(T) == 8)));
+  norm.scratch = passes_.scratch(SSM_FAST_CALL(output_norm_scratch(1, M_, H, sizeof(T) == 8)));
   SSM_FAST_CALL(output_norm_grad(norm));
 
-  linear_grad(grad_y_, nullptr, H, layer.s, N, part(l, kC), grad_s_, nullptr);
-  sweep(grad_s_, weights_[part(l, kA)], true, nullptr, grad_u_);
-  WeightGrad<T> sum{};
-  sum.x = grad_u_, sum.x_b = T_ * N, sum.x_t = N;
-  sum.s = layer.s, sum.s_b = T_ * N, sum.s_t = N;
-  sum.s0 = state_ + l * S_ * N, sum.s0_b = N;
-  sum.reset = reset_, sum.reset_b = T_, sum.reset_t = 1;
-  sum.grad = gradient(kA);
-  sum.G = 1, sum.B = S_, sum.T_len = T_, sum.N = N;
-  sum.threads = threads_for(double(M_) * double(N * N), M_);
-  sum.scratch = scratch(SSM_FAST_CALL(weight_grad_scratch(1, S_, T_, N, sizeof(T) == 8)));
-  SSM_FAST_CALL(weight_grad(sum));
+  passes_.linear_grad(grad_y_, nullptr, layer.s, weights_[part(l, kC)], grad_s_, gradients_[part(l, kC)], nullptr, M_,
+                      N, H);
+  passes_.sweep(grad_s_, weights_[part(l, kA)], true, nullptr, reset_, grad_u_, S_, T_, N);
+  passes_.weight_grad(grad_u_, layer.s, state_ + l * S_ * N, reset_, gradient(kA), S_, T_, N);
 
   if (!residual_) {
-    linear_grad(grad_y_, nullptr, H, h, H, part(l, kD), grad_h_, nullptr);
+    passes_.linear_grad(grad_y_, nullptr, h, weights_[part(l, kD)], grad_h_, gradients_[part(l, kD)], nullptr, M_, H,
+                        H);
   } else {
-    linear_grad(grad_y_, nullptr, H, h, H, part(l, kD), wide_, nullptr);
+    passes_.linear_grad(grad_y_, nullptr, h, weights_[part(l, kD)], wide_, gradients_[part(l, kD)], nullptr, M_, H, H);
     add_to(grad_h_, wide_, M_ * H);
   }
-  linear_grad(grad_u_, nullptr, N, h, H, part(l, kB), wide_, gradient(kBias));
+  passes_.linear_grad(grad_u_, nullptr, h, weights_[part(l, kB)], wide_, gradients_[part(l, kB)], gradient(kBias), M_,
+                      H, N);
   add_to(grad_h_, wide_, M_ * H);
 }
 
@@ -173,20 +104,20 @@ void SequenceGradient<T>::forward(const T* x, const T* state, const std::uint8_t
   S_ = S, T_ = T_len, M_ = S * T_len;
   x_ = x, state_ = state, reset_ = reset;
   reserve(M_);
-  linear(x, I, weights_[kEncoder], weights_[kEncoder + 1], nullptr, true, encoded_, H);
+  passes_.linear(x, weights_[kEncoder], weights_[kEncoder + 1], nullptr, true, encoded_, M_, I, H);
   const T* h = encoded_;
   for (Index l = 0; l < L; ++l) {
     layer_forward(l, h);
     h = layers_[std::size_t(l)].h;
   }
-  linear(h, H, weights_[kActor], weights_[kActor + 1], nullptr, false, mean, K);
+  passes_.linear(h, weights_[kActor], weights_[kActor + 1], nullptr, false, mean, M_, H, K);
   if (W) {
-    linear(x, I, weights_[kValueX], weights_[kValueBias], nullptr, false, wide_, W);
-    linear(h, H, weights_[kValueH], nullptr, wide_, true, first_, W);
-    linear(first_, W, weights_[kHidden], weights_[kHiddenBias], nullptr, true, second_, W);
+    passes_.linear(x, weights_[kValueX], weights_[kValueBias], nullptr, false, wide_, M_, I, W);
+    passes_.linear(h, weights_[kValueH], nullptr, wide_, true, first_, M_, H, W);
+    passes_.linear(first_, weights_[kHidden], weights_[kHiddenBias], nullptr, true, second_, M_, W, W);
     h = second_;
   }
-  linear(h, features(), weights_[kCritic], weights_[kCritic + 1], nullptr, false, value, 1);
+  passes_.linear(h, weights_[kCritic], weights_[kCritic + 1], nullptr, false, value, M_, features(), 1);
 }
 
 template <class T>
@@ -194,18 +125,24 @@ void SequenceGradient<T>::backward(const T* grad_mean, const T* grad_value) {
   const auto [I, H, N, L, K, W] = sizes_;
   const auto taken = [&](Index l) { return l ? layers_[std::size_t(l - 1)].h : encoded_; };  // by layer l
   const T* h = taken(L);
-  linear_grad(grad_mean, nullptr, K, h, H, kActor, grad_h_, gradients_[kActor + 1]);
+  passes_.linear_grad(grad_mean, nullptr, h, weights_[kActor], grad_h_, gradients_[kActor], gradients_[kActor + 1], M_,
+                      H, K);
   if (W) {  // no gradient flows from it into the features
-    linear_grad(grad_value, nullptr, 1, second_, W, kCritic, grad_y_, gradients_[kCritic + 1]);
-    linear_grad(grad_y_, second_, W, first_, W, kHidden, wide_, gradients_[kHiddenBias]);
-    linear_grad(wide_, first_, W, x_, I, kValueX, nullptr, gradients_[kValueBias]);
-    linear_grad(wide_, first_, W, h, H, kValueH, nullptr, nullptr);
+    passes_.linear_grad(grad_value, nullptr, second_, weights_[kCritic], grad_y_, gradients_[kCritic],
+                        gradients_[kCritic + 1], M_, W, 1);
+    passes_.linear_grad(grad_y_, second_, first_, weights_[kHidden], wide_, gradients_[kHidden],
+                        gradients_[kHiddenBias], M_, W, W);
+    passes_.linear_grad(wide_, first_, x_, weights_[kValueX], nullptr, gradients_[kValueX], gradients_[kValueBias], M_,
+                        I, W);
+    passes_.linear_grad(wide_, first_, h, weights_[kValueH], nullptr, gradients_[kValueH], nullptr, M_, H, W);
   } else {
-    linear_grad(grad_value, nullptr, 1, h, H, kCritic, wide_, gradients_[kCritic + 1]);
+    passes_.linear_grad(grad_value, nullptr, h, weights_[kCritic], wide_, gradients_[kCritic], gradients_[kCritic + 1],
+                        M_, H, 1);
     add_to(grad_h_, wide_, M_ * H);
   }
   for (Index l = L - 1; l >= 0; --l) layer_backward(l, taken(l));
-  linear_grad(grad_h_, encoded_, H, x_, I, kEncoder, nullptr, gradients_[kEncoder + 1]);
+  passes_.linear_grad(grad_h_, encoded_, x_, weights_[kEncoder], nullptr, gradients_[kEncoder],
+                      gradients_[kEncoder + 1], M_, I, H);
 }
 
 template class SequenceGradient<float>;

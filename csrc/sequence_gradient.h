@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "calls.h"
+#include "passes.h"
 
 namespace ssm_fast {
 
@@ -40,22 +40,18 @@ class SequenceGradient {
   std::size_t part(Index l, Part which) const { return std::size_t(kHeads + l * kParts + which); }
   Index features() const { return sizes_.W ? sizes_.W : sizes_.H; }  // what the critic's last layer reads
   void reserve(Index rows);
-  T* scratch(Index elements);
-  void linear(const T* x, Index I, const T* W, const T* bias, const T* add, bool tanh, T* y, Index O);
-  void linear_grad(const T* grad, const T* y, Index O, const T* x, Index I, std::size_t weight, T* grad_x,
-                   T* grad_bias);
-  void sweep(const T* u, const T* A, bool transposed, const T* s0, T* s);
   void layer_forward(Index l, const T* h);
   void layer_backward(Index l, const T* h);
 
+  Passes<T> passes_;
   std::vector<T*> weights_, gradients_;
   Sizes sizes_;
   bool residual_;
   T eps_;
-  Index S_ = 0, T_ = 0, M_ = 0, reserved_ = 0, scratch_elements_ = 0;
+  Index S_ = 0, T_ = 0, M_ = 0, reserved_ = 0;
   const T *x_ = nullptr, *state_ = nullptr;
   const std::uint8_t* reset_ = nullptr;
-  std::unique_ptr<void, AlignedDelete> memory_, scratch_;
+  std::unique_ptr<void, AlignedDelete> memory_;
   std::vector<Layer> layers_;
   T *encoded_ = nullptr, *first_ = nullptr, *second_ = nullptr;  // h^0 and the hidden layers of the critic's network
   T *grad_h_ = nullptr, *grad_y_ = nullptr, *wide_ = nullptr;    // [M, H or W]

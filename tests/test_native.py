@@ -14,7 +14,8 @@ from ssm_fast.ops.backend import native
 KERNEL_SOURCES = sorted(  # what is compiled once per instruction set
     path
     for path in (Path(__file__).parent.parent / "csrc").iterdir()
-    if path.stem not in ("module", "dispatch", "calls", "sequence_gradient")
+    if path.stem
+    not in ("module", "dispatch", "calls", "passes", "sequence_gradient", "meta_gradient")
 )
 
 pytestmark = pytest.mark.isa_independent

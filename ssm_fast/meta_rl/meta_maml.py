@@ -15,6 +15,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ssm_fast.checks import check_count, check_number
+from ssm_fast.core.meta_gradient import is_written_out, task_gradients
 from ssm_fast.losses import default_loss
 from ssm_fast.meta_rl.training_state import check_step, check_tensors, load_adam, must_fit
 
@@ -26,6 +27,7 @@ TaskData: TypeAlias = Sequence[Any]  # support_x, support_y, query_x, query_y
 _PARTS = ("support_x", "support_y", "query_x", "query_y")
 _STATE_VERSION = 1
 _CHUNK_ROWS = 8192  # of the tasks in a vmapped call on the CPU
+_WRITTEN_OUT_TASKS = 64  # in a call without vmap, which keeps a gradient of each
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class MetaMAML:
 
     and the outer step follows ``∇_θ mean_g L_g^query(φ_g^K)``, through the inner steps unless
     ``first_order``. The tasks run as one vmapped call: the layers of this package take the weights
-    of all tasks as groups of one kernel call.
+    of all tasks as groups of one kernel call. A `StateSpaceModel` on the CPU, as it was made, and with
+    the default losses runs one task on each thread, without vmap and autograd.
 
     The model may be stateless, ``forward(x) -> output``, or stateful, ``forward(x, hidden_state) ->
     (output, next_hidden, ...)``: of a tuple, a loss gets the first element. A task's ``x`` is a
@@ -69,9 +72,9 @@ class MetaMAML:
         inner_steps: Inner steps of `meta_update`, and of `adapt_task` by default.
         learn_inner_lr: Learn a rate for each weight together with the weights (Meta-SGD).
         max_grad_norm: Scale the meta-gradient down to this norm; None leaves it.
-        chunk_size: Tasks in one vmapped call. None takes all on a GPU, and on the CPU as many as have
-            8,192 rows together: what larger calls give leaves the caches. Smaller chunks take less
-            memory and give the same numbers.
+        chunk_size: Tasks in one call. None takes all on a GPU, and on the CPU as many as have 8,192
+            rows together, where the call is vmapped: what larger ones give leaves the caches. Smaller
+            chunks take less memory and give the same numbers.
         optimizer: Makes the outer optimizer from the list of meta-parameters, instead of Adam.
 
     Attributes:
@@ -225,10 +228,12 @@ class MetaMAML:
             raise ValueError("tasks must hold at least one task, got none")
         for i, task in enumerate(tasks):
             self._check_task(i, task)
-        _keep_freed_memory()
         total = [torch.zeros_like(p) for p in (*self._parameters.values(), *self._rates.values())]
         losses = total[0].new_empty(len(tasks))
-        for chunk in _same_shapes(tasks, self.chunk_size):
+        size = self.chunk_size
+        if size is None and loss_fn is None and is_written_out(self.model):
+            size = _WRITTEN_OUT_TASKS
+        for chunk in _same_shapes(tasks, size):
             losses[chunk], gradients = self._chunk_gradient(
                 chunk, tasks, initial_hidden_state, loss_fn, steps
             )
@@ -309,10 +314,20 @@ class MetaMAML:
         steps: int,
     ) -> tuple[Tensor, list[Tensor]]:
         """Query losses of some tasks ``[G]`` and the sums of their gradients."""
+        found = None
+        if loss_fn is None:
+            parts = [tasks[i] for i in chunk]
+            found = task_gradients(self.model, parts, state, self.rates, steps, self.first_order)
+        if found is not None:
+            _check_losses(found.losses, chunk)
+            _check_gradients(found.weights, chunk)
+            by_weight = [found.weights[name].sum(0) for name in self._parameters]
+            return found.losses[-1], by_weight + [found.rates[name].sum(0) for name in self._rates]
         support_x, support_y, query_x, query_y = (
             tree_map(lambda *x: torch.stack(x), *(tasks[i][part] for i in chunk))
             for part in range(len(_PARTS))
         )
+        _keep_freed_memory()
         of_tasks = f"of task {chunk[0]}"
         support = self._loss(f"support_y {of_tasks}", support_y, state, loss_fn)
         query = self._loss(f"query_y {of_tasks}", query_y, state, loss_fn)

@@ -239,7 +239,6 @@ class TestMetaGradient:
         maml = MetaMAML(model, inner_lr=0.3, inner_steps=steps, **options)
         for rate in maml._rates.values():
             rate.data.uniform_(0.1, 0.5)
-        actual = maml.meta_gradient(tasks, state)
         rates = copies(maml._rates) if maml._rates else 0.3
         loss, expected = eager_meta_gradient(
             kind,
@@ -250,12 +249,14 @@ class TestMetaGradient:
             steps,
             options.get("first_order", False),
         )
-        gradients = [*actual.weights.values(), *actual.rates.values()]
-        assert len(gradients) == len(expected)
         assert max(float(g.abs().max()) for g in expected) > 1e-2
-        for one, other in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
-        assert float(actual.losses.mean()) == pytest.approx(loss, abs=1e-10)
+        for loss_fn in (None, F.mse_loss):  # written out, where it can be, and vmapped
+            actual = maml.meta_gradient(tasks, state, loss_fn)
+            gradients = [*actual.weights.values(), *actual.rates.values()]
+            assert len(gradients) == len(expected)
+            for one, other in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
+            assert float(actual.losses.mean()) == pytest.approx(loss, abs=1e-10)
 
     def test_second_order_differs_from_first(self) -> None:
         model, tasks = make("standard"), make_tasks()
@@ -696,7 +697,7 @@ def test_tasks_reach_the_grouped_kernel_in_one_call(monkeypatch: pytest.MonkeyPa
         return kernel(u, A, *rest)
 
     monkeypatch.setattr(module, "_op", watched)
-    MetaMAML(make("standard")).meta_gradient(make_tasks())
+    MetaMAML(make("standard")).meta_gradient(make_tasks(), loss_fn=F.mse_loss)
     assert set(shapes) == {(G, N, N)}
     assert (
         len(shapes) == 6

@@ -1,0 +1,46 @@
+// Kernels over the rows of one group, one call after the other: all of a network without a graph.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "calls.h"
+
+namespace ssm_fast {
+
+// Everything is contiguous: rows [M, I], [M, O] or [B, T, N], matrices [O, I]. A null pointer stands for what is left
+// out or not wanted, as in the kernels' own structures (ops.h).
+template <class T>
+class Passes {
+ public:
+  // y = [tanh] (x W^T + bias), or (x W^T + add), which may be y itself; with `transposed`, x W for W [I, O].
+  void linear(const T* x, const T* W, const T* bias, const T* add, bool tanh, T* y, Index M, Index I, Index O,
+              bool transposed = false);
+  void linear_grad(const T* grad, const T* y, const T* x, const T* W, T* grad_x, T* grad_W, T* grad_bias, Index M,
+                   Index I, Index O);
+  void linear_tangent(const T* x_t, const T* W_t, const T* bias_t, const T* x, const T* W, const T* y, const T* grad,
+                      T* y_t, T* turn, Index M, Index I, Index O);
+  // dense_scan, or with `adjoint` its adjoint: in reverse, with the matrix transposed.
+  void sweep(const T* u, const T* A, bool adjoint, const T* s0, const std::uint8_t* reset, T* s, Index B, Index T_len,
+             Index N);
+  void weight_grad(const T* x, const T* s, const T* s0, const std::uint8_t* reset, T* grad, Index B, Index T_len,
+                   Index N);
+  // Room for as many elements, until the next call.
+  T* scratch(Index elements);
+
+ private:
+  std::unique_ptr<void, AlignedDelete> memory_;
+  Index elements_ = 0;
+};
+
+extern template class Passes<float>;
+extern template class Passes<double>;
+
+// x += y
+template <class T>
+void add_to(T* x, const T* y, Index elements) {
+#pragma GCC ivdep
+  for (Index i = 0; i < elements; ++i) x[i] += y[i];
+}
+
+}  // namespace ssm_fast

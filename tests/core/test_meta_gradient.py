@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ssm_fast.core.meta_gradient import TaskGradients, is_written_out, task_gradients
+from ssm_fast.core.ssm import StateSpaceModel
+from ssm_fast.meta_rl.meta_maml import MetaGradient, MetaMAML
+
+Task = tuple[Any, ...]
+
+
+def _model(N: int = 5, I: int = 3, O: int = 2, H: int = 7) -> StateSpaceModel:
+    torch.manual_seed(0)
+    model = StateSpaceModel(N, I, O, H).double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # orthogonal ones hide a transposition, zeros a bias
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def _set(model: StateSpaceModel, B: int, T: int, classes: bool = False) -> tuple[Any, Tensor]:
+    """A set whose sequences have states and resets, also at the first and last step."""
+    x = torch.randn(B, T, model.input_dim).double()
+    reset = torch.rand(B, T) < 0.1
+    reset[0, 0] = reset[-1, -1] = True
+    state = torch.randn(B, model.state_dim).double()
+    shape = (B, T, model.output_dim)
+    y = torch.randint(model.output_dim, shape[:2]) if classes else torch.randn(shape).double()
+    return {"x": x, "reset": reset, "hidden_state": state}, y
+
+
+def _tasks(model: StateSpaceModel, count: int = 3, B: int = 4, T: int = 6) -> list[Task]:
+    return [(*_set(model, B, T), *_set(model, B + 1, T + 2)) for _ in range(count)]
+
+
+def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())
+
+
+def _compare(maml: MetaMAML, tasks: list[Task], loss_fn: Any = F.mse_loss, **options: Any) -> None:
+    """Written out, for the default loss, against autograd through a loss of the caller's."""
+    actual, expected = (
+        maml.meta_gradient(tasks, loss_fn=loss, **options) for loss in (None, loss_fn)
+    )
+    _assert_close(actual, expected)
+
+
+def _assert_close(actual: MetaGradient, expected: MetaGradient) -> None:
+    torch.testing.assert_close(actual.losses, expected.losses, rtol=1e-12, atol=1e-12)
+    assert actual.rates.keys() == expected.rates.keys()
+    for one, other in ((actual.weights, expected.weights), (actual.rates, expected.rates)):
+        for name, gradient in other.items():
+            torch.testing.assert_close(one[name], gradient, rtol=1e-9, atol=1e-11)
+
+
+class TestTaskGradients:
+    @pytest.mark.parametrize("first_order", [False, True])
+    @pytest.mark.parametrize("learn", [False, True])
+    @pytest.mark.parametrize("steps", [1, 3])
+    @pytest.mark.parametrize("classes", [False, True])
+    def test_equals_autograd(
+        self, first_order: bool, learn: bool, steps: int, classes: bool
+    ) -> None:
+        model = _model()
+        tasks = [(*_set(model, 4, 6, classes), *_set(model, 3, 9, classes)) for _ in range(3)]
+        maml = MetaMAML(
+            model, 0.3, first_order=first_order, inner_steps=steps, learn_inner_lr=learn
+        )
+        for rate in maml._rates.values():
+            rate.data.uniform_(0.1, 0.5)
+        _compare(maml, tasks, _cross_entropy if classes else F.mse_loss)
+
+    @pytest.mark.parametrize(
+        ("B", "T"), [(1, 1), (1, 7), (2, 700), (13, 100), (7, 90), (600, 1), (1, 3000)]
+    )
+    def test_sets_of_one_tile_and_of_several(self, B: int, T: int) -> None:
+        model = _model()
+        _compare(MetaMAML(model, 0.1), [(*_set(model, B, T), *_set(model, 2, 3))] * 2)
+        _compare(MetaMAML(model, 0.1), [(*_set(model, 2, 3), *_set(model, B, T))] * 2)
+
+    @pytest.mark.parametrize(
+        "sizes", [(1, 1, 1, 1), (16, 17, 6, 32), (33, 2, 5, 18), (64, 17, 6, 128)]
+    )
+    def test_sizes_of_the_model(self, sizes: tuple[int, int, int, int]) -> None:
+        model = _model(*sizes)
+        _compare(MetaMAML(model, 0.1), _tasks(model))
+
+    def test_one_state_for_all_tasks_and_none(self) -> None:
+        model = _model()
+        tasks = [(sx["x"], sy, {"x": qx["x"][:4]}, qy[:4]) for sx, sy, qx, qy in _tasks(model)]
+        state = torch.randn(4, model.state_dim).double()
+        _compare(MetaMAML(model, 0.3), tasks, initial_hidden_state=state)
+        _compare(MetaMAML(model, 0.3), tasks)
+
+    def test_single_steps(self) -> None:
+        model = _model()
+        x, y = torch.randn(9, 3).double(), torch.randn(9, 2).double()
+        assert task_gradients(model, [(x, y, x, y)], None, 0.1, 1, False) is not None
+        _compare(MetaMAML(model, 0.3), [(x, y, x, y)])
+
+    def test_any_strides_and_types_of_reset_and_label(self) -> None:
+        model = _model()
+        x = torch.randn(3, 6, 4).double().mT  # [3, 4, 6]
+        inputs = {"x": x[..., ::2], "reset": (torch.rand(4, 3) < 0.3).double().T}
+        labels = torch.randint(2, (4, 3), dtype=torch.int32).T
+        task = inputs, labels, inputs, labels
+        assert task_gradients(model, [task], None, 0.1, 1, False) is not None
+        _compare(MetaMAML(model, 0.3), [task], lambda y, t: _cross_entropy(y, t.long()))
+
+    def test_float32(self) -> None:
+        model = _model(16, 5, 3, 20)
+        tasks = _tasks(model, B=8, T=50)
+        expected = MetaMAML(model, 0.1).meta_gradient(tasks)
+        cast = [
+            tuple(
+                {n: x.float() if n != "reset" else x for n, x in part.items()}
+                if isinstance(part, dict)
+                else part.float()
+                for part in task
+            )
+            for task in tasks
+        ]
+        actual = MetaMAML(copy.deepcopy(model).float(), 0.1).meta_gradient(cast)
+        for name, gradient in expected.weights.items():
+            assert (actual.weights[name].double() - gradient).norm() <= 1e-4 * gradient.norm()
+
+    @pytest.mark.parametrize("count", [1, 2, 5])
+    def test_same_bits_for_any_number_of_threads(self, count: int) -> None:
+        model = _model(16, 5, 3, 20)
+        tasks, threads = _tasks(model, count, B=30, T=60), torch.get_num_threads()
+        try:
+            results: list[TaskGradients] = []
+            for n in (1, 2, 4):
+                torch.set_num_threads(n)
+                found = task_gradients(model, tasks, None, 0.1, 2, False)
+                assert found is not None
+                results.append(found)
+        finally:
+            torch.set_num_threads(threads)
+        for other in results[1:]:
+            assert torch.equal(results[0].losses, other.losses)
+            for name, gradient in results[0].weights.items():
+                assert torch.equal(gradient, other.weights[name])
+
+    def test_the_model_and_the_tasks_stay_as_they_are(self) -> None:
+        model = _model()
+        tasks = _tasks(model)
+        before = copy.deepcopy((model.state_dict(), tasks))
+        task_gradients(model, tasks, None, 0.1, 2, False)
+        torch.testing.assert_close((model.state_dict(), tasks), before, rtol=0, atol=0)
+
+
+def _hooked(model: StateSpaceModel) -> nn.Module:
+    model.C.register_forward_hook(lambda *_: None)
+    return model
+
+
+def _with_relu(model: StateSpaceModel) -> nn.Module:
+    model.C[1] = nn.ReLU()
+    return model
+
+
+def _without_bias(model: StateSpaceModel) -> nn.Module:
+    model.C[0] = nn.Linear(model.state_dim, model.hidden_dim, bias=False).double()
+    return model
+
+
+def _frozen(model: StateSpaceModel) -> nn.Module:
+    model.B.requires_grad_(False)
+    return model
+
+
+def _parametrized(model: StateSpaceModel) -> nn.Module:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    parametrize.register_parametrization(model, "A", Doubled())
+    return model
+
+
+class _Scaled(StateSpaceModel):
+    def forward(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        y, h = super().forward(*arguments)
+        return 2 * y, h
+
+
+def _subclass(model: StateSpaceModel) -> nn.Module:
+    return _Scaled(model.state_dim, model.input_dim, model.output_dim, model.hidden_dim).double()
+
+
+class TestOthersGoThroughAutograd:
+    @pytest.mark.parametrize(
+        "change", [_hooked, _with_relu, _without_bias, _frozen, _parametrized, _subclass]
+    )
+    def test_changed_models(self, change: Callable[[StateSpaceModel], nn.Module]) -> None:
+        model = change(_model())
+        assert not is_written_out(model)
+        tasks = [(sx["x"], sy, qx["x"], qy) for sx, sy, qx, qy in _tasks(_model())]
+        _compare(MetaMAML(model, 0.3), tasks)
+
+    def test_a_hook_sees_its_calls(self) -> None:
+        model, seen = _model(), []
+        model.register_forward_hook(lambda *_: seen.append(1))
+        MetaMAML(model).meta_gradient(_tasks(model, 1))
+        assert len(seen) == 2
+
+    def test_modes(self) -> None:
+        model = _model()
+        assert is_written_out(model)
+        with torch.autocast("cpu"):
+            assert not is_written_out(model)
+        with torch.profiler.profile():
+            assert not is_written_out(model)
+        assert not is_written_out(_model().to("meta"))
+        assert not is_written_out(_model().bfloat16())
+
+    def test_sets_that_do_not_fit(self) -> None:
+        model = _model()
+        good = _tasks(model, 1)[0]
+        x, y = good[:2]
+        state = torch.zeros(4, model.state_dim).double()
+        bad: list[tuple[Any, Any]] = [
+            (x | {"more": y}, y),
+            ({"reset": x["reset"]}, y),
+            (x | {"x": x["x"][..., 1:]}, y),
+            (x | {"x": x["x"].float()}, y),
+            (x | {"reset": x["reset"][:, 1:]}, y),
+            (x | {"hidden_state": x["hidden_state"][1:]}, y),
+            (x | {"hidden_state": x["hidden_state"].float()}, y),
+            (x, y[..., 1:]),
+            (x, y.float()),
+            (x, {"y": y}),
+            (x, y > 0),
+            (x, torch.full((4, 6), model.output_dim)),
+            (x, torch.full((4, 6), -1)),
+            (x, torch.zeros(4, 5, dtype=torch.long)),
+        ]
+        for support in bad:
+            tasks = [good, (*support, *good[2:])]
+            assert task_gradients(model, tasks, None, 0.1, 1, False) is None
+        assert task_gradients(model, [good], state, 0.1, 1, False) is None  # two states
