@@ -23,16 +23,35 @@ inline Index even_block(Index rows, Index most) {
 template <class T>
 constexpr int kTile = kTileVectors * kWidth<T>;  // columns of a full tile
 
-// A [N, K], transposed and cut into tiles of columns: W[tile][k][column], zero beyond N.
+// A [N, K], transposed and cut into tiles of columns: W[tile][k][column], zero beyond N. For a minibatch of a policy
+// that takes as long as the product, so vectors of A are copied where they lie in memory, or transposed in squares.
 template <class T>
 inline void pack(const T* A, Index row, Index column, Index K, Index N, T* W) {
+  constexpr int L = kWidth<T>;
   for (Index first = 0; first < N; first += kTile<T>) {
-    const Index width = round_up(N - first < kTile<T> ? N - first : kTile<T>, kWidth<T>);
-    for (Index k = 0; k < K; ++k, W += width) {
-      for (Index j = 0; j < width; ++j) {
-        W[j] = first + j < N ? A[(first + j) * row + k * column] : T(0);
+    const Index width = round_up(N - first < kTile<T> ? N - first : kTile<T>, L);
+    for (Index j = 0; j < width; j += L) {
+      const int columns = N - first - j < L ? int(N - first - j) : L;
+      const T* from = A + (first + j) * row;
+      T* to = W + j;
+      Index k = 0;
+      for (; row == 1 && k < K; ++k) {
+        const T* p = from + k * column;
+        store(to + k * width, columns == L ? load(p) : load_part(p, columns));
+      }
+      for (; column == 1 && k + L <= K; k += L) {
+        Vector<T> square[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) square[i] = i < columns ? load(from + i * row + k) : Vector<T>{};
+        transpose<T>(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) store(to + (k + i) * width, square[i]);
+      }
+      for (; k < K; ++k) {
+        for (int i = 0; i < L; ++i) to[k * width + i] = i < columns ? from[i * row + k * column] : T(0);
       }
     }
+    W += K * width;
   }
 }
 
