@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch  # before _native: the compiled module uses the OpenMP runtime that torch has loaded
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch._functorch.autograd_function import custom_function_call
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._functorch.utils import unwrap_dead_wrappers
 
 try:
@@ -94,15 +96,19 @@ def choose(op: str, impl: str, device: torch.device, *, triton: bool = True) -> 
     """Resolve ``impl`` for a device to "native", "triton" or "reference".
 
     Raises:
-        ValueError: ``impl`` is unknown, or cannot run on ``device``.
+        ValueError: ``impl`` is unknown, cannot run on ``device``, or not inside two forward modes.
         RuntimeError: the op has no backend for ``device``.
     """
+    if impl == "auto" and is_forward_over_forward():
+        return "reference"
     if impl == "auto" and device.type == "cpu" and not _interpreting:
         return "native"
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
     if impl == "reference":
         return impl
+    if is_forward_over_forward():
+        raise ValueError(f"impl={impl!r} of {op} has no forward mode inside forward mode")
     on_cpu = "triton" if _interpreting else "native"
     wanted = {"cpu": on_cpu, "cuda": "triton"}.get(device.type)
     if wanted is None:
@@ -189,6 +195,17 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     if torch.autograd.forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def is_forward_over_forward() -> bool:
+    """Whether forward mode runs inside forward mode.
+
+    torch takes what a Function's jvp has saved for constant there, so its tangents would be wrong.
+    """
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    levels = retrieve_all_functorch_interpreters()
+    return sum(level.key() == TransformType.Jvp for level in levels) > 1
 
 
 def _keys(x: Tensor) -> int:

@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 from ssm_fast.ops.backend import (
     LIBRARY,
     cpu_kernel,
     direct_apply,
     fold,
+    is_forward_over_forward,
     last_contiguous,
     native_kernel,
     needs_autograd,
@@ -348,14 +347,6 @@ _differentiable = direct_apply(Linear)
 _differentiable_grad = direct_apply(LinearGrad)
 
 
-def _is_forward_over_forward() -> bool:
-    """Whether forward mode runs inside forward mode, where torch takes what a jvp saved for constant."""
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    levels = retrieve_all_functorch_interpreters()
-    return sum(level.key() == TransformType.Jvp for level in levels) > 1
-
-
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -415,7 +406,7 @@ def grouped_linear(
     tanh: bool = False,
 ) -> Tensor:
     """`linear` of groups, as in the schema; nothing is checked."""
-    if torch.compiler.is_compiling() or _is_forward_over_forward():
+    if torch.compiler.is_compiling() or is_forward_over_forward():
         return reference(x, weight, bias, add, tanh)
     call = _differentiable if needs_autograd(x, weight, bias, add) else run_linear
     y: Tensor = call(x, weight, bias, add, tanh)
