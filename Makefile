@@ -35,11 +35,16 @@ test: $(VENV)/.installed-dev
 	$(BIN)/pytest
 	$(MAKE) test-isa
 
-# The policies that come with the package, where the web app looks for them.
+# The policies that come with the package, where the web app looks for them; of meta_rl with the checkpoint that holds
+# the lengths of the gradient steps.
 pretrained: $(VENV)/.installed-rl
 	set -e; for preset in $(PRETRAINED); do \
 	  $(BIN)/ssm-fast train --preset $$preset --seed 0 --out runs/pretrained/$$preset; \
-	  cp runs/pretrained/$$preset/policy.safetensors ssm_fast/app/pretrained/$$preset.safetensors; \
+	  to=ssm_fast/app/pretrained/$$preset; rm -rf $$to; mkdir -p $$to; cp runs/pretrained/$$preset/policy.safetensors $$to; \
+	  if [ $$preset != halfcheetah-v5 ]; then \
+	    mkdir $$to/checkpoints; cp runs/pretrained/$$preset/config.json $$to; \
+	    cp -r $$(ls -d runs/pretrained/$$preset/checkpoints/iteration_* | tail -1) $$to/checkpoints; chmod 755 $$to/checkpoints/*; \
+	  fi; \
 	done
 
 ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_meta_gradient.py

@@ -110,8 +110,10 @@ def test_sdist_holds_the_repository_without_results_and_images(built, tracked):
     assert names - {"PKG-INFO"} == {name for name in tracked if not name.startswith(NOT_IN_SDIST)}
 
 
-def test_sdist_is_small(built):
-    assert built[0].stat().st_size < 1e6
+def test_sdist_is_small(built, tracked):
+    policies = sum(Path(name).stat().st_size for name in tracked if "/pretrained/" in name)
+    assert policies < 4e6
+    assert built[0].stat().st_size < 1e6 + policies
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm of binutils is not installed")

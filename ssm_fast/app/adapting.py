@@ -21,7 +21,7 @@ METHODS = {
     "test_time": "value ensemble, exploration by uncertainty, step size by difficulty",
     "standard": "learns from the last stretch",
     "hybrid": "with replay of the stretches before",
-    "gradient": "the steps that a meta_rl training of this visit has learnt",
+    "gradient": "the steps that a meta_rl training, of this visit or of a pretrained policy, has learnt",
 }
 BOUNDS = {
     "episodes": (1, 20),
@@ -113,7 +113,8 @@ def options_of(
     if method == "gradient" and policy.run is None:
         raise ValueError(
             "gradient takes the steps that a meta_rl training has learnt, and their lengths are not "
-            "in a policy's file: train one with meta_rl in this visit, or choose another method"
+            "in a policy's file: train one with meta_rl in this visit, take one that comes with the "
+            "package, or choose another method"
         )
     if policy.model != "ImprovedSSM":
         raise ValueError(

@@ -28,8 +28,8 @@ class LoadView(View):
 
 
 def pretrained_names(folder: Path = PRETRAINED) -> list[str]:
-    """The policies that come with the package."""
-    return sorted(path.stem for path in folder.glob("*.safetensors"))
+    """The policies that come with the package: folders of training runs, without their curves."""
+    return sorted(path.parent.name for path in folder.glob("*/policy.safetensors"))
 
 
 @with_errors_as_sentences(LoadView)
@@ -39,7 +39,11 @@ def load_pretrained(
     """Gives a visitor a policy that comes with the package."""
     if name not in pretrained_names(folder):
         raise ValueError("choose one of the pretrained policies")
-    yield _loaded(visitor, folder / f"{name}.safetensors", str(name), None)
+    run = folder / str(name)
+    has_steps = (run / "checkpoints").is_dir()  # which are learnt by meta_rl
+    yield _loaded(
+        visitor, run / "policy.safetensors", str(name), None, run=run if has_steps else None
+    )
 
 
 @with_errors_as_sentences(LoadView)
@@ -69,11 +73,13 @@ def load_upload(visitor: Visitor, uploaded: str | None, env_id: str | None) -> I
         raise ValueError(message) from error
 
 
-def _loaded(visitor: Visitor, path: Path, name: str, env_id: str | None) -> LoadView:
+def _loaded(
+    visitor: Visitor, path: Path, name: str, env_id: str | None, run: Path | None = None
+) -> LoadView:
     named = "env_id" in read_metadata(path)
     if not named and not (env_id or "").strip():
         raise ValueError(f"{path} does not say which environment it is for: type its id below")
     chosen = checked_env_id(environment_of(path, None if named else checked_env_id(env_id)))
-    policy = visitor.add_policy(path, name, chosen)
+    policy = visitor.add_policy(path, name, chosen, run=run)
     text = f"Loaded {policy.name}: {policy.model}, {policy.parameters:,} weights, for {chosen}."
     return LoadView(Status(text, "done"), policy.name)

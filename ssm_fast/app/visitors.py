@@ -29,7 +29,7 @@ class StoredPolicy:
         parameters: How many it has.
         env_id: The environment that it was trained in.
         task: The task that it was adapted to, a value of `adapting.task_choices`.
-        run: The folder of the meta_rl run, where it was trained in one.
+        run: The folder of the meta_rl run that it comes from, if it does; it is never changed.
     """
 
     name: str

@@ -8,6 +8,7 @@ import pytest
 
 from ssm_fast.app import adapting
 from ssm_fast.app.adapting import adapt, default_of, options_of, task_choices
+from ssm_fast.app.loading import load_pretrained
 from ssm_fast.app.visitors import Visitor
 from ssm_fast.checkpoint import read_metadata, save_model
 from ssm_fast.core import StateSpaceModel
@@ -48,6 +49,17 @@ def test_a_critic_that_was_not_trained_is_noted(visitor: Visitor, save_policy: S
     assert view.status.kind == "done"
     (note,) = view.status.notes
     assert note.startswith("The critic of the policy was not trained")
+
+
+def test_a_pretrained_meta_policy_takes_the_steps_that_it_has_learnt(visitor: Visitor) -> None:
+    *_, loaded = load_pretrained(visitor, "cartpole-family")
+    assert visitor.policy(loaded.policy).run is not None
+    *_, view = adapt(visitor, loaded.policy, "gradient", "test 3", {"episodes": 3})
+    assert view.status.kind == "done", view.status
+    assert view.status.notes == ()
+    by_round = {row[0]: row[1:3] for row in view.table}
+    without, adapting_ = by_round["after 2 gradient steps"]
+    assert adapting_ > 400 > 4 * without
 
 
 def test_stop(visitor: Visitor, save_policy: Save) -> None:

@@ -93,7 +93,10 @@ def test_a_file_that_is_too_large(
 
 
 def test_pretrained(visitor: Visitor, save_policy: Save, tmp_path: Path) -> None:
-    folder = save_policy("CartPole.safetensors", env_id="CartPole-v1").parent
+    folder = tmp_path / "pretrained"
+    (folder / "CartPole").mkdir(parents=True)
+    saved = save_policy("CartPole.safetensors", env_id="CartPole-v1")
+    saved.rename(folder / "CartPole" / "policy.safetensors")
     assert pretrained_names(folder) == ["CartPole"]
     *_, view = load_pretrained(visitor, "CartPole", folder)
     assert visitor.policy(view.policy).env_id == "CartPole-v1"
