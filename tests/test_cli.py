@@ -430,7 +430,7 @@ class TestPresets:
 
     def test_mistakes(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["train", "--preset", "cheetah"]) == 2
-        assert "--preset must be one of ['cartpole-family'," in capsys.readouterr().err
+        assert "--preset must be one of ['ant-v5', 'cartpole-family'," in capsys.readouterr().err
         assert cli.main(["train", "--preset", "halfcheetah-v5", "--env", "Hopper-v5"]) == 2
         assert "--preset halfcheetah-v5 is for --env HalfCheetah-v5" in capsys.readouterr().err
 
