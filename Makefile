@@ -47,7 +47,7 @@ pretrained: $(VENV)/.installed-rl
 	  fi; \
 	done
 
-ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_meta_gradient.py
+ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_task_gradients.py
 
 # The kernels once more at every instruction set below the one that the processor would choose.
 test-isa: $(VENV)/.installed-dev

@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "calls.h"
-#include "meta_gradient.h"
 #include "sequence_gradient.h"
+#include "task_gradients.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -470,9 +470,9 @@ void bind_sequence_gradient(py::module_& m, const char* name) {
 using ExamplesOfTask = std::tuple<Address, Address, Address, Address, Address, Index, Index>;
 
 template <class T>
-void meta_gradient(Address weights, Address rates, const std::vector<ExamplesOfTask>& support,
-                   const std::vector<ExamplesOfTask>& query, Address gradients, Address rate_gradients, Address losses,
-                   Strides<6> sizes, bool first_order) {
+void task_gradients(Address weights, Address rates, const std::vector<ExamplesOfTask>& support,
+                    const std::vector<ExamplesOfTask>& query, Address gradients, Address rate_gradients, Address losses,
+                    Strides<6> sizes, bool first_order) {
   const auto examples = [](const std::vector<ExamplesOfTask>& tasks) {
     std::vector<Examples<T>> found;
     for (const auto& [x, y, labels, s0, reset, B, T_len] : tasks) {
@@ -482,22 +482,22 @@ void meta_gradient(Address weights, Address rates, const std::vector<ExamplesOfT
   };
   const std::vector<Examples<T>> of_support = examples(support), of_query = examples(query);
   const auto [G, I, N, H, O, K] = sizes;
-  const MetaGradient<T> p{at<T>(weights),
-                          at<T>(rates),
-                          of_support.data(),
-                          of_query.data(),
-                          at<T>(gradients),
-                          at<T>(rate_gradients),
-                          at<double>(losses),
-                          G,
-                          I,
-                          N,
-                          H,
-                          O,
-                          K,
-                          first_order};
+  const TaskGradients<T> p{at<T>(weights),
+                           at<T>(rates),
+                           of_support.data(),
+                           of_query.data(),
+                           at<T>(gradients),
+                           at<T>(rate_gradients),
+                           at<double>(losses),
+                           G,
+                           I,
+                           N,
+                           H,
+                           O,
+                           K,
+                           first_order};
   const py::gil_scoped_release release;
-  meta_gradient(p);
+  task_gradients(p);
 }
 
 }  // namespace
@@ -548,8 +548,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("linear_tangent_float64", &linear_tangent<double>);
   bind_sequence_gradient<float>(m, "SequenceGradient_float32");
   bind_sequence_gradient<double>(m, "SequenceGradient_float64");
-  m.def("meta_gradient_float32", &meta_gradient<float>);
-  m.def("meta_gradient_float64", &meta_gradient<double>);
+  m.def("task_gradients_float32", &task_gradients<float>);
+  m.def("task_gradients_float64", &task_gradients<double>);
   m.def("policy_step_float32", &policy_step<float>);
   m.def("policy_step_float64", &policy_step<double>);
 }

@@ -3,11 +3,6 @@
 #include <utility>
 
 namespace ssm_fast {
-namespace {
-
-constexpr Index kLine = 64;  // bytes
-
-}  // namespace
 
 template <class T>
 SequenceGradient<T>::SequenceGradient(std::vector<T*> weights, std::vector<T*> gradients, Sizes sizes, bool residual,
@@ -24,20 +19,15 @@ template <class T>
 void SequenceGradient<T>::reserve(Index rows) {
   if (rows <= reserved_) return;
   const auto [I, H, N, L, K, W] = sizes_;
-  const Index line = kLine / Index(sizeof(T));
-  const auto padded = [&](Index elements) { return (elements + line - 1) / line * line; };
-  const Index wide = padded(rows * (H > W ? H : W)), states = padded(rows * N), own = padded(rows * W);
-  const Index of_layer = 2 * states + 2 * padded(rows * H) + 2 * padded(rows);
-  memory_ = scratch_block<T>(L * of_layer + 4 * wide + 2 * own + 2 * states);
-  T* next = static_cast<T*>(memory_.get());
-  const auto take = [&](Index elements) { return std::exchange(next, next + elements); };
-  for (Layer& layer : layers_) {
-    layer = {take(states),           take(states),       take(padded(rows * H)),
-             take(padded(rows * H)), take(padded(rows)), take(padded(rows))};
-  }
-  encoded_ = take(wide), first_ = take(own), second_ = take(own);
-  grad_h_ = take(wide), grad_y_ = take(wide), wide_ = take(wide);
-  grad_s_ = take(states), grad_u_ = take(states);
+  const Index wide = rows * (H > W ? H : W), states = rows * N, own = rows * W;
+  arrays_.place([&](auto take) {
+    for (Layer& layer : layers_) {
+      layer = {take(states), take(states), take(rows * H), take(rows * H), take(rows), take(rows)};
+    }
+    encoded_ = take(wide), first_ = take(own), second_ = take(own);
+    grad_h_ = take(wide), grad_y_ = take(wide), wide_ = take(wide);
+    grad_s_ = take(states), grad_u_ = take(states);
+  });
   reserved_ = rows;
 }
 

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "passes.h"
@@ -51,7 +50,7 @@ class SequenceGradient {
   Index S_ = 0, T_ = 0, M_ = 0, reserved_ = 0;
   const T *x_ = nullptr, *state_ = nullptr;
   const std::uint8_t* reset_ = nullptr;
-  std::unique_ptr<void, AlignedDelete> memory_;
+  Arrays<T> arrays_;
   std::vector<Layer> layers_;
   T *encoded_ = nullptr, *first_ = nullptr, *second_ = nullptr;  // h^0 and the hidden layers of the critic's network
   T *grad_h_ = nullptr, *grad_y_ = nullptr, *wide_ = nullptr;    // [M, H or W]

@@ -15,7 +15,7 @@ KERNEL_SOURCES = sorted(  # what is compiled once per instruction set
     path
     for path in (Path(__file__).parent.parent / "csrc").iterdir()
     if path.stem
-    not in ("module", "dispatch", "calls", "passes", "sequence_gradient", "meta_gradient")
+    not in ("module", "dispatch", "calls", "passes", "sequence_gradient", "task_gradients")
 )
 
 pytestmark = pytest.mark.isa_independent

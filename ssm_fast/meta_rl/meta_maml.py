@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ssm_fast.checks import check_count, check_number
-from ssm_fast.core.meta_gradient import is_written_out, task_gradients
+from ssm_fast.core.task_gradients import task_gradients
 from ssm_fast.losses import default_loss
 from ssm_fast.meta_rl.training_state import check_step, check_tensors, load_adam, must_fit
 
@@ -55,7 +55,7 @@ class MetaMAML:
     and the outer step follows ``∇_θ mean_g L_g^query(φ_g^K)``, through the inner steps unless
     ``first_order``. The tasks run as one vmapped call: the layers of this package take the weights
     of all tasks as groups of one kernel call. A `StateSpaceModel` on the CPU, as it was made, and with
-    the default losses runs one task on each thread, without vmap and autograd.
+    the default losses runs without vmap and autograd, each of several tasks on a thread.
 
     The model may be stateless, ``forward(x) -> output``, or stateful, ``forward(x, hidden_state) ->
     (output, next_hidden, ...)``: of a tuple, a loss gets the first element. A task's ``x`` is a
@@ -73,7 +73,7 @@ class MetaMAML:
         learn_inner_lr: Learn a rate for each weight together with the weights (Meta-SGD).
         max_grad_norm: Scale the meta-gradient down to this norm; None leaves it.
         chunk_size: Tasks in one call. None takes all on a GPU, and on the CPU as many as have 8,192
-            rows together, where the call is vmapped: what larger ones give leaves the caches. Smaller
+            rows together: what larger ones give leaves the caches; without vmap it takes 64. Smaller
             chunks take less memory and give the same numbers.
         optimizer: Makes the outer optimizer from the list of meta-parameters, instead of Adam.
 
@@ -230,14 +230,12 @@ class MetaMAML:
             self._check_task(i, task)
         total = [torch.zeros_like(p) for p in (*self._parameters.values(), *self._rates.values())]
         losses = total[0].new_empty(len(tasks))
-        size = self.chunk_size
-        if size is None and loss_fn is None and is_written_out(self.model):
-            size = _WRITTEN_OUT_TASKS
-        for chunk in _same_shapes(tasks, size):
-            losses[chunk], gradients = self._chunk_gradient(
-                chunk, tasks, initial_hidden_state, loss_fn, steps
-            )
-            torch._foreach_add_(total, gradients, alpha=1.0 / len(tasks))
+        for group in _same_shapes(tasks):
+            for chunk, of_chunk, gradients in self._gradients_of_chunks(
+                group, tasks, initial_hidden_state, loss_fn, steps
+            ):
+                losses[chunk] = of_chunk
+                torch._foreach_add_(total, gradients, alpha=1.0 / len(tasks))
         count = len(self._parameters)
         return MetaGradient(
             losses,
@@ -305,6 +303,38 @@ class MetaMAML:
             for name, rate in self._rates.items():
                 rate.copy_(rates[name])
 
+    def _gradients_of_chunks(
+        self,
+        group: list[int],
+        tasks: Sequence[TaskData],
+        state: Any,
+        loss_fn: LossFn | None,
+        steps: int,
+    ) -> Iterator[tuple[list[int], Tensor, list[Tensor]]]:
+        """Of tasks of the same shapes: some of them, their query losses and sums of gradients."""
+        for part in _parts(group, self.chunk_size or _WRITTEN_OUT_TASKS):
+            found = None
+            if loss_fn is None:
+                found = task_gradients(
+                    self.model,
+                    self._parameters,
+                    [tasks[i] for i in part],
+                    state,
+                    self._rates or self.inner_lr,
+                    steps,
+                    self.first_order,
+                )
+            if found is not None:
+                _check_losses(found.losses, part)
+                _check_gradients(found.weights, part)
+                by_weight = [found.weights[name].sum(0) for name in self._parameters]
+                by_rate = [found.rates[name].sum(0) for name in self._rates]
+                yield part, found.losses[-1], by_weight + by_rate
+                continue
+            most = self.chunk_size or _tasks_of_a_chunk(tasks[part[0]], len(part))
+            for chunk in _parts(part, most):
+                yield chunk, *self._chunk_gradient(chunk, tasks, state, loss_fn, steps)
+
     def _chunk_gradient(
         self,
         chunk: list[int],
@@ -313,21 +343,12 @@ class MetaMAML:
         loss_fn: LossFn | None,
         steps: int,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Query losses of some tasks ``[G]`` and the sums of their gradients."""
-        found = None
-        if loss_fn is None:
-            parts = [tasks[i] for i in chunk]
-            found = task_gradients(self.model, parts, state, self.rates, steps, self.first_order)
-        if found is not None:
-            _check_losses(found.losses, chunk)
-            _check_gradients(found.weights, chunk)
-            by_weight = [found.weights[name].sum(0) for name in self._parameters]
-            return found.losses[-1], by_weight + [found.rates[name].sum(0) for name in self._rates]
+        """Query losses of some tasks ``[G]`` and the sums of their gradients, by autograd."""
+        _keep_freed_memory()
         support_x, support_y, query_x, query_y = (
             tree_map(lambda *x: torch.stack(x), *(tasks[i][part] for i in chunk))
             for part in range(len(_PARTS))
         )
-        _keep_freed_memory()
         of_tasks = f"of task {chunk[0]}"
         support = self._loss(f"support_y {of_tasks}", support_y, state, loss_fn)
         query = self._loss(f"query_y {of_tasks}", query_y, state, loss_fn)
@@ -518,18 +539,18 @@ def _tasks_of_a_chunk(task: TaskData, count: int) -> int:
     return max(1, _CHUNK_ROWS // rows)
 
 
-def _same_shapes(tasks: Sequence[TaskData], size: int | None) -> list[list[int]]:
-    """Indices of tasks of the same shapes, at most ``size`` together, or as many as fit the caches."""
+def _same_shapes(tasks: Sequence[TaskData]) -> list[list[int]]:
+    """Indices of tasks, those of the same shapes together."""
     groups: dict[Any, list[int]] = {}
     for i, task in enumerate(tasks):
         leaves, structure = tree_flatten(tuple(task))
         key = str(structure), tuple((x.shape, x.dtype) for x in leaves)
         groups.setdefault(key, []).append(i)
-    chunks = []
-    for group in groups.values():
-        most = size or _tasks_of_a_chunk(tasks[group[0]], len(group))
-        chunks += [group[first : first + most] for first in range(0, len(group), most)]
-    return chunks
+    return list(groups.values())
+
+
+def _parts(items: list[int], most: int) -> list[list[int]]:
+    return [items[first : first + most] for first in range(0, len(items), most)]
 
 
 def _check_losses(history: Tensor, chunk: list[int]) -> None:

@@ -8,6 +8,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from ssm_fast.checks import check_count
 from ssm_fast.ops import dense_scan, norm_scan
@@ -290,9 +296,13 @@ def tanh_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody has put a hook on it or another method into it."""
+    """Whether nobody has put a hook on it, or on all modules, or another method into it."""
     return not (
-        module._forward_hooks
+        _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

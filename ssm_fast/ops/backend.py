@@ -14,6 +14,8 @@ from torch._C._functorch import TransformType
 from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._functorch.utils import unwrap_dead_wrappers
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 try:
     import ssm_fast._native as native
@@ -53,6 +55,11 @@ def native_kernel(op: str, dtype: torch.dtype) -> Any:
 
 
 _interpreting = False
+
+
+def is_interpreting() -> bool:
+    """Whether CPU tensors go through the Triton kernels, in an `interpreter`."""
+    return _interpreting
 
 
 @contextmanager
@@ -96,10 +103,10 @@ def choose(op: str, impl: str, device: torch.device, *, triton: bool = True) -> 
     """Resolve ``impl`` for a device to "native", "triton" or "reference".
 
     Raises:
-        ValueError: ``impl`` is unknown, cannot run on ``device``, or not inside two forward modes.
+        ValueError: ``impl`` is unknown, or cannot run on ``device`` or in this forward mode.
         RuntimeError: the op has no backend for ``device``.
     """
-    if impl == "auto" and is_forward_over_forward():
+    if impl == "auto" and needs_reference():
         return "reference"
     if impl == "auto" and device.type == "cpu" and not _interpreting:
         return "native"
@@ -107,8 +114,10 @@ def choose(op: str, impl: str, device: torch.device, *, triton: bool = True) -> 
         raise ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
     if impl == "reference":
         return impl
-    if is_forward_over_forward():
-        raise ValueError(f"impl={impl!r} of {op} has no forward mode inside forward mode")
+    if needs_reference():
+        raise ValueError(
+            f"impl={impl!r} of {op} has no forward mode inside forward mode, nor in torch.compile"
+        )
     on_cpu = "triton" if _interpreting else "native"
     wanted = {"cpu": on_cpu, "cuda": "triton"}.get(device.type)
     if wanted is None:
@@ -197,15 +206,27 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def is_forward_over_forward() -> bool:
-    """Whether forward mode runs inside forward mode.
+def needs_reference() -> bool:
+    """Whether torch's own formulas alone give the right tangents: forward mode inside forward mode.
 
-    torch takes what a Function's jvp has saved for constant there, so its tangents would be wrong.
+    torch takes what a Function's jvp has saved for constant there. torch.compile leaves the jvp of an
+    op out in any forward mode.
     """
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
+    if torch.compiler.is_compiling():
+        return _forward_levels() > 0
+    return torch._C._are_functorch_transforms_active() and _forward_levels() > 1
+
+
+def _forward_levels() -> int:
+    """How many forward modes are one inside the other here."""
+    if not torch._C._are_functorch_transforms_active():
+        return 0
     levels = retrieve_all_functorch_interpreters()
-    return sum(level.key() == TransformType.Jvp for level in levels) > 1
+    return sum(level.key() == TransformType.Jvp for level in levels)
+
+
+# A tracer takes the number, as torch.compiler.assume_constant_result has it do; that one imports the compiler.
+_forward_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _keys(x: Tensor) -> int:
@@ -234,6 +255,13 @@ def is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
     )
+
+
+def has_function_mode() -> bool:
+    """Whether a mode sees the calls of torch's functions, other than that of a default device."""
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def cpu_kernel(

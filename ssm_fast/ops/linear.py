@@ -12,10 +12,10 @@ from ssm_fast.ops.backend import (
     cpu_kernel,
     direct_apply,
     fold,
-    is_forward_over_forward,
     last_contiguous,
     native_kernel,
     needs_autograd,
+    needs_reference,
     promoted,
     row_address,
 )
@@ -406,7 +406,7 @@ def grouped_linear(
     tanh: bool = False,
 ) -> Tensor:
     """`linear` of groups, as in the schema; nothing is checked."""
-    if torch.compiler.is_compiling() or is_forward_over_forward():
+    if torch.compiler.is_compiling() or needs_reference():
         return reference(x, weight, bias, add, tanh)
     call = _differentiable if needs_autograd(x, weight, bias, add) else run_linear
     y: Tensor = call(x, weight, bias, add, tanh)

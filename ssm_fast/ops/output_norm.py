@@ -16,10 +16,10 @@ from ssm_fast.ops.backend import (
     choose,
     cpu_kernel,
     direct_apply,
-    is_forward_over_forward,
     last_contiguous,
     native_kernel,
     needs_autograd,
+    needs_reference,
     normalised,
     project_norm,
     promoted,
@@ -389,7 +389,7 @@ def fused_output(
 ) -> Tensor:
     """`output_norm` by the kernel, for layers: only what could crash it is checked."""
     z, weight, bias, residual = promoted(z, weight, bias, residual)
-    if is_forward_over_forward():
+    if needs_reference():
         return reference(z, weight, bias, residual, eps, tanh)
     if torch.compiler.is_compiling():
         y, _, _ = run_output_norm(z, weight, bias, residual, eps, tanh, True)

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ssm_fast.core.meta_gradient import TaskGradients, is_written_out, task_gradients
 from ssm_fast.core.ssm import StateSpaceModel
+from ssm_fast.core.task_gradients import TaskGradients, task_gradients
 from ssm_fast.meta_rl.meta_maml import MetaGradient, MetaMAML
 
 Task = tuple[Any, ...]
 
 
-def _model(N: int = 5, I: int = 3, O: int = 2, H: int = 7) -> StateSpaceModel:
-    torch.manual_seed(0)
+def _model(N: int = 5, I: int = 3, O: int = 2, H: int = 7, seed: int = 0) -> StateSpaceModel:
+    torch.manual_seed(seed)
     model = StateSpaceModel(N, I, O, H).double()
     with torch.no_grad():
         for parameter in model.parameters():  # orthogonal ones hide a transposition, zeros a bias
@@ -39,6 +39,12 @@ def _set(model: StateSpaceModel, B: int, T: int, classes: bool = False) -> tuple
 
 def _tasks(model: StateSpaceModel, count: int = 3, B: int = 4, T: int = 6) -> list[Task]:
     return [(*_set(model, B, T), *_set(model, B + 1, T + 2)) for _ in range(count)]
+
+
+def _written_out(model: nn.Module, tasks: list[Task], *settings: Any) -> TaskGradients | None:
+    state, rates, steps, first_order = settings or (None, 0.1, 1, False)
+    parameters = dict(model.named_parameters())
+    return task_gradients(model, parameters, tasks, state, rates, steps, first_order)
 
 
 def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ class TestTaskGradients:
     def test_single_steps(self) -> None:
         model = _model()
         x, y = torch.randn(9, 3).double(), torch.randn(9, 2).double()
-        assert task_gradients(model, [(x, y, x, y)], None, 0.1, 1, False) is not None
+        assert _written_out(model, [(x, y, x, y)]) is not None
         _compare(MetaMAML(model, 0.3), [(x, y, x, y)])
 
     def test_any_strides_and_types_of_reset_and_label(self) -> None:
@@ -112,7 +118,7 @@ class TestTaskGradients:
         inputs = {"x": x[..., ::2], "reset": (torch.rand(4, 3) < 0.3).double().T}
         labels = torch.randint(2, (4, 3), dtype=torch.int32).T
         task = inputs, labels, inputs, labels
-        assert task_gradients(model, [task], None, 0.1, 1, False) is not None
+        assert _written_out(model, [task]) is not None
         _compare(MetaMAML(model, 0.3), [task], lambda y, t: _cross_entropy(y, t.long()))
 
     def test_float32(self) -> None:
@@ -140,7 +146,7 @@ class TestTaskGradients:
             results: list[TaskGradients] = []
             for n in (1, 2, 4):
                 torch.set_num_threads(n)
-                found = task_gradients(model, tasks, None, 0.1, 2, False)
+                found = _written_out(model, tasks, None, 0.1, 2, False)
                 assert found is not None
                 results.append(found)
         finally:
@@ -154,7 +160,7 @@ class TestTaskGradients:
         model = _model()
         tasks = _tasks(model)
         before = copy.deepcopy((model.state_dict(), tasks))
-        task_gradients(model, tasks, None, 0.1, 2, False)
+        _written_out(model, tasks, None, 0.1, 2, False)
         torch.testing.assert_close((model.state_dict(), tasks), before, rtol=0, atol=0)
 
 
@@ -197,31 +203,100 @@ def _subclass(model: StateSpaceModel) -> nn.Module:
     return _Scaled(model.state_dim, model.input_dim, model.output_dim, model.hidden_dim).double()
 
 
+class _Noticing(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {})
+
+
+class _Tensor(Tensor):
+    pass
+
+
+def _plain_tasks() -> list[Task]:
+    return [(sx["x"], sy, qx["x"], qy) for sx, sy, qx, qy in _tasks(_model())]
+
+
 class TestOthersGoThroughAutograd:
     @pytest.mark.parametrize(
-        "change", [_hooked, _with_relu, _without_bias, _frozen, _parametrized, _subclass]
+        "change", [_hooked, _with_relu, _without_bias, _parametrized, _subclass]
     )
     def test_changed_models(self, change: Callable[[StateSpaceModel], nn.Module]) -> None:
         model = change(_model())
-        assert not is_written_out(model)
-        tasks = [(sx["x"], sy, qx["x"], qy) for sx, sy, qx, qy in _tasks(_model())]
-        _compare(MetaMAML(model, 0.3), tasks)
+        assert _written_out(model, _plain_tasks()) is None
+        _compare(MetaMAML(model, 0.3), _plain_tasks())
+
+    def test_weights_that_are_not_those_of_the_object(self) -> None:
+        frozen = _frozen(_model())
+        maml = MetaMAML(frozen, 0.3, learn_inner_lr=True)
+        frozen.requires_grad_(True)
+        assert "B" not in maml.meta_gradient(_plain_tasks()).weights
+        _compare(maml, _plain_tasks())
+
+        model = _model()
+        maml = MetaMAML(model, 0.3)
+        model.A = nn.Parameter(model.A.detach().clone())
+        _compare(maml, _plain_tasks())
+        maml.model = _model(seed=1)
+        _compare(maml, _plain_tasks())
+
+    def test_rates(self) -> None:
+        model = _model().float()
+        maml = MetaMAML(model, 0.3, learn_inner_lr=True)
+        model.double()  # the rates stay as they are
+        _compare(maml, _plain_tasks())
+        weights = dict(model.named_parameters())
+        shared = {name: torch.tensor(0.3).double() for name in weights}
+        assert _written_out(model, _plain_tasks(), None, shared, 1, False) is None
+        _compare(MetaMAML(model, torch.tensor(0.3)), _plain_tasks())
 
     def test_a_hook_sees_its_calls(self) -> None:
         model, seen = _model(), []
-        model.register_forward_hook(lambda *_: seen.append(1))
-        MetaMAML(model).meta_gradient(_tasks(model, 1))
-        assert len(seen) == 2
+        handles = [
+            model.register_forward_hook(lambda *_: seen.append(1)),
+            nn.modules.module.register_module_forward_hook(lambda *_: seen.append(2)),
+        ]
+        for handle, what in zip(handles, (1, 2), strict=True):
+            seen.clear()
+            MetaMAML(model).meta_gradient(_plain_tasks())
+            assert seen.count(what) >= 2
+            handle.remove()
+        assert _written_out(model, _plain_tasks()) is not None
 
     def test_modes(self) -> None:
+        model, tasks = _model(), _plain_tasks()
+        with torch.device("cpu"):
+            assert _written_out(model, tasks) is not None
+        for mode in (torch.autocast("cpu"), torch.profiler.profile(), _Noticing()):
+            with mode:
+                assert _written_out(model, tasks) is None
+        assert _written_out(_model().to("meta"), tasks) is None
+        assert _written_out(_model().bfloat16(), tasks) is None
+
+    def test_interpreter(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ssm_fast.ops.backend._interpreting", True)
+        assert _written_out(_model(), _plain_tasks()) is None
+
+    def test_tensors_of_another_kind(self) -> None:
         model = _model()
-        assert is_written_out(model)
-        with torch.autocast("cpu"):
-            assert not is_written_out(model)
-        with torch.profiler.profile():
-            assert not is_written_out(model)
-        assert not is_written_out(_model().to("meta"))
-        assert not is_written_out(_model().bfloat16())
+        x, y, *query = _plain_tasks()[0]
+        assert _written_out(model, [(x.as_subclass(_Tensor), y, *query)]) is None
+        assert _written_out(model, [(x, y.as_subclass(_Tensor), *query)]) is None
+
+    def test_they_run_in_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, calls = _model(), []
+        kept = MetaMAML._chunk_gradient
+
+        def counted(self: MetaMAML, chunk: list[int], *rest: Any) -> Any:
+            calls.append(len(chunk))
+            return kept(self, chunk, *rest)
+
+        monkeypatch.setattr(MetaMAML, "_chunk_gradient", counted)
+        x, y = torch.randn(40, 100, 3).double(), torch.randn(40, 100, 2).double()
+        MetaMAML(model).meta_gradient([(x, y, x, y)] * 5)
+        assert calls == []
+        other = torch._neg_view(x)
+        MetaMAML(model).meta_gradient([(other, y, x, y)] * 5)
+        assert calls == [2, 2, 1]
 
     def test_sets_that_do_not_fit(self) -> None:
         model = _model()
@@ -234,6 +309,7 @@ class TestOthersGoThroughAutograd:
             (x | {"x": x["x"][..., 1:]}, y),
             (x | {"x": x["x"].float()}, y),
             (x | {"reset": x["reset"][:, 1:]}, y),
+            (x | {"reset": x["reset"].to(torch.complex64)}, y),
             (x | {"hidden_state": x["hidden_state"][1:]}, y),
             (x | {"hidden_state": x["hidden_state"].float()}, y),
             (x, y[..., 1:]),
@@ -246,5 +322,5 @@ class TestOthersGoThroughAutograd:
         ]
         for support in bad:
             tasks = [good, (*support, *good[2:])]
-            assert task_gradients(model, tasks, None, 0.1, 1, False) is None
-        assert task_gradients(model, [good], state, 0.1, 1, False) is None  # two states
+            assert _written_out(model, tasks) is None
+        assert _written_out(model, [good], state, 0.1, 1, False) is None  # two states

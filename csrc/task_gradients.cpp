@@ -1,4 +1,4 @@
-#include "meta_gradient.h"
+#include "task_gradients.h"
 
 #include <cmath>
 #include <cstring>
@@ -11,9 +11,9 @@
 namespace ssm_fast {
 namespace {
 
-constexpr Index kLine = 64;       // bytes
-constexpr Index kTileRows = 512;  // rows whose activations stay in a core's cache from pass to pass
-constexpr Index kTileScans = 6;   // sequences that a scan advances together
+constexpr Index kTileRows = 512;   // rows whose activations stay in a core's cache from pass to pass
+constexpr Index kTileScans = 6;    // sequences that a scan advances together: no tile has fewer
+constexpr Index kLoneRows = 8192;  // of a task that is alone and shared by all threads
 
 // Where each weight stands in a vector of all.
 template <class T>
@@ -42,9 +42,9 @@ struct Activations {
 
 // The gradient of one task after the other.
 template <class T>
-class TaskGradient {
+class OneTask {
  public:
-  explicit TaskGradient(const MetaGradient<T>& p);
+  explicit OneTask(const TaskGradients<T>& p);
   void run(Index g);
 
  private:
@@ -55,12 +55,14 @@ class TaskGradient {
   void curvature(const Examples<T>& e, const T* weights, const T* direction, const Activations<T>& kept, T* out);
   double loss(const Examples<T>& e, Index first, Index rows, T* y) const;
   void turn_loss(const Examples<T>& e, Index first, Index rows, const T* grad_y, T* y_t) const;
-  void shift(const Examples<T>& e, const Examples<T>& tile, const T* adjoint, const T* A_t, T* out);
+  void enter(const Examples<T>& tile, const T* s, const T* A_t, T* u);
+  void leave(const Examples<T>& tile, const T* adjoint, const T* A_t, T* grad_s);
+  Index tile_sequences(const Examples<T>& e) const;
 
-  const MetaGradient<T>& p_;
+  const TaskGradients<T>& p_;
   const Index P_;
   Passes<T> passes_;
-  std::unique_ptr<void, AlignedDelete> memory_;
+  Arrays<T> arrays_;
   std::vector<Activations<T>> kept_;     // of the support set, of each inner step
   std::vector<T*> weights_, gradients_;  // of each inner step
   Activations<T> tile_;
@@ -69,14 +71,14 @@ class TaskGradient {
 };
 
 template <class T>
-Index tile_sequences(const Examples<T>& e) {
-  const Index by_rows = kTileRows / e.T_len, most = by_rows > kTileScans ? by_rows : kTileScans;
-  const Index tiles = (e.B + most - 1) / most;
+Index OneTask<T>::tile_sequences(const Examples<T>& e) const {
+  const Index by_rows = (p_.G == 1 ? kLoneRows : kTileRows) / e.T_len;
+  const Index most = by_rows > kTileScans ? by_rows : kTileScans, tiles = (e.B + most - 1) / most;
   return (e.B + tiles - 1) / tiles;
 }
 
 template <class T>
-TaskGradient<T>::TaskGradient(const MetaGradient<T>& p) : p_(p), P_(weights_size(p.I, p.N, p.H, p.O)) {
+OneTask<T>::OneTask(const TaskGradients<T>& p) : p_(p), P_(weights_size(p.I, p.N, p.H, p.O)) {
   Index rows = 0, tile = 0;
   for (Index g = 0; g < p.G; ++g) {
     for (const Examples<T>* e : {p.support + g, p.query + g}) {
@@ -85,33 +87,32 @@ TaskGradient<T>::TaskGradient(const MetaGradient<T>& p) : p_(p), P_(weights_size
       if (of_tile > tile) tile = of_tile;
     }
   }
-  const Index line = kLine / Index(sizeof(T)), steps = p.first_order ? 0 : p.K;
-  const auto padded = [&](Index elements) { return (elements + line - 1) / line * line; };
-  // A row before the states and one behind the adjoints, which shifted products read.
-  const auto of_rows = [&](Index n) { return 2 * padded((n + 1) * p.N) + padded(n * p.H) + padded(n * p.O); };
-  const Index vectors = (2 * p.K + 3) * padded(P_);
-  const Index of_tile = 3 * padded(tile * p.N) + 3 * padded(tile * p.H) + padded(tile * p.O);
-  memory_ = scratch_block<T>(steps * of_rows(rows) + vectors + of_tile);
-  T* next = static_cast<T*>(memory_.get());
-  const auto take = [&](Index elements) { return std::exchange(next, next + padded(elements)); };
-  for (Index k = 0; k < steps; ++k) {
-    T *s = take((rows + 1) * p.N), *adjoint = take((rows + 1) * p.N), *h = take(rows * p.H);
-    std::memset(s, 0, std::size_t(p.N) * sizeof(T));
-    std::memset(adjoint + rows * p.N, 0, std::size_t(p.N) * sizeof(T));
-    kept_.push_back({s + p.N, h, adjoint, take(rows * p.O)});
+  kept_.resize(std::size_t(p.first_order ? 0 : p.K));
+  weights_.resize(std::size_t(p.K)), gradients_.resize(std::size_t(p.K));
+  arrays_.place([&](auto take) {
+    // A row before the states and one behind the adjoints, which shifted products read.
+    for (Activations<T>& a : kept_) {
+      a = {take((rows + 1) * p.N), take(rows * p.H), take((rows + 1) * p.N), take(rows * p.O)};
+    }
+    for (T*& vector : weights_) vector = take(P_);
+    for (T*& vector : gradients_) vector = take(P_);
+    part_ = take(P_), other_ = take(P_), direction_ = take(P_);
+    for (T*& buffer : narrow_) buffer = take(tile * p.N);
+    for (T*& buffer : wide_) buffer = take(tile * p.H);
+    y_ = take(tile * p.O);
+  });
+  for (Activations<T>& a : kept_) {
+    std::memset(a.s, 0, std::size_t(p.N) * sizeof(T));
+    std::memset(a.adjoint + rows * p.N, 0, std::size_t(p.N) * sizeof(T));
+    a.s += p.N;
   }
-  for (Index k = 0; k < p.K; ++k) weights_.push_back(take(P_)), gradients_.push_back(take(P_));
-  part_ = take(P_), other_ = take(P_), direction_ = take(P_);
-  for (T*& buffer : narrow_) buffer = take(tile * p.N);
-  for (T*& buffer : wide_) buffer = take(tile * p.H);
-  y_ = take(tile * p.O);
   tile_ = {narrow_[1], wide_[0], narrow_[2], y_};
 }
 
 // Calls f(sequences of the tile, first row) for tiles of whole sequences.
 template <class T>
 template <class F>
-void TaskGradient<T>::for_tiles(const Examples<T>& e, F f) {
+void OneTask<T>::for_tiles(const Examples<T>& e, F f) {
   const Index most = tile_sequences(e);
   for (Index b = 0; b < e.B; b += most) {
     const Index row = b * e.T_len;
@@ -126,7 +127,7 @@ void TaskGradient<T>::for_tiles(const Examples<T>& e, F f) {
 
 // The sum of the losses of some rows; turns their outputs into the gradient of the mean.
 template <class T>
-double TaskGradient<T>::loss(const Examples<T>& e, Index first, Index rows, T* y) const {
+double OneTask<T>::loss(const Examples<T>& e, Index first, Index rows, T* y) const {
   const Index O = p_.O;
   double total = 0;
   if (e.y) {
@@ -154,7 +155,7 @@ double TaskGradient<T>::loss(const Examples<T>& e, Index first, Index rows, T* y
 
 // Turns the tangent of the outputs into that of the gradient with respect to them.
 template <class T>
-void TaskGradient<T>::turn_loss(const Examples<T>& e, Index first, Index rows, const T* grad_y, T* y_t) const {
+void OneTask<T>::turn_loss(const Examples<T>& e, Index first, Index rows, const T* grad_y, T* y_t) const {
   const Index O = p_.O;
   if (e.y) {
     const T scale = T(2.0 / double(e.B * e.T_len * O));
@@ -174,7 +175,7 @@ void TaskGradient<T>::turn_loss(const Examples<T>& e, Index first, Index rows, c
 
 // The gradient of the mean loss at some weights; returns the loss.
 template <class T>
-double TaskGradient<T>::gradient(const Examples<T>& e, const T* weights, const Activations<T>* kept, T* out) {
+double OneTask<T>::gradient(const Examples<T>& e, const T* weights, const Activations<T>* kept, T* out) {
   const Index I = p_.I, N = p_.N, H = p_.H, O = p_.O;
   const Weights<const T> w = weights_of(weights);
   const Weights<T> grad = weights_at(part_, I, N, H, O);
@@ -202,35 +203,55 @@ double TaskGradient<T>::gradient(const Examples<T>& e, const T* weights, const A
   return total / double(e.B * e.T_len);
 }
 
+// u = A_t times the states that enter the steps: that of the row before, at the first of a sequence s0.
+template <class T>
+void OneTask<T>::enter(const Examples<T>& tile, const T* s, const T* A_t, T* u) {
+  const Index N = p_.N, T_len = tile.T_len, bytes = N * Index(sizeof(T));
+  T* first = narrow_[2];
+  passes_.linear(s - N, A_t, nullptr, nullptr, false, u, tile.B * T_len, N, N);
+  if (tile.s0) passes_.linear(tile.s0, A_t, nullptr, nullptr, false, first, tile.B, N, N);
+  for (Index b = 0; b < tile.B; ++b, u += T_len * N) {
+    if (tile.s0) {
+      std::memcpy(u, first + b * N, std::size_t(bytes));
+    } else {
+      std::memset(u, 0, std::size_t(bytes));
+    }
+    for (Index t = 0; tile.reset && t < T_len; ++t) {
+      if (tile.reset[b * T_len + t]) std::memset(u + t * N, 0, std::size_t(bytes));
+    }
+  }
+}
+
+// grad_s += A_t^T times the adjoints of the rows behind, which the states enter; those of the last steps go nowhere.
+template <class T>
+void OneTask<T>::leave(const Examples<T>& tile, const T* adjoint, const T* A_t, T* grad_s) {
+  const Index N = p_.N, T_len = tile.T_len, M = tile.B * T_len;
+  T* summand = narrow_[2];
+  passes_.linear(adjoint + N, A_t, nullptr, nullptr, false, summand, M, N, N, true);
+  for (Index row = 0; row < M; ++row) {
+    if ((row + 1) % T_len == 0 || (tile.reset && tile.reset[row + 1])) {
+      std::memset(summand + row * N, 0, std::size_t(N) * sizeof(T));
+    }
+  }
+  add_to(grad_s, summand, M * N);
+}
+
 // The Hessian of the mean loss at some weights, times a direction: the tangents of all that `gradient` does.
 template <class T>
-void TaskGradient<T>::curvature(const Examples<T>& e, const T* weights, const T* direction, const Activations<T>& kept,
-                                T* out) {
+void OneTask<T>::curvature(const Examples<T>& e, const T* weights, const T* direction, const Activations<T>& kept,
+                           T* out) {
   const Index I = p_.I, N = p_.N, H = p_.H, O = p_.O;
   const Weights<const T> w = weights_of(weights), d = weights_of(direction);
   const Weights<T> grad = weights_at(part_, I, N, H, O), other = weights_at(other_, I, N, H, O);
   std::memset(out, 0, std::size_t(P_) * sizeof(T));
   const Weights<T> sum = weights_at(out, I, N, H, O);
   for_tiles(e, [&](const Examples<T>& tile, Index row) {
-    const Index M = tile.B * tile.T_len, T_len = tile.T_len;
+    const Index M = tile.B * tile.T_len;
     const Activations<T> a = kept.from(row, N, H, O);
     T *u = narrow_[0], *s_t = narrow_[1], *grad_h = wide_[0], *h_t = wide_[1], *turn = wide_[2], *y_t = y_;
-    // What enters a step: the state of the row before, the first of a sequence s0.
-    passes_.linear(a.s - N, d.A, nullptr, nullptr, false, u, M, N, N);
-    if (tile.s0) passes_.linear(tile.s0, d.A, nullptr, nullptr, false, narrow_[2], tile.B, N, N);
-    for (Index b = 0; b < tile.B; ++b) {
-      T* rows = u + b * T_len * N;
-      if (tile.s0) {
-        std::memcpy(rows, narrow_[2] + b * N, std::size_t(N) * sizeof(T));
-      } else {
-        std::memset(rows, 0, std::size_t(N) * sizeof(T));
-      }
-      for (Index t = 0; tile.reset && t < T_len; ++t) {
-        if (tile.reset[b * T_len + t]) std::memset(rows + t * N, 0, std::size_t(N) * sizeof(T));
-      }
-    }
+    enter(tile, a.s, d.A, u);
     passes_.linear(tile.x, d.B, nullptr, u, false, u, M, I, N);
-    passes_.sweep(u, w.A, false, nullptr, tile.reset, s_t, tile.B, T_len, N);
+    passes_.sweep(u, w.A, false, nullptr, tile.reset, s_t, tile.B, tile.T_len, N);
     passes_.linear(a.grad_y, w.C2, nullptr, nullptr, false, grad_h, M, O, H, true);
     passes_.linear_tangent(s_t, d.C1, d.c1, a.s, w.C1, a.h, grad_h, h_t, turn, M, N, H);
     passes_.linear_tangent(h_t, d.C2, d.c2, a.h, w.C2, nullptr, nullptr, y_t, nullptr, M, H, O);
@@ -247,21 +268,11 @@ void TaskGradient<T>::curvature(const Examples<T>& e, const T* weights, const T*
     passes_.linear_grad(turn, a.h, a.s, w.C1, grad_s, grad.C1, grad.c1, M, N, H);
     passes_.linear_grad(grad_h, a.h, s_t, d.C1, summand, other.C1, nullptr, M, N, H);
     add_to(grad_s, summand, M * N);
-    // What leaves a step is what enters the row behind it; the last of a sequence goes nowhere.
-    passes_.linear(a.adjoint + N, d.A, nullptr, nullptr, false, summand, M, N, N, true);
-    for (Index b = 0; b < tile.B; ++b) {
-      for (Index t = 0; t < T_len; ++t) {
-        const Index at = b * T_len + t;
-        if (t + 1 == T_len || (tile.reset && tile.reset[at + 1])) {
-          std::memset(summand + at * N, 0, std::size_t(N) * sizeof(T));
-        }
-      }
-    }
-    add_to(grad_s, summand, M * N);
-    passes_.sweep(grad_s, w.A, true, nullptr, tile.reset, adjoint_t, tile.B, T_len, N);
+    leave(tile, a.adjoint, d.A, grad_s);
+    passes_.sweep(grad_s, w.A, true, nullptr, tile.reset, adjoint_t, tile.B, tile.T_len, N);
     passes_.linear_grad(adjoint_t, nullptr, tile.x, w.B, nullptr, grad.B, nullptr, M, I, N);
-    passes_.weight_grad(adjoint_t, a.s, tile.s0, tile.reset, grad.A, tile.B, T_len, N);
-    passes_.weight_grad(a.adjoint, s_t, nullptr, tile.reset, other.A, tile.B, T_len, N);
+    passes_.weight_grad(adjoint_t, a.s, tile.s0, tile.reset, grad.A, tile.B, tile.T_len, N);
+    passes_.weight_grad(a.adjoint, s_t, nullptr, tile.reset, other.A, tile.B, tile.T_len, N);
     add_to(out, part_, P_);
     add_to(sum.A, other.A, N * N);
     add_to(sum.C1, other.C1, H * N);
@@ -270,7 +281,7 @@ void TaskGradient<T>::curvature(const Examples<T>& e, const T* weights, const T*
 }
 
 template <class T>
-void TaskGradient<T>::run(Index g) {
+void OneTask<T>::run(Index g) {
   const Examples<T>&support = p_.support[g], &query = p_.query[g];
   const auto kept = [&](Index k) { return p_.first_order ? nullptr : &kept_[std::size_t(k)]; };
   const T* weights = p_.weights;
@@ -297,21 +308,20 @@ void TaskGradient<T>::run(Index g) {
 }
 
 template <class T>
-void gradients(const MetaGradient<T>& p) {
+void gradients(const TaskGradients<T>& p) {
   const int threads = threads_for(1e9, p.G);
-  if (2 * threads <= omp_get_max_threads()) {  // few tasks: each by all threads
-    TaskGradient<T> task(p);
-    for (Index g = 0; g < p.G; ++g) task.run(g);
+  if (p.G == 1) {  // all threads share it
+    OneTask<T>(p).run(0);
     return;
   }
   std::exception_ptr error;  // of the memory: none may leave a parallel region
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int thread = 0; thread < threads; ++thread) {
     try {
-      TaskGradient<T> task(p);
+      OneTask<T> task(p);
       for (Index g = p.G * thread / threads; g < p.G * (thread + 1) / threads; ++g) task.run(g);
     } catch (...) {
-#pragma omp critical(ssm_fast_meta_gradient)
+#pragma omp critical(ssm_fast_task_gradients)
       error = std::current_exception();
     }
   }
@@ -320,7 +330,7 @@ void gradients(const MetaGradient<T>& p) {
 
 }  // namespace
 
-void meta_gradient(const MetaGradient<float>& p) { gradients(p); }
-void meta_gradient(const MetaGradient<double>& p) { gradients(p); }
+void task_gradients(const TaskGradients<float>& p) { gradients(p); }
+void task_gradients(const TaskGradients<double>& p) { gradients(p); }
 
 }  // namespace ssm_fast

@@ -1,8 +1,9 @@
-"""Second derivatives by forward mode inside forward mode."""
+"""Forward mode inside forward mode, and compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -62,6 +63,23 @@ def test_equals_differences(name: str) -> None:
     assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
     with pytest.raises(ValueError, match="no forward mode inside forward mode"):
         _second(lambda *x: f(*x, impl="native"), inputs)
+
+
+@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("order", [1, 2])
+def test_compiled(name: str, order: int) -> None:
+    f, inputs = _cases()[name]
+    g = partial(f, impl="auto")
+
+    def along_ones(*x: Tensor) -> Tensor:
+        return jvp(lambda *y: g(*y).square().sum(), x, tuple(map(torch.ones_like, x)))[1]
+
+    def derivative(*x: Tensor) -> Tensor:
+        return along_ones(*x) if order == 1 else _second(g, x)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(derivative, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), derivative(*inputs))
 
 
 def test_linear() -> None:

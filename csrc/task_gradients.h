@@ -19,7 +19,7 @@ struct Examples {
 };
 
 template <class T>
-struct MetaGradient {
+struct TaskGradients {
   const T *weights, *rates;           // [P]: A, B, D, C1, c1, C2, c2
   const Examples<T>*support, *query;  // [G] each
   T* gradients;                       // [G, P], of the query losses by the weights
@@ -29,7 +29,7 @@ struct MetaGradient {
   bool first_order;
 };
 
-void meta_gradient(const MetaGradient<float>&);
-void meta_gradient(const MetaGradient<double>&);
+void task_gradients(const TaskGradients<float>&);
+void task_gradients(const TaskGradients<double>&);
 
 }  // namespace ssm_fast

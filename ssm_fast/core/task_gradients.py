@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from ssm_fast.core.ssm import OutputNetwork, StateSpaceModel
 from ssm_fast.nn.ssm_layer import is_untouched
-from ssm_fast.ops.backend import is_plain, is_watched, native_kernel, needs_autograd
+from ssm_fast.ops.backend import (
+    has_function_mode,
+    is_interpreting,
+    is_plain,
+    is_watched,
+    native_kernel,
+    needs_autograd,
+)
 
 # In the order of the native call.
 _NAMES = ("A", "B", "D", "C.0.weight", "C.0.bias", "C.2.weight", "C.2.bias")
@@ -49,6 +56,7 @@ class _Set(NamedTuple):
 @torch.no_grad()
 def task_gradients(
     model: nn.Module,
+    parameters: Mapping[str, Tensor],
     tasks: Sequence[Sequence[Any]],
     state: Tensor | None,
     rates: float | Mapping[str, Tensor],
@@ -57,11 +65,13 @@ def task_gradients(
 ) -> TaskGradients | None:
     """The gradients of all tasks in one native call, each by the chain rule of docs/meta_maml.md.
 
-    A task runs on one thread, a few hundred rows at a time from the first pass to the last, so that
-    its activations stay in the caches. Autograd goes through all rows of all tasks pass by pass.
+    Each of several tasks runs on one thread, a few sequences at a time from the first pass to the
+    last, so that its activations stay in the caches. Autograd goes through all rows of all tasks
+    pass by pass.
 
     Args:
         model: A `StateSpaceModel`.
+        parameters: What is adapted, by name: all that the model has.
         tasks: ``(support_x, support_y, query_x, query_y)`` of each, as for `MetaMAML.meta_update`,
             for the default losses.
         state: Before every support and query set, ``[B, N]``.
@@ -73,8 +83,15 @@ def task_gradients(
         None where it does not apply: for another model, or one that somebody has changed, on another
         device, under a transform or a mode, or where a shape or dtype does not fit.
     """
-    weights = _weights(model)
+    weights = _weights(model, parameters)
     if weights is None:
+        return None
+    if isinstance(rates, Mapping) and not all(
+        is_plain(rates[name].detach())
+        and rates[name].shape == w.shape
+        and rates[name].dtype == w.dtype
+        for name, w in zip(_NAMES, weights, strict=True)
+    ):
         return None
     dtype, device = weights[0].dtype, weights[0].device
     sets = [
@@ -88,16 +105,15 @@ def task_gradients(
     G, P = len(tasks), sum(w.numel() for w in weights)
     vector = torch.cat([w.reshape(-1) for w in weights])  # [P]
     if isinstance(rates, Mapping):
-        pairs = zip(_NAMES, weights, strict=True)
-        rate = torch.cat([rates[name].expand_as(w).reshape(-1) for name, w in pairs])  # [P]
+        rate = torch.cat([rates[name].reshape(-1) for name in _NAMES])  # [P]
     else:
-        rate = torch.full_like(vector, rates)
+        rate = torch.full_like(vector, float(rates))
     gradients = torch.empty(G, P, dtype=dtype, device=device)
     of_rates = torch.empty_like(gradients) if isinstance(rates, Mapping) else None
     losses = torch.empty(steps + 1, G, dtype=torch.float64, device=device)
     model = cast("StateSpaceModel", model)
     sizes = (G, model.input_dim, model.state_dim, model.hidden_dim, model.output_dim, steps)
-    native_kernel("meta_gradient", dtype)(
+    native_kernel("task_gradients", dtype)(
         vector.data_ptr(),
         rate.data_ptr(),
         [s.arguments() for s in found[:G]],
@@ -115,13 +131,7 @@ def task_gradients(
     )
 
 
-def is_written_out(model: nn.Module) -> bool:
-    """Whether `task_gradients` is for this model, here and now."""
-    with torch.no_grad():
-        return _weights(model) is not None
-
-
-def _weights(model: nn.Module) -> list[Tensor] | None:
+def _weights(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Tensor] | None:
     """The weights in the order of the native call, or None where the modules themselves have to run."""
     if (
         type(model) is not StateSpaceModel
@@ -131,22 +141,24 @@ def _weights(model: nn.Module) -> list[Tensor] | None:
         or needs_autograd()
         or torch.is_autocast_enabled("cpu")
         or is_watched()
+        or has_function_mode()
+        or is_interpreting()
     ):
         return None
     I, N, H, O = model.input_dim, model.state_dim, model.hidden_dim, model.output_dim
     shapes = ((N, N), (N, I), (O, I), (H, N), (H,), (O, H), (O,))
-    weights = dict(model.named_parameters())
-    dtype = model.A.dtype
-    if weights.keys() != set(_NAMES) or dtype not in (torch.float32, torch.float64):
+    own, dtype = dict(model.named_parameters()), model.A.dtype
+    if own.keys() != set(_NAMES) or parameters.keys() != set(_NAMES):
         return None
-    ordered = [weights[name] for name in _NAMES]
-    for weight, shape in zip(ordered, shapes, strict=True):
-        # The autograd key of a parameter is the one that is_plain does not look past.
-        if weight.shape != shape or weight.dtype != dtype or not is_plain(weight.detach()):
+    if dtype not in (torch.float32, torch.float64):
+        return None
+    weights = [own[name] for name in _NAMES]
+    for name, weight, shape in zip(_NAMES, weights, shapes, strict=True):
+        if weight is not parameters[name] or type(weight) is not nn.Parameter:
             return None
-        if not weight.requires_grad:
+        if weight.shape != shape or weight.dtype != dtype or not is_plain(weight):
             return None
-    return [weight.detach() for weight in ordered]
+    return [weight.detach() for weight in weights]
 
 
 def _set(model: StateSpaceModel, x: Any, target: Any, state: Tensor | None) -> _Set | None:
@@ -156,9 +168,9 @@ def _set(model: StateSpaceModel, x: Any, target: Any, state: Tensor | None) -> _
         return None
     x, hidden, reset = (named.get(name) for name in _ARGUMENTS)
     hidden = state if hidden is None else hidden
-    if not all(t is None or (isinstance(t, Tensor) and is_plain(t)) for t in (x, hidden, reset)):
+    if not all(t is None or _is_plain_tensor(t) for t in (hidden, reset)):
         return None
-    if not (isinstance(x, Tensor) and isinstance(target, Tensor) and is_plain(target)):
+    if not _is_plain_tensor(x) or not _is_plain_tensor(target):
         return None
     dtype, rows = model.A.dtype, x.shape[:-1]
     if x.ndim not in (2, 3) or x.dtype != dtype or x.shape[-1] != model.input_dim:
@@ -166,7 +178,7 @@ def _set(model: StateSpaceModel, x: Any, target: Any, state: Tensor | None) -> _
     if x.numel() == 0:
         return None
     if reset is not None:
-        if reset.shape != rows:
+        if reset.shape != rows or reset.is_complex():
             return None
         reset = (reset != 0).contiguous()
     if hidden is not None:
@@ -183,6 +195,11 @@ def _set(model: StateSpaceModel, x: Any, target: Any, state: Tensor | None) -> _
     if target.shape != rows or int(target.min()) < 0 or int(target.max()) >= model.output_dim:
         return None
     return _Set(x, None, target.long().contiguous(), hidden, reset)
+
+
+def _is_plain_tensor(x: Any) -> bool:
+    """Whether it is no subclass, which may see to what is done with it."""
+    return type(x) in (Tensor, nn.Parameter) and is_plain(x)
 
 
 def _by_name(vectors: Tensor, weights: Sequence[Tensor]) -> dict[str, Tensor]:
