@@ -34,7 +34,7 @@ from ssm_fast.policy import Policy
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
-ROWS = 8
+ROWS = 8  # of a preset that does not say
 EVALUATION_EPISODES, EVALUATION_SEED = 10, 3_000_000_000
 POLICIES: dict[str, tuple[str, type[ImprovedSSM], dict[str, Any]]] = {
     "ssm": ("SSM", ImprovedSSM, {}),
@@ -121,7 +121,7 @@ def run(options: Options, policy: str, seed: int, steps: int, model_path: Path) 
     )
     torch.manual_seed(seed)
     start = time.perf_counter()
-    with Environment(env_id, ROWS, seed=seed) as env:
+    with Environment(env_id, preset.get("batch_size", ROWS), seed=seed) as env:
         model = kind(
             env.input_dim,
             env.action_dim,
