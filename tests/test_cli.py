@@ -505,7 +505,7 @@ class TestAdapt:
         before = Path("run/policy.safetensors").read_bytes()
         assert read_metadata("run/policy.safetensors")["critic"] == "untrained"
         capsys.readouterr()
-        args = ["adapt", "run", "--method", "gradient", "--seed", "5", *options]
+        args = ["adapt", "run", "--seed", "5", *options]  # the method that such a run is for
         texts = []
         for out in ("one.safetensors", "two.safetensors"):
             assert cli.main([*args, "--out", out]) == 0
@@ -527,7 +527,10 @@ class TestAdapt:
         assert "actor.weight" in changed
         assert "critic.weight" not in changed
         assert read_metadata("one.safetensors")["critic"] == "untrained"
-        assert cli.main(["adapt", "run", "--task", "0", "--episodes", "1"]) == 0
+        assert (
+            cli.main(["adapt", "run", "--method", "test_time", "--task", "0", "--episodes", "1"])
+            == 0
+        )
         assert "warning: the critic of run/policy.safetensors was not" in capsys.readouterr().err
 
     @pytest.mark.parametrize(

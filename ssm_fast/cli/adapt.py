@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ssm_fast.cli.environments import (
 )
 from ssm_fast.cli.evaluate import trained_meta_rl
 from ssm_fast.cli.messages import check_option, say
-from ssm_fast.cli.options import ADAPT_DEFAULTS, EVALUATION_SEED, Adapt
+from ssm_fast.cli.options import ADAPT_DEFAULTS, EVALUATION_SEED, Adapt, Method
 from ssm_fast.cli.settings import stored_settings
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner import Environment, Task
@@ -59,6 +59,7 @@ class AdaptationReport:
 
 def run_adaptation(options: Adapt) -> None:
     """Adapts a copy of a policy, writes it, and prints the comparison with the policy as it was."""
+    options = replace(options, method=_method_of(options))
     report = adapt_policy(options)
     say(f"{'episode':>14} {'without':>10} {'adapting':>10}")
     for i, row in enumerate(zip(report.without, report.adapting, strict=True)):
@@ -84,6 +85,8 @@ def adapt_policy(
         options: Those of the command.
         on_stage: Called with a few words on what begins.
     """
+    method = _method_of(options)
+    options = replace(options, method=method)
     path = policy_file(options.path)
     model = load_model(path, ImprovedSSM)
     if options.out.resolve() == path.resolve():
@@ -93,9 +96,9 @@ def adapt_policy(
     env_id = environment_of(path, options.env)
     if options.task is not None:
         env_id = FAMILY_OF.get(env_id, env_id)
-    run, settings = _meta_rl_run(options.path) if options.method == "gradient" else (None, {})
+    run, settings = _meta_rl_run(options.path) if method == "gradient" else (None, {})
     chosen = _chosen(options, settings)
-    critic = _state_of_critic(path, options.method)
+    critic = _state_of_critic(path, method)
     route_mujoco_warnings(env_id)
     torch.set_num_threads(1)
     task = None if options.task is None else task_of(env_id, options.split, options.task)
@@ -105,7 +108,7 @@ def adapt_policy(
             on_stage("playing with and without gradient steps")
             adapted, without, adapting = _by_gradient_steps(trainer, env, chosen)
         else:
-            adapter = _adapter(options.method, model, chosen)
+            adapter = _adapter(method, model, chosen)
             adapted = adapter.model
             on_stage("playing without adapting")
             without = episode_means(play_episodes(model, env, chosen["episodes"], options.seed))
@@ -121,6 +124,16 @@ def adapt_policy(
             for policy in (model, adapted)
         )
     return AdaptationReport(env_id, without, adapting, before, after)
+
+
+def _method_of(options: Adapt) -> Method:
+    """The method that is given, or the one that what is adapted was trained for."""
+    if options.method is not None:
+        return options.method
+    run = RunDirectory(options.path, read_only=True) if options.path.is_dir() else None
+    if run is not None and run.config_path.exists() and run.read_config().get("mode") == "meta_rl":
+        return "gradient" if stored_settings(run)["inner_steps"] > 0 else "test_time"
+    return "test_time"
 
 
 def _meta_rl_run(path: Path) -> tuple[RunDirectory, dict[str, Any]]:
@@ -197,11 +210,22 @@ def _by_adapter(adapter: StandardAdapter, env: Environment, chosen: dict[str, An
         returns, stats = adapter.adapt_online(*arguments, seed=chosen["seed"])
     else:
         returns, stats = adapt_to_environment(adapter, *arguments, seed=chosen["seed"])
-    steps = max(sum(lengths[:-1]) for lengths in stats["episode_lengths"])
-    if chosen["episodes"] > 1 and steps < chosen["adapt_every"]:
+    every = chosen["adapt_every"]
+    steps, before_last = (
+        max(sum(lengths[:end]) for lengths in stats["episode_lengths"]) for end in (None, -1)
+    )
+    if chosen["episodes"] == 1:
+        return returns
+    if steps < every:
         warnings.warn(
-            f"the policy first changed in the last episode: those before it had {steps} steps, "
-            f"fewer than --adapt_every {chosen['adapt_every']}",
+            f"the policy changed after the last episode alone: they had {steps} steps, fewer than "
+            f"--adapt-every {every}; a smaller number adapts sooner",
+            stacklevel=2,
+        )
+    elif before_last < every:
+        warnings.warn(
+            f"the policy first changed in the last episode: those before it had {before_last} steps, "
+            f"fewer than --adapt-every {every}; a smaller number adapts sooner",
             stacklevel=2,
         )
     return returns

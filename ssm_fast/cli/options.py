@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
@@ -221,6 +221,9 @@ class Evaluate:
     these earn, and what the modes do."""
 
 
+Method: TypeAlias = Literal["standard", "hybrid", "test_time", "gradient"]
+
+
 @dataclass(frozen=True)
 class Adapt:
     """Adapt a trained policy to a task while it plays it.
@@ -238,7 +241,10 @@ class Adapt:
     """Number of the task in the task family of the environment; by default what it plays anyway."""
     split: Literal["train", "test", "out_of_range"] = "test"
     """Which tasks of the family --task counts."""
-    method: Literal["standard", "hybrid", "test_time", "gradient"] = "test_time"
+    method: Annotated[
+        Method | None,
+        _default("test_time, of a meta_rl run gradient", "{standard,hybrid,test_time,gradient}"),
+    ] = None
     """standard: the last stretch. hybrid: with replay of those before. test_time: value ensemble,
     exploration by uncertainty, step size by difficulty. gradient: the gradient steps that a meta_rl
     run was trained for, at its inner rates, one between any two episodes."""
