@@ -213,20 +213,11 @@ def needs_reference() -> bool:
     op out in any forward mode.
     """
     if torch.compiler.is_compiling():
-        return _forward_levels() > 0
-    return torch._C._are_functorch_transforms_active() and _forward_levels() > 1
-
-
-def _forward_levels() -> int:
-    """How many forward modes are one inside the other here."""
+        return torch.autograd.forward_ad._current_level >= 0
     if not torch._C._are_functorch_transforms_active():
-        return 0
+        return False
     levels = retrieve_all_functorch_interpreters()
-    return sum(level.key() == TransformType.Jvp for level in levels)
-
-
-# A tracer takes the number, as torch.compiler.assume_constant_result has it do; that one imports the compiler.
-_forward_levels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return sum(level.key() == TransformType.Jvp for level in levels) > 1
 
 
 def _keys(x: Tensor) -> int:
