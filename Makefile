@@ -23,6 +23,8 @@ ifeq ($(shell uname),Darwin) # what the module links besides the system is torch
   REPAIR := mv build/wheel/*.whl dist
 endif
 CASES ?= 10000
+# What calls the kernels, and runs once for each instruction set.
+ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_task_gradients.py
 
 PRETRAINED ?= halfcheetah-v5 cartpole-family halfcheetah-dir
 
@@ -41,13 +43,11 @@ pretrained: $(VENV)/.installed-rl
 	set -e; for preset in $(PRETRAINED); do \
 	  $(BIN)/ssm-fast train --preset $$preset --seed 0 --out runs/pretrained/$$preset; \
 	  to=ssm_fast/app/pretrained/$$preset; rm -rf $$to; mkdir -p $$to; cp runs/pretrained/$$preset/policy.safetensors $$to; \
-	  if [ $$preset != halfcheetah-v5 ]; then \
+	  if grep -q '"mode": "meta_rl"' runs/pretrained/$$preset/config.json; then \
 	    mkdir $$to/checkpoints; cp runs/pretrained/$$preset/config.json $$to; \
 	    cp -r $$(ls -d runs/pretrained/$$preset/checkpoints/iteration_* | tail -1) $$to/checkpoints; chmod 755 $$to/checkpoints/*; \
 	  fi; \
 	done
-
-ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_task_gradients.py
 
 # The kernels once more at every instruction set below the one that the processor would choose.
 test-isa: $(VENV)/.installed-dev
@@ -62,7 +62,7 @@ fuzz: $(VENV)/.installed-dev
 
 # The C++ under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: $(VENV)/.installed-dev
-	CXX=$(CXX) .ci/sanitize $(BIN)/python
+	CXX=$(CXX) .ci/sanitize $(BIN)/python $(ISA_TESTS)
 
 bench: $(VENV)/.installed-bench
 	mkdir -p $(RESULTS)

@@ -309,11 +309,11 @@ void OneTask<T>::run(Index g) {
 
 template <class T>
 void gradients(const TaskGradients<T>& p) {
-  const int threads = threads_for(1e9, p.G);
   if (p.G == 1) {  // all threads share it
     OneTask<T>(p).run(0);
     return;
   }
+  const int threads = threads_for(1e9, p.G);
   std::exception_ptr error;  // of the memory: none may leave a parallel region
 #pragma omp parallel for schedule(static, 1) num_threads(threads)
   for (int thread = 0; thread < threads; ++thread) {

@@ -43,6 +43,7 @@ class AdaptationReport:
     """Returns of a policy as it was and of its adapted copy, means over the rows.
 
     Attributes:
+        method: That was taken.
         env_id: What was played.
         without: Of each episode (of `gradient`: each round), not adapting.
         adapting: Of the same, from the same first states, while the copy adapted.
@@ -50,6 +51,7 @@ class AdaptationReport:
         after: Of the same, by the adapted copy.
     """
 
+    method: Method
     env_id: str
     without: list[float]
     adapting: list[float]
@@ -59,16 +61,13 @@ class AdaptationReport:
 
 def run_adaptation(options: Adapt) -> None:
     """Adapts a copy of a policy, writes it, and prints the comparison with the policy as it was."""
-    options = replace(options, method=_method_of(options))
     report = adapt_policy(options)
     say(f"{'episode':>14} {'without':>10} {'adapting':>10}")
     for i, row in enumerate(zip(report.without, report.adapting, strict=True)):
         say(f"{i + 1:>14} {row[0]:>10.1f} {row[1]:>10.1f}")
     _say_means("mean", report.without, report.adapting)
     _say_means("deterministic", report.before, report.after)
-    say(
-        f"adapted to {report.env_id} by {options.method}, seed {options.seed}; policy {options.out}"
-    )
+    say(f"adapted to {report.env_id} by {report.method}, seed {options.seed}; policy {options.out}")
 
 
 def _say_means(name: str, without: Sequence[float], adapting: Sequence[float]) -> None:
@@ -123,23 +122,30 @@ def adapt_policy(
             episode_means(play_episodes(policy, env, chosen["episodes"], EVALUATION_SEED, True))
             for policy in (model, adapted)
         )
-    return AdaptationReport(env_id, without, adapting, before, after)
+    return AdaptationReport(method, env_id, without, adapting, before, after)
 
 
 def _method_of(options: Adapt) -> Method:
     """The method that is given, or the one that what is adapted was trained for."""
     if options.method is not None:
         return options.method
-    run = RunDirectory(options.path, read_only=True) if options.path.is_dir() else None
-    if run is not None and run.config_path.exists() and run.read_config().get("mode") == "meta_rl":
-        return "gradient" if stored_settings(run)["inner_steps"] > 0 else "test_time"
-    return "test_time"
+    run = _meta_rl_folder(options.path)
+    has_steps = run is not None and stored_settings(run)["inner_steps"] > 0
+    return "gradient" if has_steps else "test_time"
+
+
+def _meta_rl_folder(path: Path) -> RunDirectory | None:
+    """The folder of a meta_rl run, if it is one."""
+    run = RunDirectory(path, read_only=True) if path.is_dir() else None
+    if run is None or not run.config_path.exists() or run.read_config().get("mode") != "meta_rl":
+        return None
+    return run
 
 
 def _meta_rl_run(path: Path) -> tuple[RunDirectory, dict[str, Any]]:
     """The run that learnt the gradient steps, and its settings."""
-    run = RunDirectory(path, read_only=True) if path.is_dir() else None
-    if run is None or not run.config_path.exists() or run.read_config().get("mode") != "meta_rl":
+    run = _meta_rl_folder(path)
+    if run is None:
         raise ValueError(f"--method gradient needs the folder of a meta_rl run, got {path}")
     settings = stored_settings(run)
     if settings["inner_steps"] == 0:

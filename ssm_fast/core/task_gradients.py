@@ -93,12 +93,9 @@ def task_gradients(
         for name, w in zip(_NAMES, weights, strict=True)
     ):
         return None
+    model = cast("StateSpaceModel", model)
     dtype, device = weights[0].dtype, weights[0].device
-    sets = [
-        _set(cast("StateSpaceModel", model), task[part], task[part + 1], state)
-        for part in (0, 2)
-        for task in tasks
-    ]
+    sets = [_set(model, task[part], task[part + 1], state) for part in (0, 2) for task in tasks]
     if any(s is None for s in sets):
         return None
     found = cast("list[_Set]", sets)
@@ -111,7 +108,6 @@ def task_gradients(
     gradients = torch.empty(G, P, dtype=dtype, device=device)
     of_rates = torch.empty_like(gradients) if isinstance(rates, Mapping) else None
     losses = torch.empty(steps + 1, G, dtype=torch.float64, device=device)
-    model = cast("StateSpaceModel", model)
     sizes = (G, model.input_dim, model.state_dim, model.hidden_dim, model.output_dim, steps)
     native_kernel("task_gradients", dtype)(
         vector.data_ptr(),
