@@ -31,6 +31,13 @@ void SequenceGradient<T>::reserve(Index rows) {
   reserved_ = rows;
 }
 
+// By its place in weights_, the gradient of a matrix [O, I] and of what it takes.
+template <class T>
+void SequenceGradient<T>::linear_grad(const T* grad, const T* y, const T* x, std::size_t weight, T* grad_x,
+                                      T* grad_bias, Index I, Index O) {
+  passes_.linear_grad(grad, y, x, weights_[weight], grad_x, gradients_[weight], grad_bias, M_, I, O);
+}
+
 template <class T>
 void SequenceGradient<T>::layer_forward(Index l, const T* h) {
   const auto [I, H, N, L, K, W] = sizes_;
@@ -70,20 +77,17 @@ void SequenceGradient<T>::layer_backward(Index l, const T* h) {
   norm.scratch = passes_.scratch(SSM_FAST_CALL(output_norm_scratch(1, M_, H, sizeof(T) == 8)));
   SSM_FAST_CALL(output_norm_grad(norm));
 
-  passes_.linear_grad(grad_y_, nullptr, layer.s, weights_[part(l, kC)], grad_s_, gradients_[part(l, kC)], nullptr, M_,
-                      N, H);
+  linear_grad(grad_y_, nullptr, layer.s, part(l, kC), grad_s_, nullptr, N, H);
   passes_.sweep(grad_s_, weights_[part(l, kA)], true, nullptr, reset_, grad_u_, S_, T_, N);
   passes_.weight_grad(grad_u_, layer.s, state_ + l * S_ * N, reset_, gradient(kA), S_, T_, N);
 
   if (!residual_) {
-    passes_.linear_grad(grad_y_, nullptr, h, weights_[part(l, kD)], grad_h_, gradients_[part(l, kD)], nullptr, M_, H,
-                        H);
+    linear_grad(grad_y_, nullptr, h, part(l, kD), grad_h_, nullptr, H, H);
   } else {
-    passes_.linear_grad(grad_y_, nullptr, h, weights_[part(l, kD)], wide_, gradients_[part(l, kD)], nullptr, M_, H, H);
+    linear_grad(grad_y_, nullptr, h, part(l, kD), wide_, nullptr, H, H);
     add_to(grad_h_, wide_, M_ * H);
   }
-  passes_.linear_grad(grad_u_, nullptr, h, weights_[part(l, kB)], wide_, gradients_[part(l, kB)], gradient(kBias), M_,
-                      H, N);
+  linear_grad(grad_u_, nullptr, h, part(l, kB), wide_, gradient(kBias), H, N);
   add_to(grad_h_, wide_, M_ * H);
 }
 
@@ -115,24 +119,18 @@ void SequenceGradient<T>::backward(const T* grad_mean, const T* grad_value) {
   const auto [I, H, N, L, K, W] = sizes_;
   const auto taken = [&](Index l) { return l ? layers_[std::size_t(l - 1)].h : encoded_; };  // by layer l
   const T* h = taken(L);
-  passes_.linear_grad(grad_mean, nullptr, h, weights_[kActor], grad_h_, gradients_[kActor], gradients_[kActor + 1], M_,
-                      H, K);
+  linear_grad(grad_mean, nullptr, h, kActor, grad_h_, gradients_[kActor + 1], H, K);
   if (W) {  // no gradient flows from it into the features
-    passes_.linear_grad(grad_value, nullptr, second_, weights_[kCritic], grad_y_, gradients_[kCritic],
-                        gradients_[kCritic + 1], M_, W, 1);
-    passes_.linear_grad(grad_y_, second_, first_, weights_[kHidden], wide_, gradients_[kHidden],
-                        gradients_[kHiddenBias], M_, W, W);
-    passes_.linear_grad(wide_, first_, x_, weights_[kValueX], nullptr, gradients_[kValueX], gradients_[kValueBias], M_,
-                        I, W);
-    passes_.linear_grad(wide_, first_, h, weights_[kValueH], nullptr, gradients_[kValueH], nullptr, M_, H, W);
+    linear_grad(grad_value, nullptr, second_, kCritic, grad_y_, gradients_[kCritic + 1], W, 1);
+    linear_grad(grad_y_, second_, first_, kHidden, wide_, gradients_[kHiddenBias], W, W);
+    linear_grad(wide_, first_, x_, kValueX, nullptr, gradients_[kValueBias], I, W);
+    linear_grad(wide_, first_, h, kValueH, nullptr, nullptr, H, W);
   } else {
-    passes_.linear_grad(grad_value, nullptr, h, weights_[kCritic], wide_, gradients_[kCritic], gradients_[kCritic + 1],
-                        M_, H, 1);
+    linear_grad(grad_value, nullptr, h, kCritic, wide_, gradients_[kCritic + 1], H, 1);
     add_to(grad_h_, wide_, M_ * H);
   }
   for (Index l = L - 1; l >= 0; --l) layer_backward(l, taken(l));
-  passes_.linear_grad(grad_h_, encoded_, x_, weights_[kEncoder], nullptr, gradients_[kEncoder],
-                      gradients_[kEncoder + 1], M_, I, H);
+  linear_grad(grad_h_, encoded_, x_, kEncoder, nullptr, gradients_[kEncoder + 1], I, H);
 }
 
 template class SequenceGradient<float>;

@@ -39,6 +39,8 @@ class SequenceGradient {
   std::size_t part(Index l, Part which) const { return std::size_t(kHeads + l * kParts + which); }
   Index features() const { return sizes_.W ? sizes_.W : sizes_.H; }  // what the critic's last layer reads
   void reserve(Index rows);
+  void linear_grad(const T* grad, const T* y, const T* x, std::size_t weight, T* grad_x, T* grad_bias, Index I,
+                   Index O);
   void layer_forward(Index l, const T* h);
   void layer_backward(Index l, const T* h);
 
