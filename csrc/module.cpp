@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "calls.h"
-#include "sequence_gradient.h"
+#include "ppo_epoch.h"
 #include "task_gradients.h"
 
 #if defined(__linux__)
@@ -439,6 +439,32 @@ void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, d
   SSM_FAST_CALL(policy_step(params));
 }
 
+// Addresses and sizes in the order of the structures in ppo_epoch.h.
+template <class T>
+Index bound_ppo_epoch(SequenceGradient<T>& gradient, const std::array<Address, 8>& rollout, Strides<2> sequences,
+                      Address order, Strides<2> counts, const std::array<double, 3>& loss, bool clip_value_loss,
+                      const std::array<Address, 2>& log_std, const std::array<Address, 5>& adam,
+                      const std::vector<std::pair<Address, Index>>& values, const std::array<double, 5>& settings,
+                      Index steps, Address figures) {
+  const auto [x, actions, log_probs, old_values, returns, advantages, reset, state] = rollout;
+  const RolloutSequences<T> r{at<T>(x),       at<T>(actions),    at<T>(log_probs),        at<T>(old_values),
+                              at<T>(returns), at<T>(advantages), at<std::uint8_t>(reset), at<T>(state),
+                              sequences[0],   sequences[1]};
+  const auto [vector, vector_gradient, m, v, pace] = adam;
+  const auto [learning_rate, beta1, beta2, eps, max_norm] = settings;
+  AdamState<T> state_of_adam{at<T>(vector), at<T>(vector_gradient),
+                             at<T>(m),      at<T>(v),
+                             at<T>(pace),   {},
+                             learning_rate, beta1,
+                             beta2,         eps,
+                             max_norm,      steps};
+  for (const auto& [address, elements] : values) state_of_adam.values.emplace_back(at<T>(address), elements);
+  const py::gil_scoped_release release;
+  return ppo_epoch(gradient, r, at<std::int64_t>(order), counts[0], counts[1],
+                   PpoLoss{loss[0], loss[1], loss[2], clip_value_loss}, at<T>(log_std[0]), at<T>(log_std[1]),
+                   state_of_adam, at<double>(figures));
+}
+
 template <class T>
 void bind_sequence_gradient(py::module_& m, const char* name) {
   using Gradient = SequenceGradient<T>;
@@ -460,10 +486,12 @@ void bind_sequence_gradient(py::module_& m, const char* name) {
              const py::gil_scoped_release release;
              self.forward(at<T>(x), at<T>(state), at<std::uint8_t>(reset), at<T>(mean), at<T>(value), S, T_len);
            })
-      .def("backward", [](Gradient& self, Address grad_mean, Address grad_value) {
-        const py::gil_scoped_release release;
-        self.backward(at<T>(grad_mean), at<T>(grad_value));
-      });
+      .def("backward",
+           [](Gradient& self, Address grad_mean, Address grad_value) {
+             const py::gil_scoped_release release;
+             self.backward(at<T>(grad_mean), at<T>(grad_value));
+           })
+      .def("ppo_epoch", &bound_ppo_epoch<T>);
 }
 
 // x, y, labels, s0, reset, B, T_len

@@ -269,6 +269,17 @@ struct PolicyStep {
   T* scratch;  // `threads` times policy_step_scratch elements, aligned to 64 bytes
 };
 
+// A step of Adam on P parameters, each `pace` learning rates long.
+template <class T>
+struct Adam {
+  T *w, *m, *v;
+  const T *grad, *pace;
+  Index P;
+  T scale;       // of the gradient
+  T rate, root;  // the learning rate over 1 - beta1^n, and the root of 1 - beta2^n, of the n-th step
+  T beta1, beta2, eps;
+};
+
 #define SSM_FAST_DECLARE(isa)                                                                    \
   namespace isa {                                                                                \
   Index dense_scan_rows(Index G, Index B, Index T_len, Index N);                                 \
@@ -307,6 +318,10 @@ struct PolicyStep {
   Index policy_step_scratch(Index I, Index H, Index N, Index K, Index W, bool is_double);        \
   void policy_step(const PolicyStep<float>&);                                                    \
   void policy_step(const PolicyStep<double>&);                                                   \
+  void adam(const Adam<float>&);                                                                 \
+  void adam(const Adam<double>&);                                                                \
+  double squared_norm(const float* x, Index P);                                                  \
+  double squared_norm(const double* x, Index P);                                                 \
   }
 SSM_FAST_DECLARE(baseline)
 SSM_FAST_DECLARE(avx2)

@@ -22,6 +22,8 @@ class SequenceGradient {
   // C, D and weight and bias of its norm.
   SequenceGradient(std::vector<T*> weights, std::vector<T*> gradients, Sizes sizes, bool residual, T eps);
 
+  const Sizes& sizes() const { return sizes_; }
+
   // mean [S T, K] and value [S T] from x [S, T, I], state [L, S, N] and reset [S, T], all contiguous. What came in
   // has to stay until the call of `backward`.
   void forward(const T* x, const T* state, const std::uint8_t* reset, T* mean, T* value, Index S, Index T_len);

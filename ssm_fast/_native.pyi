@@ -23,6 +23,21 @@ class _SequenceGradient:
         self, x: int, state: int, reset: int, mean: int, value: int, S: int, T_len: int
     ) -> None: ...
     def backward(self, grad_mean: int, grad_value: int) -> None: ...
+    def ppo_epoch(
+        self,
+        rollout: Sequence[int],
+        sequences: Sequence[int],
+        order: int,
+        counts: Sequence[int],
+        loss: Sequence[float],
+        clip_value_loss: bool,
+        log_std: Sequence[int],
+        adam: Sequence[int],
+        values: Sequence[tuple[int, int]],
+        settings: Sequence[float],
+        steps: int,
+        figures: int,
+    ) -> int: ...
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ssm_fast.nn.ssm_layer import is_untouched
 
 
 def default_loss(name: str, targets: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -49,6 +51,20 @@ def default_loss(name: str, targets: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return -log_probs.gather(-1, target.long().unsqueeze(-1)).mean()
 
     return cross_entropy
+
+
+def is_default_loss(loss_fn: Any, targets: Any) -> bool:
+    """Whether a loss is the one that `default_loss` gives for such targets.
+
+    That is the case without one, and for torch's mean squared error of targets that hold floats.
+    """
+    if loss_fn is None:
+        return True
+    if not isinstance(targets, Tensor) or not targets.is_floating_point():
+        return False
+    if type(loss_fn) is nn.MSELoss:
+        return loss_fn.reduction == "mean" and is_untouched(loss_fn)
+    return loss_fn is F.mse_loss
 
 
 def _mean_squared_error(name: str, output: Tensor, target: Tensor) -> Tensor:

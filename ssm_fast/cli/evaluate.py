@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,19 @@ from ssm_fast.cli.environments import (
 from ssm_fast.cli.messages import check_option, say
 from ssm_fast.cli.options import EVALUATION_EPISODES, EVALUATION_SEED, LARGEST_SEED, Evaluate
 from ssm_fast.cli.settings import make_environment, make_trainer, stored_settings
-from ssm_fast.env_runner import Environment, Evaluation, TrialEnvironment, evaluate, get_family
+from ssm_fast.env_runner import (
+    Environment,
+    Evaluation,
+    Task,
+    TrialEnvironment,
+    evaluate,
+    get_family,
+)
+from ssm_fast.env_runner.film import NoOpenGL, backends, film
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import load_checkpoint
+from ssm_fast.policy import Policy
 
 
 def run_evaluation(options: Evaluate) -> None:
@@ -51,6 +61,35 @@ def run_evaluation(options: Evaluate) -> None:
     policy = ssm_fast.load_policy(path)
     result = evaluate(policy, env_id, episodes, options.seed, options.deterministic, task=task)
     say(describe(env_id, result, options.deterministic))
+    if options.video is not None:
+        _film(options, policy, env_id, task)
+
+
+def _film(options: Evaluate, policy: Policy, env_id: str, task: Task | None) -> None:
+    """Plays the first episode once more and writes its video."""
+    assert options.video is not None
+    if not options.video.parent.is_dir():
+        raise ValueError(f"--video: there is no folder {options.video.parent}")
+    backend = backends(env_id)[0]
+    if backend is not None:
+        os.environ["MUJOCO_GL"] = backend
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # of CartPole and the like: no window
+    if not options.deterministic:
+        torch.manual_seed(options.seed)
+    try:
+        filmed = film(
+            policy,
+            env_id,
+            options.video,
+            seed=options.seed,
+            deterministic=options.deterministic,
+            task=task,
+        )
+    except NoOpenGL as error:
+        raise ValueError(str(error)) from None
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: pip install 'ssm_fast[app]'") from None
+    say(f"{options.video}: {filmed.steps} steps, return {filmed.episode_return:.1f}")
 
 
 def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
@@ -62,6 +101,8 @@ def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
         raise ValueError(f"--task must not be given: {run.path} adapts to all held-out tasks")
     if options.episodes is not None:
         raise ValueError(f"--episodes must not be given: {run.path} plays one in each of its rows")
+    if options.video is not None:
+        raise ValueError(f"--video must not be given: {run.path} has no policy of one task to film")
     refuse_import(settings["env"], run.config_path)
     check_option("seed", options.seed, 0, LARGEST_SEED)
     route_mujoco_warnings(settings["env"])

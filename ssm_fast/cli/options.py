@@ -219,6 +219,8 @@ class Evaluate:
     deterministic: bool = True
     """Play the mode of the policy, not samples. A meta_rl run, which learns from samples, tells what
     these earn, and what the modes do."""
+    video: Path | None = None
+    """Also film the first episode, to this MP4 file; not of a meta_rl run."""
 
 
 Method: TypeAlias = Literal["standard", "hybrid", "test_time", "gradient"]

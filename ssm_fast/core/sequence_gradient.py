@@ -42,6 +42,9 @@ class SequenceGradient:
     Attributes:
         vector: The gradient ``[P]``, in the order of ``model.parameters()``; the next call
             overwrites it, and who takes it may.
+        native: The compiled object.
+        log_std: The model's ``[K]``.
+        log_std_gradient: Its part of `vector`.
     """
 
     vector: Tensor
@@ -52,8 +55,8 @@ class SequenceGradient:
         views = torch.split(self.vector, [p.numel() for p in parameters])
         gradients = {id(p): v for p, v in zip(parameters, views, strict=True)}
         assert model.log_std is not None
-        self._log_std = model.log_std.detach()
-        self._log_std_gradient = gradients[id(model.log_std)]
+        self.log_std = model.log_std.detach()
+        self.log_std_gradient = gradients[id(model.log_std)]
         weights = _weights(model)
         self._weights = [None if w is None else w.detach() for w in weights]  # holds the memory
         width = 0 if model.critic_network is None else model.critic.in_features
@@ -66,7 +69,7 @@ class SequenceGradient:
             width,
         )
         self._sizes = sizes
-        self._native = native_kernel("SequenceGradient", self.vector.dtype)(
+        self.native = native_kernel("SequenceGradient", self.vector.dtype)(
             [0 if w is None else w.data_ptr() for w in weights],
             [0 if w is None else gradients[id(w)].data_ptr() for w in weights],
             sizes,
@@ -118,12 +121,12 @@ class SequenceGradient:
             What the loss reports.
         """
         S, T, _ = x.shape
-        log_std = self._log_std
-        self._check(x, actions, state, reset)
+        log_std = self.log_std
+        self.check(x, actions, state, reset)
         actions = actions.reshape(-1, len(log_std))  # [M, K]
         x, state, reset = x.contiguous(), state.contiguous(), reset.contiguous()
         mean, value = x.new_empty(actions.shape), x.new_empty(S, T)
-        self._native.forward(
+        self.native.forward(
             x.data_ptr(),
             state.data_ptr(),
             reset.data_ptr(),
@@ -141,13 +144,13 @@ class SequenceGradient:
         deviation = (actions - mean).div_(std)  # [M, K]
         weighted = deviation * g_log_prob.unsqueeze(1)  # [M, K]
         g_log_std = torch.linalg.vecdot(weighted, deviation, dim=0) - g_log_prob.sum()
-        self._log_std_gradient.copy_(g_log_std + sum(g.sum() for g in g_entropy))
+        self.log_std_gradient.copy_(g_log_std + sum(g.sum() for g in g_entropy))
         g_mean, g_value = weighted.div_(std), g_value.to(x.dtype).contiguous()  # [M, K], [M]
-        self._native.backward(g_mean.data_ptr(), g_value.data_ptr())
+        self.native.backward(g_mean.data_ptr(), g_value.data_ptr())
         return report
 
-    def _check(self, x: Tensor, actions: Tensor, state: Tensor, reset: Tensor) -> None:
-        """What the native calls rely on."""
+    def check(self, x: Tensor, actions: Tensor, state: Tensor, reset: Tensor) -> None:
+        """Raise where the native calls cannot rely on shapes and dtypes; arguments as of a call."""
         S, T, _ = x.shape
         I, _, N, L, K, _ = self._sizes
         expected = {

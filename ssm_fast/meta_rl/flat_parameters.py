@@ -25,6 +25,7 @@ class FlatParameters:
 
     Attributes:
         vector: All of them in order ``[P]``, what the optimizer steps.
+        parameters: Where its values go.
         pace: The length of the steps of each ``[P]``; 1 in learning rates.
     """
 
@@ -34,13 +35,13 @@ class FlatParameters:
         self._model = model
         self._world = world or World()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._parameters: list[Tensor] = [p for _, p in named]
-        self.vector = nn.Parameter(nn.utils.parameters_to_vector(self._parameters).detach())
+        self.parameters: list[Tensor] = [p for _, p in named]
+        self.vector = nn.Parameter(nn.utils.parameters_to_vector(self.parameters).detach())
         self._views: list[Tensor] = [
             part.view_as(p)
             for part, p in zip(
-                torch.split(self.vector.detach(), [p.numel() for p in self._parameters]),
-                self._parameters,
+                torch.split(self.vector.detach(), [p.numel() for p in self.parameters]),
+                self.parameters,
                 strict=True,
             )
         ]
@@ -58,15 +59,15 @@ class FlatParameters:
             ValueError: Other parameters of the model are trainable than at the start.
         """
         trainable = [p for p in self._model.parameters() if p.requires_grad]
-        if [p.shape for p in trainable] != [p.shape for p in self._parameters]:
+        if [p.shape for p in trainable] != [p.shape for p in self.parameters]:
             raise ValueError("the model must train the parameters that the trainer was made with")
-        self._parameters = list(trainable)  # load_state_dict(..., assign=True) replaces them
-        torch._foreach_copy_(self._views, self._parameters)
+        self.parameters = list(trainable)  # load_state_dict(..., assign=True) replaces them
+        torch._foreach_copy_(self._views, self.parameters)
 
     @torch.no_grad()
     def write(self) -> None:
         """Give the vector's values to the model."""
-        torch._foreach_copy_(self._parameters, self._views)
+        torch._foreach_copy_(self.parameters, self._views)
 
     def backward(
         self,
@@ -87,7 +88,7 @@ class FlatParameters:
             The norm before that.
         """
         parts = torch.autograd.grad(
-            outputs, self._parameters, gradients, allow_unused=True, materialize_grads=True
+            outputs, self.parameters, gradients, allow_unused=True, materialize_grads=True
         )
         return self.take(torch.cat([part.reshape(-1) for part in parts]), max_norm, weight)
 

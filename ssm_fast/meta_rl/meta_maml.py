@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.task_gradients import task_gradients
-from ssm_fast.losses import default_loss
+from ssm_fast.losses import default_loss, is_default_loss
 from ssm_fast.meta_rl.training_state import check_step, check_tensors, load_adam, must_fit
 
 Weights: TypeAlias = dict[str, Tensor]
@@ -55,7 +55,8 @@ class MetaMAML:
     and the outer step follows ``∇_θ mean_g L_g^query(φ_g^K)``, through the inner steps unless
     ``first_order``. The tasks run as one vmapped call: the layers of this package take the weights
     of all tasks as groups of one kernel call. A `StateSpaceModel` on the CPU, as it was made, and with
-    the default losses runs without vmap and autograd, each of several tasks on a thread.
+    the default losses (or torch's ``mse_loss``) runs without vmap and autograd, each of several tasks
+    on a thread.
 
     The model may be stateless, ``forward(x) -> output``, or stateful, ``forward(x, hidden_state) ->
     (output, next_hidden, ...)``: of a tuple, a loss gets the first element. A task's ``x`` is a
@@ -314,7 +315,7 @@ class MetaMAML:
         """Of tasks of the same shapes: some of them, their query losses and sums of gradients."""
         for part in _parts(group, self.chunk_size or _WRITTEN_OUT_TASKS):
             found = None
-            if loss_fn is None:
+            if all(is_default_loss(loss_fn, tasks[i][k]) for i in part for k in (1, 3)):
                 found = task_gradients(
                     self.model,
                     self._parameters,

@@ -26,6 +26,7 @@ from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.distributed import Part, Rows, World
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
+from ssm_fast.meta_rl.ppo_epoch import FIGURES, Objective, PpoEpoch
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.meta_rl.training_state import (
     check_settings,
@@ -647,9 +648,10 @@ class PPOTrainer:
         fixed = (inputs, rollout.actions, rollout.log_probs, rollout.reset)
         explained_variance = math.nan
         sums: list[Tensor] = []
-        weights: list[float] = []
+        weights: list[list[float]] = []
         self._weights.read()
         self._gradient = SequenceGradient.of(self.model, inputs, rollout.initial_state)
+        native = self._native_epoch()
         for epoch in range(self.ppo_epochs):
             if epoch == 0 or self.recompute_advantages:
                 states, values, next_values = self._evaluate(rollout, inputs, L)
@@ -660,26 +662,25 @@ class PPOTrainer:
                     explained_variance = self._explained_variance(values, returns)
                     old_values = values
             parts = [rows.part(i, each) for i in self._minibatches(rows.total * each, L)]
-            first = len(sums)
-            weights += [part.weight for part in parts]
+            weights.append([part.weight for part in parts])
             sequences = [_sequences(x, L) for x in (*fixed, old_values, returns, advantages)]
-            for batch in self._gather(sequences, states, parts):
-                sums.append(self._step(batch, f"epoch {epoch}"))
-            if self.target_kl is not None:
-                approx_kl = self._means(sums[first:], weights[first:])[3]
-                if approx_kl > self.target_kl:
-                    break
+            if native is not None:
+                order = torch.cat([items for items, _ in parts])
+                figures = native(sequences, states, order, len(parts[0].items))
+                self._check_gradient(figures[-1], f"epoch {epoch}")
+            else:
+                batches = self._gather(sequences, states, parts)
+                figures = torch.stack([self._step(batch, f"epoch {epoch}") for batch in batches])
+            sums.append(figures)  # [M, 6]
+            of_epoch = partial(self._means, sums[-1:], weights[-1:])
+            if self.target_kl is not None and of_epoch()["approx_kl"] > self.target_kl:
+                break
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise FloatingPointError(f"parameter {name} is not finite after the update")
         if self.model.obs_norm is not None:
             self.world.update(self.model.obs_norm, rollout.observations.flatten(0, 1))
-        means = self._means(sums, weights)
-        names = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
-        return {
-            **dict(zip(names, means, strict=True)),
-            "explained_variance": explained_variance,
-        }
+        return {**self._means(sums, weights), "explained_variance": explained_variance}
 
     def compute_gae(
         self,
@@ -758,12 +759,34 @@ class PPOTrainer:
             grad_norm = self._weights.backward(
                 outputs[: len(gradients)], self.max_grad_norm, batch.weight, gradients
             )
-        if not math.isfinite(float(grad_norm)):
-            policy_loss, value_loss, entropy, *_ = figures.tolist()
-            loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy
-            raise FloatingPointError(f"{where}: loss {loss}, gradient norm {float(grad_norm)}")
+        figures = torch.cat((figures, grad_norm.reshape(1)))
+        self._check_gradient(figures, where)
         self._weights.step(self.optimizer)
-        return torch.cat((figures, grad_norm.reshape(1)))
+        return figures
+
+    def _native_epoch(self) -> PpoEpoch | None:
+        """What learns from an epoch's minibatches in one call, where nothing else has to see them."""
+        replaced = ("_step", "_objective", "_gather")  # by a subclass, or on this object
+        if self.world.size > 1 or any(
+            name in vars(self) or getattr(type(self), name) is not getattr(PPOTrainer, name)
+            for name in replaced
+        ):
+            return None
+        objective = Objective(
+            self.clip_epsilon,
+            self.value_coef,
+            self.entropy_coef,
+            self.clip_value_loss,
+            self.max_grad_norm,
+        )
+        return PpoEpoch.of(self._gradient, self._weights, self.optimizer, objective)
+
+    def _check_gradient(self, figures: Tensor, where: str) -> None:
+        """Raises where the figures `[6]` of a minibatch tell of a gradient that is not finite."""
+        policy_loss, value_loss, entropy, _, _, grad_norm = figures.tolist()
+        if not math.isfinite(grad_norm):
+            loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy
+            raise FloatingPointError(f"{where}: loss {loss}, gradient norm {grad_norm}")
 
     @torch.no_grad()
     def _objective(
@@ -802,12 +825,12 @@ class PPOTrainer:
         )
         return torch.stack(terms).mean((1, 2)), gradients
 
-    def _means(self, figures: list[Tensor], weights: list[float]) -> list[float]:
-        """The means over minibatches of the figures of each, over all ranks."""
-        stacked = torch.stack(figures)  # [M, 6]
-        share = stacked.new_tensor(weights).unsqueeze(1)  # [M, 1]
-        means: list[float] = self.world.average(stacked, share).mean(0).tolist()
-        return means
+    def _means(self, figures: list[Tensor], weights: list[list[float]]) -> dict[str, float]:
+        """The means over minibatches of the figures of each, those of an epoch `[M, 6]`, over all ranks."""
+        stacked = torch.cat(figures)
+        share = stacked.new_tensor([weight for epoch in weights for weight in epoch]).unsqueeze(1)
+        means = self.world.average(stacked, share).mean(0).tolist()
+        return dict(zip(FIGURES, means, strict=True))
 
     def _explained_variance(self, values: Tensor, returns: Tensor) -> float:
         variance, residual = self.world.variances(returns, returns - values)

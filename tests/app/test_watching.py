@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import imageio_ffmpeg
 import pytest
+from off_screen import draws_off_screen
 
 from ssm_fast.app import watching
 from ssm_fast.app.visitors import Visitor
@@ -18,21 +15,6 @@ from ssm_fast.app.watching import watch
 pytestmark = pytest.mark.isa_independent
 
 Save = Callable[..., Path]
-
-
-def draws_off_screen() -> bool:
-    """Whether MuJoCo finds an OpenGL to draw with here."""
-    code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
-    return any(
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"MUJOCO_GL": backend},
-            capture_output=True,
-            check=False,
-        ).returncode
-        == 0
-        for backend in ("egl", "osmesa")
-    )
 
 
 @pytest.mark.parametrize("task", ["", "test 2"])
@@ -69,17 +51,10 @@ def test_mujoco(visitor: Visitor, save_cheetah: Save) -> None:
     assert frame["size"] == (480, 360)
 
 
-@pytest.mark.parametrize(("env_id", "camera"), [("HalfCheetah-v5", 0), ("InvertedPendulum-v5", -1)])
-def test_the_camera_follows_where_it_can(env_id: str, camera: int) -> None:
-    with gymnasium.make(env_id, render_mode="rgb_array") as env:
-        watching._set_camera(env.unwrapped)
-        assert env.unwrapped.mujoco_renderer.camera_id == camera  # type: ignore[attr-defined]
-
-
 def test_mujoco_without_opengl(
     visitor: Visitor, save_cheetah: Save, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "_backends", lambda _: ["nowhere", "nothing"])
+    monkeypatch.setattr(watching, "backends", lambda _: ["nowhere", "nothing"])
     visitor.add_policy(save_cheetah(), "cheetah", "HalfCheetah-v5")
     *_, view = watch(visitor, "cheetah", "", 5, 0, True)
     assert view.status.kind == "error"

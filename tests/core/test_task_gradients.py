@@ -51,7 +51,13 @@ def _cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
 
-def _compare(maml: MetaMAML, tasks: list[Task], loss_fn: Any = F.mse_loss, **options: Any) -> None:
+def _squared_error(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+def _compare(
+    maml: MetaMAML, tasks: list[Task], loss_fn: Any = _squared_error, **options: Any
+) -> None:
     """Written out, for the default loss, against autograd through a loss of the caller's."""
     actual, expected = (
         maml.meta_gradient(tasks, loss_fn=loss, **options) for loss in (None, loss_fn)
@@ -82,7 +88,7 @@ class TestTaskGradients:
         )
         for rate in maml._rates.values():
             rate.data.uniform_(0.1, 0.5)
-        _compare(maml, tasks, _cross_entropy if classes else F.mse_loss)
+        _compare(maml, tasks, _cross_entropy if classes else _squared_error)
 
     @pytest.mark.parametrize(
         ("B", "T"), [(1, 1), (1, 7), (2, 700), (13, 100), (7, 90), (600, 1), (1, 3000)]
@@ -297,6 +303,34 @@ class TestOthersGoThroughAutograd:
         other = torch._neg_view(x)
         MetaMAML(model).meta_gradient([(other, y, x, y)] * 5)
         assert calls == [2, 2, 1]
+
+    def test_losses(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        vmapped = []
+
+        def noticed(*_: Any) -> Any:
+            vmapped.append(True)
+            raise RuntimeError
+
+        monkeypatch.setattr(MetaMAML, "_chunk_gradient", noticed)
+        expected, tasks = MetaMAML(_model()).meta_gradient(_plain_tasks()), _plain_tasks()
+        for loss_fn in (F.mse_loss, nn.MSELoss()):
+            _assert_close(MetaMAML(_model()).meta_gradient(tasks, loss_fn=loss_fn), expected)
+        assert vmapped == []
+        hooked, labels = nn.MSELoss(), torch.zeros(4, 6, dtype=torch.long)
+        hooked.register_forward_hook(lambda *_: None)
+        counted = [(sx, labels, qx, torch.zeros(5, 8, dtype=torch.long)) for sx, _, qx, _ in tasks]
+        mixed = [(sx, labels, qx, qy) for sx, _, qx, qy in tasks]
+        for loss_fn, of_tasks in (
+            (_squared_error, tasks),
+            (F.l1_loss, tasks),
+            (nn.MSELoss(reduction="sum"), tasks),
+            (hooked, tasks),
+            (F.mse_loss, counted),
+            (F.mse_loss, mixed),
+        ):
+            with pytest.raises(RuntimeError):
+                MetaMAML(_model()).meta_gradient(of_tasks, loss_fn=loss_fn)
+        assert len(vmapped) == 6
 
     def test_sets_that_do_not_fit(self) -> None:
         model = _model()

@@ -618,6 +618,31 @@ void exercise_linear_tangent(Random& random) {
 }
 
 template <class K, class T>
+void exercise_adam(Random& random) {
+  const Index P = random.size(random.chance(0.5) ? 40 : 9000);
+  const std::vector<Index> outer{1}, contiguous{P};
+  const Tensor<T> w0(random, kInput<T>, outer, P, contiguous), m0(random, kInput<T>, outer, P, contiguous),
+      v0(random, kInput<T>, outer, P, contiguous), grad(random, kInput<T>, outer, P, contiguous),
+      pace(random, kInput<T>, outer, P, contiguous);
+  const Tensor<T> w(random, kOutput<T>, outer, P, contiguous), m(random, kOutput<T>, outer, P, contiguous),
+      v(random, kOutput<T>, outer, P, contiguous);
+  const Tensor<double> squares(random, kOutput<double>, outer, 1, {1});
+  Adam<T> p{};
+  p.w = w.data(), p.m = m.data(), p.v = v.data();
+  p.grad = grad.data(), p.pace = pace.data();
+  p.P = P;
+  p.scale = T(0.7), p.rate = T(0.1), p.root = T(0.5), p.beta1 = T(0.9), p.beta2 = T(0.999), p.eps = T(1e-5);
+  const auto kernel = [&](int) {
+    for (Index i = 0; i < P; ++i) {
+      w.data()[i] = w0.data()[i], m.data()[i] = m0.data()[i], v.data()[i] = v0.data()[i] * v0.data()[i];
+    }
+    K::adam(p);
+    squares.data()[0] = K::squared_norm(grad.data(), P);
+  };
+  check(random, 1, kernel, std::tie(w0, m0, v0, grad, pace), std::tie(w, m, v, squares));
+}
+
+template <class K, class T>
 void exercise_policy_step(Random& random) {
   const Index G = random.size(3), B = random.size(20), I = random.size(20), H = random.features(),
               N = random.features();
@@ -739,6 +764,14 @@ void exercise_policy_step(Random& random) {
       isa::policy_step(p);                       \
     }                                            \
     template <class P>                           \
+    static void adam(const P& p) {               \
+      isa::adam(p);                              \
+    }                                            \
+    template <class... P>                        \
+    static double squared_norm(P... p) {         \
+      return isa::squared_norm(p...);            \
+    }                                            \
+    template <class P>                           \
     static void dense_scan(const P& p) {         \
       isa::dense_scan(p);                        \
     }                                            \
@@ -807,6 +840,8 @@ void exercise(const std::string& isa, int cases, std::uint64_t seed) {
   repeat("linear_tangent float64", exercise_linear_tangent<K, double>);
   repeat("policy_step float32", exercise_policy_step<K, float>);
   repeat("policy_step float64", exercise_policy_step<K, double>);
+  repeat("adam float32", exercise_adam<K, float>);
+  repeat("adam float64", exercise_adam<K, double>);
   std::printf("%s: every kernel, %d cases each\n", isa.c_str(), cases);
 }
 

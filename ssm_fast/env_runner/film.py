@@ -1,0 +1,152 @@
+"""Videos of a policy at play, drawn without a screen."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from ssm_fast.checks import check_count
+from ssm_fast.env_runner.environment import Environment
+from ssm_fast.env_runner.evaluation import PredictsActions
+from ssm_fast.env_runner.task_families import Task
+
+NO_OPENGL = (
+    "MuJoCo found no OpenGL that draws without a screen. Install EGL or OSMesa and start again: "
+    "on Debian and Ubuntu `apt-get install libegl1 libgl1-mesa-dri` or `apt-get install "
+    "libosmesa6`; MUJOCO_GL=egl or MUJOCO_GL=osmesa chooses one."
+)
+_SIZE = {"width": 480, "height": 360}  # of MuJoCo's frames
+
+
+class NoOpenGL(RuntimeError):
+    """MuJoCo has nothing to draw with."""
+
+
+@dataclass(frozen=True)
+class Film:
+    """What was filmed.
+
+    Attributes:
+        steps: How many.
+        episode_return: The undiscounted rewards of these.
+        has_ended: Whether the episode did.
+    """
+
+    steps: int
+    episode_return: float
+    has_ended: bool
+
+
+def film(
+    policy: PredictsActions,
+    env_name: str,
+    path: Path,
+    *,
+    steps: int = 1000,
+    seed: int = 0,
+    deterministic: bool = True,
+    task: Task | None = None,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Film:
+    """Plays an episode and writes its video.
+
+    Args:
+        policy: Has stable-baselines3's `predict(obs, state, episode_start, deterministic)`.
+        env_name: A Gymnasium id with the render mode `rgb_array`.
+        path: The MP4 file.
+        steps: The film ends after so many, at the latest.
+        seed: Of the environment.
+        deterministic: Handed to `predict`.
+        task: What is played, for the id of a `TaskFamily`.
+        on_step: Called with the number of steps after each that is in the film.
+
+    Raises:
+        NoOpenGL: MuJoCo cannot draw here.
+        ValueError: The environment cannot be drawn, or the policy does not fit it.
+        ModuleNotFoundError: `imageio_ffmpeg` is not installed.
+    """
+    import imageio_ffmpeg
+
+    check_count("steps", steps)
+    single = _drawn(env_name)
+    with Environment.wrap(single) as env:
+        if task is not None:
+            env.set_tasks([task])
+        observation, _ = env.reset(seed=seed)
+        frame = env.render()[0]  # [height, width, 3]
+        writer = imageio_ffmpeg.write_frames(
+            str(path),
+            (frame.shape[1], frame.shape[0]),
+            fps=single.metadata.get("render_fps") or 30,
+            codec="libx264",
+            macro_block_size=2,
+            output_params=["-movflags", "+faststart"],  # plays before all of it has come
+        )
+        with closing(writer):
+            writer.send(None)
+            writer.send(np.ascontiguousarray(frame))
+            state, start, total, ended = None, np.ones(1, dtype=np.bool_), 0.0, False
+            for step in range(1, steps + 1):
+                action, state = policy.predict(
+                    observation, state=state, episode_start=start, deterministic=deterministic
+                )
+                observation, reward, terminated, truncated, _ = env.step(action)
+                total += float(reward[0])
+                start = terminated | truncated
+                ended = bool(start[0])
+                if ended:  # the row is in its next episode already
+                    break
+                writer.send(np.ascontiguousarray(env.render()[0]))
+                on_step(step)
+    return Film(step, total, ended)
+
+
+def backends(env_name: str) -> list[str | None]:
+    """What to try as MUJOCO_GL, before the first frame of a process; None leaves it as it is."""
+    if not _is_mujoco(env_name) or "MUJOCO_GL" in os.environ or sys.platform != "linux":
+        return [None]
+    return ["egl", "osmesa"]
+
+
+def _is_mujoco(env_name: str) -> bool:
+    spec = gymnasium.registry.get(env_name)
+    return (
+        spec is not None and "mujoco" in str(spec.entry_point) and find_spec("mujoco") is not None
+    )
+
+
+def _drawn(env_name: str) -> gymnasium.Env[Any, Any]:
+    """The environment, once it has drawn a frame."""
+    is_mujoco = _is_mujoco(env_name)
+    arguments: dict[str, Any] = _SIZE if is_mujoco else {}
+    try:
+        env = gymnasium.make(env_name, render_mode="rgb_array", **arguments)
+        if is_mujoco:
+            _set_camera(env.unwrapped)
+        env.reset()
+        env.render()
+    except Exception as error:  # a driver that is missing can raise nearly anything
+        if is_mujoco:
+            raise NoOpenGL(f"{NO_OPENGL} ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{env_name} cannot be drawn: {error}") from error
+    return env
+
+
+def _set_camera(env: Any) -> None:
+    """Follows the robot, where its model has a camera that does, and leaves shadows out."""
+    import mujoco
+
+    # Without a graphics card, shadows take two thirds of the time of a frame.
+    env.model.vis.quality.shadowsize = 0
+    camera = mujoco.mj_name2id(env.model, mujoco.mjtObj.mjOBJ_CAMERA, "track")
+    if camera != -1:
+        env.mujoco_renderer.camera_id = camera

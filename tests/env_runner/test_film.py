@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium
+import imageio_ffmpeg
+import pytest
+import torch
+
+from ssm_fast.core import ImprovedSSM
+from ssm_fast.env_runner import evaluate, get_family
+from ssm_fast.env_runner.film import _set_camera, film
+from ssm_fast.policy import Policy
+
+pytestmark = pytest.mark.isa_independent
+
+
+@pytest.fixture(autouse=True)
+def _no_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+
+
+def _policy() -> Policy:
+    torch.manual_seed(1)
+    return Policy(ImprovedSSM(4, 2, state_dim=4, hidden_dim=8, num_layers=1, discrete=True))
+
+
+def test_an_episode(tmp_path: Path) -> None:
+    path, seen = tmp_path / "episode.mp4", []
+    filmed = film(_policy(), "CartPole-v1", path, seed=7, on_step=seen.append)
+    expected = evaluate(_policy(), "CartPole-v1", 1, 7)
+    assert (filmed.steps, filmed.episode_return) == (expected.lengths[0], expected.returns[0])
+    assert filmed.has_ended
+    assert seen == list(range(1, filmed.steps))  # a frame each, after that of the reset
+    assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == filmed.steps
+
+
+def test_no_longer_than_asked_and_in_a_task(tmp_path: Path) -> None:
+    family = get_family("ssm_fast/CartPoleFamily-v0")
+    path = tmp_path / "start.mp4"
+    filmed = film(_policy(), family.env_name, path, steps=3, seed=7, task=family.test_tasks[0])
+    assert (filmed.steps, filmed.has_ended) == (3, False)
+    assert imageio_ffmpeg.count_frames_and_secs(str(path))[0] == 4
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "none.mp4"
+    with pytest.raises(ValueError, match=r"Nope-v0 cannot be drawn"):
+        film(_policy(), "Nope-v0", path)
+    with pytest.raises(ValueError, match="obs must have shape"):
+        film(_policy(), "Acrobot-v1", path)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        film(_policy(), "CartPole-v1", path, steps=0)
+
+
+@pytest.mark.parametrize(("env_id", "camera"), [("HalfCheetah-v5", 0), ("InvertedPendulum-v5", -1)])
+def test_the_camera_follows_where_it_can(env_id: str, camera: int) -> None:
+    with gymnasium.make(env_id, render_mode="rgb_array") as env:
+        _set_camera(env.unwrapped)
+        assert env.unwrapped.mujoco_renderer.camera_id == camera  # type: ignore[attr-defined]

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.meta_rl.ppo_epoch import PpoEpoch
+from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout
+
+B, T, I, K = 4, 24, 3, 2
+
+
+def _model(**options: Any) -> ImprovedSSM:
+    torch.manual_seed(3)
+    model = ImprovedSSM(I, K, 5, 8, normalize_observations=True, **options)
+    with torch.no_grad():  # a policy and a value that depend on the state
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.double()
+
+
+def _trainer(model: ImprovedSSM, **options: Any) -> PPOTrainer:
+    settings = {"sequence_length": 6, "mini_batch_size": 20, "learning_rate": 0.01, "seed": 5}
+    return PPOTrainer(model, **{**settings, **options})
+
+
+def _rollout(model: ImprovedSSM) -> Rollout:
+    """Actions that the policy might have taken, with episodes that end anywhere."""
+    torch.manual_seed(1)
+    dtype = model.encoder.weight.dtype
+    terminated = torch.rand(B, T) < 0.1
+    reset = torch.cat((torch.ones(B, 1, dtype=torch.bool), terminated[:, :-1]), dim=1)
+    rows = torch.arange(B)[~terminated[:, -1]]
+    return Rollout(
+        torch.randn(B, T, I, dtype=dtype),
+        torch.randn(B, T, K, dtype=dtype),
+        torch.randn(B, T, dtype=dtype) - 3.0,
+        torch.randn(B, T, dtype=dtype),
+        terminated,
+        torch.zeros(B, T, dtype=torch.bool),
+        reset,
+        torch.randn(model.num_layers, B, 5, dtype=dtype),
+        rows,
+        torch.full_like(rows, T - 1),
+        torch.randn(len(rows), I, dtype=dtype),
+        [],
+        [],
+    )
+
+
+def _weights(trainer: PPOTrainer) -> Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
+
+
+def _in_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minibatch by minibatch from Python."""
+    monkeypatch.setattr(PpoEpoch, "of", lambda *_: None)
+
+
+def _noticed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The minibatches of the native calls from now on."""
+    found: list[int] = []
+    call = PpoEpoch.__call__
+
+    def noticed(self: PpoEpoch, *arguments: Any) -> Tensor:
+        found.append(len(figures := call(self, *arguments)))
+        return figures
+
+    monkeypatch.setattr(PpoEpoch, "__call__", noticed)
+    return found
+
+
+class TestPpoEpoch:
+    @pytest.mark.parametrize("critic_dim", [None, 7])
+    @pytest.mark.parametrize("clip_value_loss", [False, True])
+    @pytest.mark.parametrize("entropy_coef", [0.0, 0.03])
+    @pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
+    def test_equals_the_same_in_calls(
+        self,
+        critic_dim: int | None,
+        clip_value_loss: bool,
+        entropy_coef: float,
+        max_grad_norm: float,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        calls, results = _noticed(monkeypatch), []
+        for in_calls in (False, True):
+            if in_calls:
+                _in_calls(monkeypatch)
+            model = _model(critic_dim=critic_dim)
+            trainer = _trainer(
+                model,
+                clip_value_loss=clip_value_loss,
+                entropy_coef=entropy_coef,
+                max_grad_norm=max_grad_norm,
+                ppo_epochs=3,
+            )
+            metrics = [trainer.update(_rollout(model)) for _ in range(2)]
+            results.append((metrics, _weights(trainer), trainer))
+        assert calls == [6] * 6  # of three sequences each, and one
+        (metrics, weights, trainer), (expected, expected_weights, other) = results
+        torch.testing.assert_close(weights, expected_weights, rtol=1e-9, atol=1e-11)
+        for row, expected_row in zip(metrics, expected, strict=True):
+            assert row == pytest.approx(expected_row, rel=1e-9, abs=1e-11)
+            assert 0.0 < row["clip_fraction"] < 1.0
+        states = [t.optimizer.state_dict() for t in (trainer, other)]
+        assert states[0]["param_groups"] == states[1]["param_groups"]
+        for name, value in states[1]["state"][0].items():
+            found = states[0]["state"][0][name]
+            assert found.dtype == value.dtype, name
+            torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-12)
+        other.load_state_dict(trainer.state_dict())
+
+    def test_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        weights = []
+        for dtype in (torch.float32, torch.float64):
+            model = _model().to(dtype)
+            trainer = _trainer(model, ppo_epochs=2, learning_rate=1e-3)
+            rollout = _rollout(_model())
+            cast = [
+                x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in vars(rollout).values()
+            ]
+            trainer.update(Rollout(*cast))
+            weights.append(_weights(trainer).double())
+        assert (weights[0] - weights[1]).norm() <= 1e-5 * weights[1].norm()
+
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_same_bits_for_any_number_of_threads(self, threads: int) -> None:
+        before = torch.get_num_threads()
+        weights = []
+        try:
+            for count in (1, threads):
+                torch.set_num_threads(count)
+                model = _model()
+                trainer = _trainer(model, mini_batch_size=96, num_threads=None)
+                trainer.update(_rollout(model))
+                weights.append(_weights(trainer))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(*weights)
+
+    @pytest.mark.parametrize("in_calls", [False, True])
+    def test_a_gradient_that_is_not_finite(
+        self, in_calls: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The steps before it are taken, its own is not."""
+        if in_calls:
+            _in_calls(monkeypatch)
+        model = _model()
+        trainer = _trainer(model, ppo_epochs=2)
+        rollout = _rollout(model)
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(5))
+        sequence = int(order[9])  # of the fourth minibatch
+        rollout.log_probs[sequence // 4, sequence % 4 * 6] = float("nan")
+        with pytest.raises(FloatingPointError, match=r"epoch 0: loss nan, gradient norm nan"):
+            trainer.update(rollout)
+        assert bool(torch.isfinite(_weights(trainer)).all())
+        state = trainer.optimizer.state_dict()["state"][0]
+        assert float(state["step"]) == 3
+        assert bool(torch.isfinite(state["exp_avg_sq"]).all())
+
+    def test_tells_autograd_of_new_values(self) -> None:
+        model = _model()
+        before = [p._version for p in model.parameters()]
+        _trainer(model).update(_rollout(model))
+        assert all(p._version > v for p, v in zip(model.parameters(), before, strict=True))
+
+    def test_wrong_tensors(self) -> None:
+        model = _model()
+        trainer, rollout = _trainer(model), _rollout(model)
+        trainer.update(rollout)
+        native, order = trainer._native_epoch(), torch.arange(16)
+        assert native is not None
+        x, states = torch.zeros(16, 6, I).double(), torch.zeros(2, 16, 5).double()
+        actions, flat = torch.zeros(16, 6, K).double(), torch.zeros(16, 6).double()
+        sequences = [x, actions, flat, flat > 0, flat, flat, flat]
+        assert native(sequences, states, order, 3).shape == (6, 6)
+        for i in range(2, 7):
+            wrong = [t.float() if j == i else t for j, t in enumerate(sequences)]
+            with pytest.raises((TypeError, ValueError), match=r"must"):
+                native(wrong, states, order, 3)
+        for bad in (order[:-1], torch.full((16,), 16), -order - 1, order.int()):
+            with pytest.raises((TypeError, ValueError), match="order must"):
+                native(sequences, states, bad, 3)
+
+
+def _hooked(trainer: PPOTrainer) -> None:
+    trainer.optimizer.register_step_post_hook(lambda *_: None)
+
+
+def _replaced(trainer: PPOTrainer) -> None:
+    (vector,) = trainer.optimizer.param_groups[0]["params"]
+    trainer.optimizer = torch.optim.SGD([vector], lr=0.01)
+
+
+def _decaying(trainer: PPOTrainer) -> None:
+    trainer.optimizer.param_groups[0]["weight_decay"] = 0.1
+
+
+def _scheduled(trainer: PPOTrainer) -> None:
+    torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
+
+
+def _with_own_step(trainer: PPOTrainer) -> None:
+    trainer._step = trainer._step  # type: ignore[method-assign]
+
+
+def _with_own_objective(trainer: PPOTrainer) -> None:
+    trainer._objective = trainer._objective  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "change", [_hooked, _replaced, _decaying, _scheduled, _with_own_step, _with_own_objective]
+)
+def test_what_somebody_has_changed_runs_in_calls(
+    change: Callable[[PPOTrainer], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls = _model(), _noticed(monkeypatch)
+    trainer = _trainer(model)
+    trainer.update(_rollout(model))
+    assert len(calls) == 10
+    change(trainer)
+    before = _weights(trainer)
+    trainer.update(_rollout(model))
+    assert len(calls) == 10
+    assert not torch.equal(_weights(trainer), before)
+
+
+def test_a_subclass_with_an_objective_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(PPOTrainer):
+        def _objective(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+            return super()._objective(*arguments)
+
+    model, calls = _model(), _noticed(monkeypatch)
+    Own(model, sequence_length=6).update(_rollout(model))
+    assert calls == []
