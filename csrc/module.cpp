@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <tuple>
@@ -384,12 +386,14 @@ void linear_tangent(Address x_t, Strides<2> xt_strides, Address W_t, Strides<3> 
   SSM_FAST_CALL(linear_tangent(params));
 }
 
-// `weights` holds the encoder's, the actor's and the critic's weight and bias, log_std, and seven a layer.
+// `weights` holds the encoder's, the actor's and the critic's weight and bias, log_std, and seven a layer. Returns
+// whether values and log-probabilities are finite.
 template <class T>
-void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, double obs_clip, Address state,
+bool policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, double obs_clip, Address state,
                  Address reset, Address noise, const std::vector<Address>& weights, Address action, Address log_prob,
                  Address value, Address next_state, Strides<8> sizes, bool norm_state, bool residual, double eps) {
-  const auto [G, B, I, H, N, L, K, W] = sizes;
+  const Index G = sizes[0], B = sizes[1], I = sizes[2], H = sizes[3], N = sizes[4], L = sizes[5], K = sizes[6],
+              W = sizes[7];
   const Index F = norm_state ? N : H;
   constexpr std::size_t kHeads = 12, kLayer = 7;
   const Index V = W ? W : H;  // what the critic's last layer reads
@@ -437,6 +441,10 @@ void policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, d
   params.scratch = static_cast<T*>(scratch.get());
   const py::gil_scoped_release release;
   SSM_FAST_CALL(policy_step(params));
+  const auto all_finite = [&](const T* x) {
+    return !x || std::all_of(x, x + G * B, [](T y) { return std::isfinite(y); });
+  };
+  return all_finite(params.value) && all_finite(params.log_prob);
 }
 
 // Addresses and sizes in the order of the structures in ppo_epoch.h.

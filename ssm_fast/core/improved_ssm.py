@@ -303,20 +303,26 @@ class ImprovedSSM(nn.Module):
             x: Observations of the first step ``[B, I]``; those of the others are like them.
             hidden_state: ``[L, B, N]``, likewise.
         """
-        weights = self._step_weights(x, hidden_state)
-        overridden = type(self).get_action is not ImprovedSSM.get_action or "get_action" in vars(
-            self
-        )
-        if weights is None or overridden:
+        step = self.native_stepper(x, hidden_state)
+        if step is None:
             return lambda x, state, noise: self.get_action(x, state, noise=noise)
-        self._check(x, hidden_state, None)
-        step = self._policy_step(_held(weights))
 
         def act(x: Tensor, state: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             check_noise(noise, [len(x), self.action_dim], x)
             return self._act(step, x, state, None, noise)
 
         return act
+
+    def native_stepper(self, x: Tensor, hidden_state: Tensor) -> PolicyStep | None:
+        """The native call behind `stepper`, which holds the weights, or ``None`` where there is none."""
+        weights = self._step_weights(x, hidden_state)
+        overridden = type(self).get_action is not ImprovedSSM.get_action or "get_action" in vars(
+            self
+        )
+        if weights is None or overridden:
+            return None
+        self._check(x, hidden_state, None)
+        return self._policy_step(_held(weights))
 
     def _native_action(
         self,

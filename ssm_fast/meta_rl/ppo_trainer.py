@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
 
 import gymnasium
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from ssm_fast import ops
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.core.rollout_policy import RolloutPolicy
 from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.distributed import Part, Rows, World
@@ -503,44 +504,34 @@ class PPOTrainer:
         observations = np.empty((B, T, env.input_dim), dtype=np.float32)  # [B, T, input_dim]
         rewards = np.empty((B, T))  # [B, T]
         terminated, truncated, reset = np.empty((3, B, T), dtype=np.bool_)  # [B, T]
-        actions: list[Tensor] = []  # T of [B, action_dim] or [B]
-        log_probs: list[Tensor] = []  # T of [B]
         boundary_rows: list[NDArray[np.intp]] = []
         boundary_steps: list[NDArray[np.intp]] = []
         boundary_observations: list[NDArray[np.float32]] = []
         returns: list[float] = []
         lengths: list[int] = []
-        initial_state = state = self._state
+        initial_state = self._state
         observation, first = self._observation, self._reset
         with torch.no_grad():
-            act = model.stepper(torch.from_numpy(observation).to(device, dtype), state)
+            x = torch.from_numpy(observation).to(device, dtype)  # [B, input_dim]
+            policy = RolloutPolicy.of(model, x, initial_state, T)
             for t in range(T):
-                x = torch.from_numpy(observation).to(device, dtype)  # [B, input_dim]
-                action, log_prob, value, state = act(
-                    x, state, rows.of(model.draw_noise(rows.total))
-                )
-                sums = log_prob + value  # [B]; one of them is NaN where the action is
-                finite = torch.isfinite(sums)  # [B]
-                if not bool(finite.all()):
+                noise = rows.of(model.draw_noise(rows.total))
+                action, is_finite = policy.act(x, noise)
+                if not is_finite:
                     self._env = None
-                    row = int(finite.logical_not().nonzero()[0])
-                    raise FloatingPointError(
-                        f"rollout step {t}: {env.env_name}: the policy of environment {row} is not "
-                        f"finite: log-probability {float(log_prob[row])}, value {float(value[row])}"
-                    )
-                actions.append(action)
-                log_probs.append(log_prob)
+                    self._raise_for_policy(env, policy, t)
                 observations[:, t], reset[:, t] = observation, first
                 try:
-                    observation, reward, ends, cut, info = env.step(action.cpu().numpy())
+                    observation, reward, ends, cut, info = env.step(action)
                 except FloatingPointError as error:
                     self._env = None
                     raise FloatingPointError(f"rollout step {t}: {error}") from error
                 rewards[:, t], terminated[:, t], truncated[:, t] = reward, ends, cut
+                x = torch.from_numpy(observation).to(device, dtype)
                 first = ends | cut  # [B]
                 if first.any():
                     ended = torch.from_numpy(first).to(device)  # [B]
-                    state = state.masked_fill(ended[:, None], 0.0)  # [num_layers, B, N]
+                    policy.end_episodes(ended)
                     returns.extend(info["episode_return"][first].tolist())
                     lengths.extend(info["episode_length"][first].tolist())
                 elif t < T - 1:
@@ -549,12 +540,13 @@ class PPOTrainer:
                 boundary_rows.append(beyond)
                 boundary_steps.append(np.full_like(beyond, t))
                 boundary_observations.append(info["final_obs"][beyond])
-        self._observation, self._state, self._reset = observation, state, first
+        self._observation, self._state, self._reset = observation, policy.state, first
         self.timesteps += rows.total * T
+        actions, log_probs, _ = policy.recorded()
         return Rollout(
             torch.from_numpy(observations).to(device, dtype),
-            torch.stack(actions, dim=1),
-            torch.stack(log_probs, dim=1),
+            actions,
+            log_probs,
             torch.from_numpy(rewards).to(device, dtype),
             torch.from_numpy(terminated).to(device),
             torch.from_numpy(truncated).to(device),
@@ -565,6 +557,17 @@ class PPOTrainer:
             torch.from_numpy(np.concatenate(boundary_observations)).to(device, dtype),
             returns,
             lengths,
+        )
+
+    @staticmethod
+    def _raise_for_policy(env: Environment, policy: RolloutPolicy, step: int) -> NoReturn:
+        """Names the environment in which the policy's last step is not finite."""
+        _, log_probs, values = policy.recorded()
+        log_prob, value = log_probs[:, -1], values[:, -1]  # [B]
+        row = int(torch.isfinite(log_prob + value).logical_not().nonzero()[0])
+        raise FloatingPointError(
+            f"rollout step {step}: {env.env_name}: the policy of environment {row} is not finite: "
+            f"log-probability {float(log_prob[row])}, value {float(value[row])}"
         )
 
     def _prepare(self, source: AnyEnvironment) -> Environment:

@@ -169,21 +169,51 @@ class PolicyStep:
         action, value = x.new_empty(B, K), x.new_empty(B)
         log_prob = x.new_empty(B) if self._gaussian else None
         next_state = x.new_empty(L, B, N)
-        self._kernel(
+        self.run(
+            B,
             x.data_ptr(),
-            *self._statistics,
             _address(state),
             _address(reset),
             _address(noise),
-            self._addresses,
             action.data_ptr(),
             _address(log_prob),
             value.data_ptr(),
             next_state.data_ptr(),
-            (self._groups, B // self._groups, *self._sizes),
-            *self._options,
         )
         return action, log_prob, value, next_state
+
+    def run(
+        self,
+        rows: int,
+        x: int,
+        state: int,
+        reset: int,
+        noise: int,
+        action: int,
+        log_prob: int,
+        value: int,
+        next_state: int,
+    ) -> bool:
+        """Run the step of so many rows on the addresses of contiguous tensors, 0 for None.
+
+        Returns:
+            Whether the values, and the log-probabilities where there are some, are finite.
+        """
+        finite: bool = self._kernel(
+            x,
+            *self._statistics,
+            state,
+            reset,
+            noise,
+            self._addresses,
+            action,
+            log_prob,
+            value,
+            next_state,
+            (self._groups, rows // self._groups, *self._sizes),
+            *self._options,
+        )
+        return finite
 
 
 def _address(tensor: Tensor | None) -> int:
