@@ -502,38 +502,57 @@ void bind_sequence_gradient(py::module_& m, const char* name) {
       .def("ppo_epoch", &bound_ppo_epoch<T>);
 }
 
-// x, y, labels, s0, reset, B, T_len
-using ExamplesOfTask = std::tuple<Address, Address, Address, Address, Address, Index, Index>;
+// x, y, labels, actions, log_probs, advantages, s0, reset; B, T_len; clip_epsilon
+using ExamplesOfTask = std::tuple<std::array<Address, 8>, Strides<2>, double>;
 
 template <class T>
-void task_gradients(Address weights, Address rates, const std::vector<ExamplesOfTask>& support,
-                    const std::vector<ExamplesOfTask>& query, Address gradients, Address rate_gradients, Address losses,
-                    Strides<6> sizes, bool first_order) {
-  const auto examples = [](const std::vector<ExamplesOfTask>& tasks) {
-    std::vector<Examples<T>> found;
-    for (const auto& [x, y, labels, s0, reset, B, T_len] : tasks) {
-      found.push_back({at<T>(x), at<T>(y), at<std::int64_t>(labels), at<T>(s0), at<std::uint8_t>(reset), B, T_len});
-    }
-    return found;
-  };
-  const std::vector<Examples<T>> of_support = examples(support), of_query = examples(query);
-  const auto [G, I, N, H, O, K] = sizes;
-  const TaskGradients<T> p{at<T>(weights),
-                           at<T>(rates),
-                           of_support.data(),
-                           of_query.data(),
-                           at<T>(gradients),
-                           at<T>(rate_gradients),
-                           at<double>(losses),
-                           G,
-                           I,
-                           N,
-                           H,
-                           O,
-                           K,
-                           first_order};
+std::vector<Examples<T>> examples_at(const std::vector<ExamplesOfTask>& tasks) {
+  std::vector<Examples<T>> found;
+  for (const auto& [addresses, sizes, clip_epsilon] : tasks) {
+    const auto [x, y, labels, actions, log_probs, advantages, s0, reset] = addresses;
+    found.push_back({at<T>(x), at<T>(y), at<std::int64_t>(labels), at<T>(actions), at<T>(log_probs), at<T>(advantages),
+                     at<T>(s0), at<std::uint8_t>(reset), sizes[0], sizes[1], clip_epsilon});
+  }
+  return found;
+}
+
+template <class T, class Sizes>
+void task_gradients_of(const Sizes& network, Address weights, Address rates, const std::vector<ExamplesOfTask>& inner,
+                       const std::vector<ExamplesOfTask>& outer, Address gradients, Address rate_gradients,
+                       Address inner_losses, Address outer_losses, Index G, bool first_order) {
+  const std::vector<Examples<T>> of_inner = examples_at<T>(inner), of_outer = examples_at<T>(outer);
+  TaskGradients<T> p{};
+  p.weights = at<T>(weights), p.rates = at<T>(rates);
+  p.inner = of_inner.data(), p.outer = of_outer.data();
+  p.gradients = at<T>(gradients), p.rate_gradients = at<T>(rate_gradients);
+  p.inner_losses = at<double>(inner_losses), p.outer_losses = at<double>(outer_losses);
+  p.G = G, p.K = Index(inner.size()) / G, p.P = weights_of(network);
+  p.first_order = first_order;
   const py::gil_scoped_release release;
-  task_gradients(p);
+  task_gradients(p, network);
+}
+
+template <class T, class... Rest>
+void state_space_gradients(Strides<4> sizes, Rest... rest) {
+  const auto [I, N, H, O] = sizes;
+  task_gradients_of<T>(StateSpaceSizes{I, N, H, O}, rest...);
+}
+
+template <class T, class... Rest>
+void policy_gradients(Strides<5> sizes, const std::array<bool, 3>& has, double eps, Rest... rest) {
+  const auto [I, H, N, L, O] = sizes;
+  const auto [norm, residual, gaussian] = has;
+  task_gradients_of<T>(PolicySizes{I, H, N, L, O, norm, residual, gaussian, eps}, rest...);
+}
+
+// The functions of a network's gradients: its own arguments, then those of all networks.
+template <class T>
+void bind_task_gradients(py::module_& m, const std::string& dtype) {
+  using Tasks = const std::vector<ExamplesOfTask>&;
+  m.def(("state_space_gradients_" + dtype).c_str(),
+        &state_space_gradients<T, Address, Address, Tasks, Tasks, Address, Address, Address, Address, Index, bool>);
+  m.def(("policy_gradients_" + dtype).c_str(),
+        &policy_gradients<T, Address, Address, Tasks, Tasks, Address, Address, Address, Address, Index, bool>);
 }
 
 }  // namespace
@@ -584,8 +603,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("linear_tangent_float64", &linear_tangent<double>);
   bind_sequence_gradient<float>(m, "SequenceGradient_float32");
   bind_sequence_gradient<double>(m, "SequenceGradient_float64");
-  m.def("task_gradients_float32", &task_gradients<float>);
-  m.def("task_gradients_float64", &task_gradients<double>);
+  bind_task_gradients<float>(m, "float32");
+  bind_task_gradients<double>(m, "float64");
   m.def("policy_step_float32", &policy_step<float>);
   m.def("policy_step_float64", &policy_step<double>);
 }

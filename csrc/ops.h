@@ -171,6 +171,33 @@ struct OutputNormGrad {
   T* scratch;  // output_norm_scratch elements, aligned to 64 bytes
 };
 
+// The tangent of OutputNorm, [residual_t +] [(1 - t^2)] (n_t w + n w_t + b_t), for M rows, contiguous.
+template <class T>
+struct OutputNormTangent {
+  const T *z, *z_t;                            // [M, H]
+  const T *weight, *weight_t, *bias, *bias_t;  // [H], or null: no norm
+  const T *mean, *rstd;                        // [M]
+  const T* residual_t;                         // [M, H], or null
+  T* y_t;                                      // [M, H]
+  Index M, H;
+  bool tanh;
+  int threads;
+};
+
+// The tangents of the gradients of OutputNorm, where both that of y and z have one.
+template <class T>
+struct OutputNormGradTangent {
+  const T *grad_y, *grad_y_t, *z, *z_t;        // [M, H]
+  const T *weight, *weight_t, *bias, *bias_t;  // [H], or null: no norm
+  const T *mean, *rstd;                        // [M]
+  T* grad_z_t;                                 // [M, H]
+  T *grad_weight_t, *grad_bias_t;              // [H], null without a weight
+  Index M, H;
+  bool tanh;
+  int threads;
+  T* scratch;  // output_norm_tangent_scratch elements, aligned to 64 bytes
+};
+
 // y = [tanh] (x W^T + b), or (x W^T + add), over the M rows of each group.
 template <class T>
 struct Linear {
@@ -306,6 +333,11 @@ struct Adam {
   void output_norm(const OutputNorm<double>&);                                                   \
   void output_norm_grad(const OutputNormGrad<float>&);                                           \
   void output_norm_grad(const OutputNormGrad<double>&);                                          \
+  Index output_norm_tangent_scratch(Index M, Index H, bool is_double);                           \
+  void output_norm_tangent(const OutputNormTangent<float>&);                                     \
+  void output_norm_tangent(const OutputNormTangent<double>&);                                    \
+  void output_norm_grad_tangent(const OutputNormGradTangent<float>&);                            \
+  void output_norm_grad_tangent(const OutputNormGradTangent<double>&);                           \
   Index linear_scratch(Index I, Index O, bool is_double);                                        \
   Index linear_grad_parts(Index G, Index M, Index I, Index O, bool is_double);                   \
   Index linear_grad_scratch(Index G, Index M, Index I, Index O, int threads, bool is_double);    \

@@ -1,6 +1,11 @@
 #include "passes.h"
 
 namespace ssm_fast {
+namespace {
+
+int norm_threads(Index M, Index H) { return threads_for(double(M) * double(H) / 4, M); }
+
+}  // namespace
 
 template <class T>
 T* Passes<T>::scratch(Index elements) {
@@ -89,6 +94,67 @@ void Passes<T>::weight_grad(const T* x, const T* s, const T* s0, const std::uint
   p.threads = threads_for(double(B * T_len) * double(N * N), B * T_len);
   p.scratch = scratch(SSM_FAST_CALL(weight_grad_scratch(1, B, T_len, N, sizeof(T) == 8)));
   SSM_FAST_CALL(weight_grad(p));
+}
+
+template <class T>
+void Passes<T>::output_norm(const T* z, const Norm& norm, const T* residual, T* y, Index M, Index H) {
+  OutputNorm<T> p{};
+  p.z = z, p.z_m = H;
+  p.weight = norm.weight, p.bias = norm.bias;
+  p.residual = residual, p.residual_m = H;
+  p.y = y, p.mean = norm.mean, p.rstd = norm.rstd;
+  p.G = 1, p.M = M, p.H = H;
+  p.eps = norm.eps;
+  p.tanh = true;
+  p.threads = norm_threads(M, H);
+  SSM_FAST_CALL(output_norm(p));
+}
+
+template <class T>
+void Passes<T>::output_norm_grad(const T* grad_y, const T* z, const Norm& norm, T* grad_z, T* grad_weight, T* grad_bias,
+                                 Index M, Index H) {
+  OutputNormGrad<T> p{};
+  p.grad_y = grad_y, p.grad_m = H;
+  p.z = z, p.z_m = H;
+  p.weight = norm.weight, p.bias = norm.bias;
+  p.mean = norm.mean, p.rstd = norm.rstd;
+  p.grad_z = grad_z, p.grad_weight = grad_weight, p.grad_bias = grad_bias;
+  p.G = 1, p.M = M, p.H = H;
+  p.tanh = true;
+  p.threads = norm_threads(M, H);
+  p.scratch = scratch(SSM_FAST_CALL(output_norm_scratch(1, M, H, sizeof(T) == 8)));
+  SSM_FAST_CALL(output_norm_grad(p));
+}
+
+template <class T>
+void Passes<T>::output_norm_tangent(const T* z, const T* z_t, const Norm& norm, const T* weight_t, const T* bias_t,
+                                    const T* residual_t, T* y_t, Index M, Index H) {
+  OutputNormTangent<T> p{};
+  p.z = z, p.z_t = z_t;
+  p.weight = norm.weight, p.weight_t = weight_t, p.bias = norm.bias, p.bias_t = bias_t;
+  p.mean = norm.mean, p.rstd = norm.rstd;
+  p.residual_t = residual_t;
+  p.y_t = y_t;
+  p.M = M, p.H = H;
+  p.tanh = true;
+  p.threads = norm_threads(M, H);
+  SSM_FAST_CALL(output_norm_tangent(p));
+}
+
+template <class T>
+void Passes<T>::output_norm_grad_tangent(const T* grad_y, const T* grad_y_t, const T* z, const T* z_t, const Norm& norm,
+                                         const T* weight_t, const T* bias_t, T* grad_z_t, T* grad_weight_t,
+                                         T* grad_bias_t, Index M, Index H) {
+  OutputNormGradTangent<T> p{};
+  p.grad_y = grad_y, p.grad_y_t = grad_y_t, p.z = z, p.z_t = z_t;
+  p.weight = norm.weight, p.weight_t = weight_t, p.bias = norm.bias, p.bias_t = bias_t;
+  p.mean = norm.mean, p.rstd = norm.rstd;
+  p.grad_z_t = grad_z_t, p.grad_weight_t = grad_weight_t, p.grad_bias_t = grad_bias_t;
+  p.M = M, p.H = H;
+  p.tanh = true;
+  p.threads = norm_threads(M, H);
+  p.scratch = scratch(SSM_FAST_CALL(output_norm_tangent_scratch(M, H, sizeof(T) == 8)));
+  SSM_FAST_CALL(output_norm_grad_tangent(p));
 }
 
 template class Passes<float>;

@@ -26,6 +26,20 @@ class Passes {
              Index N);
   void weight_grad(const T* x, const T* s, const T* s0, const std::uint8_t* reset, T* grad, Index B, Index T_len,
                    Index N);
+  // output_norm with tanh and its gradients, for rows [M, H]; without a norm `weight` and what goes with it are null.
+  struct Norm {
+    const T *weight, *bias;  // [H]
+    T *mean, *rstd;          // [M]
+    T eps;
+  };
+  void output_norm(const T* z, const Norm& norm, const T* residual, T* y, Index M, Index H);
+  void output_norm_grad(const T* grad_y, const T* z, const Norm& norm, T* grad_z, T* grad_weight, T* grad_bias, Index M,
+                        Index H);
+  void output_norm_tangent(const T* z, const T* z_t, const Norm& norm, const T* weight_t, const T* bias_t,
+                           const T* residual_t, T* y_t, Index M, Index H);
+  void output_norm_grad_tangent(const T* grad_y, const T* grad_y_t, const T* z, const T* z_t, const Norm& norm,
+                                const T* weight_t, const T* bias_t, T* grad_z_t, T* grad_weight_t, T* grad_bias_t,
+                                Index M, Index H);
   // Room for as many elements, until the next call.
   T* scratch(Index elements);
 

@@ -39,6 +39,12 @@ void SequenceGradient<T>::linear_grad(const T* grad, const T* y, const T* x, std
 }
 
 template <class T>
+typename Passes<T>::Norm SequenceGradient<T>::norm(Index l) const {
+  const Layer& layer = layers_[std::size_t(l)];
+  return {weights_[part(l, kNormWeight)], weights_[part(l, kNormBias)], layer.mean, layer.rstd, eps_};
+}
+
+template <class T>
 void SequenceGradient<T>::layer_forward(Index l, const T* h) {
   const auto [I, H, N, L, K, W] = sizes_;
   const Layer& layer = layers_[std::size_t(l)];
@@ -47,16 +53,7 @@ void SequenceGradient<T>::layer_forward(Index l, const T* h) {
   passes_.sweep(layer.u, weight(kA), false, state_ + l * S_ * N, reset_, layer.s, S_, T_, N);
   passes_.linear(h, weight(kD), nullptr, nullptr, false, wide_, M_, H, H);
   passes_.linear(layer.s, weight(kC), nullptr, wide_, false, layer.y, M_, N, H);
-  OutputNorm<T> p{};
-  p.z = layer.y, p.z_m = H;
-  p.weight = weight(kNormWeight), p.bias = weight(kNormBias);
-  p.residual = residual_ ? h : nullptr, p.residual_m = H;
-  p.y = layer.h, p.mean = layer.mean, p.rstd = layer.rstd;
-  p.G = 1, p.M = M_, p.H = H;
-  p.eps = eps_;
-  p.tanh = true;
-  p.threads = threads_for(double(M_) * double(H) / 4, M_);
-  SSM_FAST_CALL(output_norm(p));
+  passes_.output_norm(layer.y, norm(l), residual_ ? h : nullptr, layer.h, M_, H);
 }
 
 // Turns grad_h, the gradient of what the layer gave, into that of what it took, h.
@@ -65,17 +62,7 @@ void SequenceGradient<T>::layer_backward(Index l, const T* h) {
   const auto [I, H, N, L, K, W] = sizes_;
   const Layer& layer = layers_[std::size_t(l)];
   const auto gradient = [&](Part which) { return gradients_[part(l, which)]; };
-  OutputNormGrad<T> norm{};
-  norm.grad_y = grad_h_, norm.grad_m = H;
-  norm.z = layer.y, norm.z_m = H;
-  norm.weight = weights_[part(l, kNormWeight)], norm.bias = weights_[part(l, kNormBias)];
-  norm.mean = layer.mean, norm.rstd = layer.rstd;
-  norm.grad_z = grad_y_, norm.grad_weight = gradient(kNormWeight), norm.grad_bias = gradient(kNormBias);
-  norm.G = 1, norm.M = M_, norm.H = H;
-  norm.tanh = true;
-  norm.threads = threads_for(double(M_) * double(H) / 4, M_);
-  norm.scratch = passes_.scratch(SSM_FAST_CALL(output_norm_scratch(1, M_, H, sizeof(T) == 8)));
-  SSM_FAST_CALL(output_norm_grad(norm));
+  passes_.output_norm_grad(grad_h_, layer.y, norm(l), grad_y_, gradient(kNormWeight), gradient(kNormBias), M_, H);
 
   linear_grad(grad_y_, nullptr, layer.s, part(l, kC), grad_s_, nullptr, N, H);
   passes_.sweep(grad_s_, weights_[part(l, kA)], true, nullptr, reset_, grad_u_, S_, T_, N);

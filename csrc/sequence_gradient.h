@@ -43,6 +43,7 @@ class SequenceGradient {
   void reserve(Index rows);
   void linear_grad(const T* grad, const T* y, const T* x, std::size_t weight, T* grad_x, T* grad_bias, Index I,
                    Index O);
+  typename Passes<T>::Norm norm(Index l) const;
   void layer_forward(Index l, const T* h);
   void layer_backward(Index l, const T* h);
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable
 
 
 def check_number(
@@ -63,3 +64,11 @@ def _bounds(at_least: float, above: float, at_most: float) -> list[str]:
     elif at_most < math.inf:
         bounds.append(f"at most {at_most:g}")
     return bounds
+
+
+def is_replaced(instance: object, owner: type, names: Iterable[str]) -> bool:
+    """Whether a subclass, or somebody on this very object, has another method in the place of `owner`'s."""
+    return any(
+        name in vars(instance) or getattr(type(instance), name) is not getattr(owner, name)
+        for name in names
+    )

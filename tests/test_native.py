@@ -21,8 +21,12 @@ KERNEL_SOURCES = sorted(  # what is compiled once per instruction set
         "calls",
         "passes",
         "sequence_gradient",
-        "task_gradients",
         "ppo_epoch",
+        "task_chain",
+        "task_loss",
+        "task_gradients",
+        "state_space_network",
+        "policy_network",
     )
 )
 

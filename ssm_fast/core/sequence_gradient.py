@@ -98,8 +98,7 @@ class SequenceGradient:
             or model.discrete
             or (model.use_layer_norm and model.norm == "state")
             or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
-            or not _are_plain(list(model.named_parameters(remove_duplicate=False)))
-            or any(bias is None for bias in _biases(model))
+            or not has_plain_parameters(model)
         ):
             return None
         return cls(model)
@@ -195,11 +194,14 @@ def _weights(model: ImprovedSSM) -> list[Tensor | None]:
     return heads
 
 
-def _are_plain(parameters: list[tuple[str, nn.Parameter]]) -> bool:
-    """Whether all are trained, each stands in one place, and nobody watches their gradients."""
+def has_plain_parameters(model: ImprovedSSM) -> bool:
+    """Whether all that we gave it are there, trained, in one place, and nobody watches their gradients."""
+    parameters = list(model.named_parameters(remove_duplicate=False))
     distinct = {id(p) for _, p in parameters}
-    return len(distinct) == len(parameters) and all(
-        p.requires_grad and not p._backward_hooks for _, p in parameters
+    return (
+        len(distinct) == len(parameters)
+        and all(p.requires_grad and not p._backward_hooks for _, p in parameters)
+        and all(bias is not None for bias in _biases(model))
     )
 
 

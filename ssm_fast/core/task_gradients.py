@@ -1,13 +1,16 @@
-"""The gradient of MAML through its inner steps for a `StateSpaceModel`, written out."""
+"""The gradients of MAML through its inner steps, written out for the models of this package."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ssm_fast.core.improved_ssm import NORM_EPS, ImprovedSSM
+from ssm_fast.core.sequence_gradient import has_plain_parameters
 from ssm_fast.core.ssm import OutputNetwork, StateSpaceModel
 from ssm_fast.nn.ssm_layer import is_untouched
 from ssm_fast.ops.backend import (
@@ -19,38 +22,74 @@ from ssm_fast.ops.backend import (
     needs_autograd,
 )
 
-# In the order of the native call.
-_NAMES = ("A", "B", "D", "C.0.weight", "C.0.bias", "C.2.weight", "C.2.bias")
+# In the order of the native calls.
+_OF_STATE_SPACE_MODEL = ("A", "B", "D", "C.0.weight", "C.0.bias", "C.2.weight", "C.2.bias")
+_OF_POLICY = ("encoder.weight", "encoder.bias", "actor.weight", "actor.bias")
+_OF_LAYER = ("A", "B", "bias", "C", "D")
+_OF_NORM = ("norm.weight", "norm.bias")
 _ARGUMENTS = ("x", "hidden_state", "reset")
 
 
 class TaskGradients(NamedTuple):
-    """What `task_gradients` finds for ``G`` tasks.
+    """What `task_gradients` or `policy_task_gradients` find for ``G`` tasks and ``K`` inner steps.
 
     Attributes:
-        losses: Before each of the ``K`` inner steps, then of the query set, ``[K + 1, G]``.
-        weights: Gradients of a task's query loss with respect to the weights it starts from, by their
-            names ``[G, ...]``.
+        inner_losses: Before each step ``[K, G]``.
+        outer_losses: What the gradients are of ``[G]``.
+        weights: Gradients with respect to the weights that a task starts from, by their names
+            ``[G, ...]``.
         rates: The same for the rates; empty where they are not wanted.
     """
 
-    losses: Tensor
+    inner_losses: Tensor
+    outer_losses: Tensor
     weights: dict[str, Tensor]
     rates: dict[str, Tensor]
 
 
-class _Set(NamedTuple):
-    """Support or query set of one task; the tensors are held until the native call has ended."""
+class _Examples(NamedTuple):
+    """Sequences and what their loss is of; the tensors are held until the native call has ended."""
 
     x: Tensor  # [B, T, I]
-    y: Tensor | None  # [B, T, O]
-    labels: Tensor | None  # [B, T]
-    state: Tensor | None  # [B, N]
-    reset: Tensor | None  # [B, T]
+    y: Tensor | None = None  # [B, T, O]
+    labels: Tensor | None = None  # [B, T]
+    actions: Tensor | None = None  # [B, T, O]
+    log_probs: Tensor | None = None  # [B, T]
+    advantages: Tensor | None = None  # [B, T]
+    state: Tensor | None = None  # [B, N] or [layers, B, N]
+    reset: Tensor | None = None  # [B, T]
 
-    def arguments(self) -> tuple[int, ...]:
-        """Addresses, 0 for what is left out, and sizes."""
-        return *(0 if t is None else t.data_ptr() for t in self), *self.x.shape[:2]
+    def arguments(self, clip_epsilon: float = 0.0) -> tuple[tuple[int, ...], Any, float]:
+        """Addresses, 0 for what is left out, sizes, and the range of the ratio."""
+        addresses = tuple(0 if t is None else t.data_ptr() for t in self)
+        return addresses, self.x.shape[:2], clip_epsilon
+
+
+_NOTHING = ((0,) * len(_Examples._fields), (0, 0), 0.0)
+
+
+class _Network(NamedTuple):
+    """A model as its native function takes it.
+
+    Attributes:
+        names: Of the weights, in the order of their vector.
+        weights: The same, detached.
+        unused: Names of other parameters of the model, whose gradients are zero.
+        inputs: Number of features ``I``.
+        outputs: Number of outputs ``O``.
+        state: Shape of a state without its rows: of ``[*state[:-1], B, state[-1]]``.
+        prepare: What the observations go through first.
+        native: The function, less its sizes.
+    """
+
+    names: tuple[str, ...]
+    weights: list[Tensor]
+    unused: dict[str, Tensor]
+    inputs: int
+    outputs: int
+    state: tuple[int, ...]
+    prepare: Callable[[Tensor], Tensor]
+    native: Callable[..., None]
 
 
 @torch.no_grad()
@@ -63,18 +102,18 @@ def task_gradients(
     steps: int,
     first_order: bool,
 ) -> TaskGradients | None:
-    """The gradients of all tasks in one native call, each by the chain rule of docs/meta_maml.md.
+    """The gradients of the query losses in one native call, by the chain rule of docs/meta_maml.md.
 
     Each of several tasks runs on one thread, a few sequences at a time from the first pass to the
     last, so that its activations stay in the caches. Autograd goes through all rows of all tasks
     pass by pass.
 
     Args:
-        model: A `StateSpaceModel`.
+        model: A `StateSpaceModel` or an `ImprovedSSM`.
         parameters: What is adapted, by name: all that the model has.
         tasks: ``(support_x, support_y, query_x, query_y)`` of each, as for `MetaMAML.meta_update`,
             for the default losses.
-        state: Before every support and query set, ``[B, N]``.
+        state: Before every support and query set, in the model's shape.
         rates: Of the inner steps, one or one for each weight. Gradients are wanted for the latter.
         steps: Inner steps ``K``.
         first_order: Take the inner gradients for constants.
@@ -83,56 +122,103 @@ def task_gradients(
         None where it does not apply: for another model, or one that somebody has changed, on another
         device, under a transform or a mode, or where a shape or dtype does not fit.
     """
-    weights = _weights(model, parameters)
-    if weights is None:
+    network = _network(model, parameters)
+    if network is None or parameters.keys() != {*network.names, *network.unused}:
         return None
-    if isinstance(rates, Mapping) and not all(
-        is_plain(rates[name].detach())
-        and rates[name].shape == w.shape
-        and rates[name].dtype == w.dtype
-        for name, w in zip(_NAMES, weights, strict=True)
-    ):
+    sets = [_set(network, task[part], task[part + 1], state) for part in (0, 2) for task in tasks]
+    found = [s for s in sets if s is not None]
+    G = len(tasks)
+    if len(found) < 2 * G:
         return None
-    model = cast("StateSpaceModel", model)
-    dtype, device = weights[0].dtype, weights[0].device
-    sets = [_set(model, task[part], task[part + 1], state) for part in (0, 2) for task in tasks]
-    if any(s is None for s in sets):
+    inner = [s.arguments() for s in found[:G]] * steps
+    outer = [_NOTHING] * (steps * G) + [s.arguments() for s in found[G:]]
+    return _gradients(network, inner, outer, G, rates, first_order)
+
+
+@torch.no_grad()
+def policy_task_gradients(
+    model: ImprovedSSM,
+    parameters: Mapping[str, Tensor],
+    rounds: Sequence[Mapping[str, Tensor]],
+    rates: Mapping[str, Tensor],
+    first_order: bool,
+    clip_epsilon: float,
+) -> TaskGradients | None:
+    """The gradients of ProMP in one native call: see `MetaRLTrainer`.
+
+    Args:
+        model: The policy.
+        parameters: What is adapted, by name: all but the critic's.
+        rounds: Of before each step and after the last, ``[G, R, T, ...]``: ``observations``,
+            ``actions``, ``log_probs`` when they were taken, ``reset``, ``advantages``.
+        rates: Of the inner steps, one for each weight.
+        first_order: Take the inner gradients for constants.
+        clip_epsilon: Of the surrogates that are summed up in the outer loss; those of the steps are
+            not clipped.
+
+    Returns:
+        With the sums of the surrogates for the outer losses. None as for `task_gradients`.
+    """
+    network = _network(model, parameters)
+    if network is None or parameters.keys() != set(network.names):
         return None
-    found = cast("list[_Set]", sets)
-    G, P = len(tasks), sum(w.numel() for w in weights)
-    vector = torch.cat([w.reshape(-1) for w in weights])  # [P]
+    G = len(rounds[0]["rewards"])
+    examples = [[_round(network, model.discrete, batch, g) for g in range(G)] for batch in rounds]
+    inner = [e.arguments() for of_round in examples[:-1] for e in of_round]
+    outer = [e.arguments(clip_epsilon) for of_round in examples for e in of_round]
+    return _gradients(network, inner, outer, G, rates, first_order)
+
+
+def _gradients(
+    network: _Network,
+    inner: list[Any],
+    outer: list[Any],
+    G: int,
+    rates: float | Mapping[str, Tensor],
+    first_order: bool,
+) -> TaskGradients | None:
+    weights, dtype = network.weights, network.weights[0].dtype
+    learnt = isinstance(rates, Mapping)
     if isinstance(rates, Mapping):
-        rate = torch.cat([rates[name].reshape(-1) for name in _NAMES])  # [P]
-    else:
+        of_weights = [rates[name].detach() for name in network.names]
+        if not all(
+            is_plain(rate) and rate.shape == w.shape and rate.dtype == w.dtype
+            for rate, w in zip(of_weights, weights, strict=True)
+        ):
+            return None
+        rate = torch.cat([r.reshape(-1) for r in of_weights])  # [P]
+    vector = torch.cat([w.reshape(-1) for w in weights])  # [P]
+    if not isinstance(rates, Mapping):
         rate = torch.full_like(vector, float(rates))
-    gradients = torch.empty(G, P, dtype=dtype, device=device)
-    of_rates = torch.empty_like(gradients) if isinstance(rates, Mapping) else None
-    losses = torch.empty(steps + 1, G, dtype=torch.float64, device=device)
-    sizes = (G, model.input_dim, model.state_dim, model.hidden_dim, model.output_dim, steps)
-    native_kernel("task_gradients", dtype)(
+    steps = len(inner) // G
+    gradients = vector.new_empty(G, len(vector))
+    of_rates = torch.empty_like(gradients) if learnt else None
+    inner_losses = torch.empty(steps, G, dtype=torch.float64)
+    outer_losses = torch.empty(steps + 1, G, dtype=torch.float64)
+    network.native(
         vector.data_ptr(),
         rate.data_ptr(),
-        [s.arguments() for s in found[:G]],
-        [s.arguments() for s in found[G:]],
+        inner,
+        outer,
         gradients.data_ptr(),
         0 if of_rates is None else of_rates.data_ptr(),
-        losses.data_ptr(),
-        sizes,
+        inner_losses.data_ptr(),
+        outer_losses.data_ptr(),
+        G,
         first_order,
     )
     return TaskGradients(
-        losses.to(dtype),
-        _by_name(gradients, weights),
-        {} if of_rates is None else _by_name(of_rates, weights),
+        inner_losses.to(dtype),
+        outer_losses.sum(0).to(dtype),
+        _by_name(network, gradients),
+        {} if of_rates is None else _by_name(network, of_rates),
     )
 
 
-def _weights(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Tensor] | None:
-    """The weights in the order of the native call, or None where the modules themselves have to run."""
+def _network(model: nn.Module, parameters: Mapping[str, Tensor]) -> _Network | None:
+    """The model's weights and function, or None where the modules themselves have to run."""
     if (
-        type(model) is not StateSpaceModel
-        or type(model.C) is not OutputNetwork
-        or [type(part) for part in model.C] != [nn.Linear, nn.Tanh, nn.Linear]
+        type(model) not in (StateSpaceModel, ImprovedSSM)
         or not all(is_untouched(module) for module in model.modules())
         or needs_autograd()
         or torch.is_autocast_enabled("cpu")
@@ -141,24 +227,72 @@ def _weights(model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Tensor]
         or is_interpreting()
     ):
         return None
+    own = dict(model.named_parameters())
+    network = _state_space_network(model, own) or _policy_network(model, own)
+    if network is None:
+        return None
+    for name in network.names:
+        if own[name] is not parameters.get(name) or type(own[name]) is not nn.Parameter:
+            return None
+    return network
+
+
+def _state_space_network(model: nn.Module, own: Mapping[str, Tensor]) -> _Network | None:
+    if type(model) is not StateSpaceModel:
+        return None
+    if type(model.C) is not OutputNetwork or [type(part) for part in model.C] != [
+        nn.Linear,
+        nn.Tanh,
+        nn.Linear,
+    ]:
+        return None
     I, N, H, O = model.input_dim, model.state_dim, model.hidden_dim, model.output_dim
     shapes = ((N, N), (N, I), (O, I), (H, N), (H,), (O, H), (O,))
-    own, dtype = dict(model.named_parameters()), model.A.dtype
-    if own.keys() != set(_NAMES) or parameters.keys() != set(_NAMES):
+    dtype = model.A.dtype
+    if own.keys() != set(_OF_STATE_SPACE_MODEL) or dtype not in (torch.float32, torch.float64):
         return None
-    if dtype not in (torch.float32, torch.float64):
-        return None
-    weights = [own[name] for name in _NAMES]
-    for name, weight, shape in zip(_NAMES, weights, shapes, strict=True):
-        if weight is not parameters[name] or type(weight) is not nn.Parameter:
-            return None
+    weights = [own[name].detach() for name in _OF_STATE_SPACE_MODEL]
+    for weight, shape in zip(weights, shapes, strict=True):
         if weight.shape != shape or weight.dtype != dtype or not is_plain(weight):
             return None
-    return [weight.detach() for weight in weights]
+    native = partial(native_kernel("state_space_gradients", dtype), (I, N, H, O))
+    return _Network(_OF_STATE_SPACE_MODEL, weights, {}, I, O, (N,), lambda x: x, native)
 
 
-def _set(model: StateSpaceModel, x: Any, target: Any, state: Tensor | None) -> _Set | None:
-    """A set as the native call takes it, or None where it does not fit."""
+def _policy_network(model: nn.Module, own: Mapping[str, Tensor]) -> _Network | None:
+    if type(model) is not ImprovedSSM or (model.use_layer_norm and model.norm == "state"):
+        return None
+    with torch.no_grad():
+        probe = model.encoder.weight.new_zeros(1, model.input_dim)
+        if not model.can_step_natively(probe) or not has_plain_parameters(model):
+            return None
+    of_layer = _OF_LAYER + (_OF_NORM if model.use_layer_norm else ())
+    names: tuple[str, ...] = _OF_POLICY
+    names += tuple(f"layers.{i}.{name}" for i in range(model.num_layers) for name in of_layer)
+    names += () if model.log_std is None else ("log_std",)
+    unused = {n: p.detach() for n, p in own.items() if n.startswith("critic")}
+    if own.keys() != {*names, *unused}:
+        return None
+    native = partial(
+        native_kernel("policy_gradients", probe.dtype),
+        (model.input_dim, model.hidden_dim, model.state_dim, model.num_layers, model.action_dim),
+        (model.use_layer_norm, model.use_residual, model.log_std is not None),
+        NORM_EPS,
+    )
+    return _Network(
+        names,
+        [own[name].detach() for name in names],
+        unused,
+        model.input_dim,
+        model.action_dim,
+        (model.num_layers, model.state_dim),
+        model.normalize,
+        native,
+    )
+
+
+def _set(network: _Network, x: Any, target: Any, state: Tensor | None) -> _Examples | None:
+    """A supervised set as the native call takes it, or None where it does not fit."""
     named = dict(x) if isinstance(x, Mapping) else {"x": x}
     if not named.keys() <= set(_ARGUMENTS) or (state is not None and "hidden_state" in named):
         return None
@@ -168,8 +302,8 @@ def _set(model: StateSpaceModel, x: Any, target: Any, state: Tensor | None) -> _
         return None
     if not _is_plain_tensor(x) or not _is_plain_tensor(target):
         return None
-    dtype, rows = model.A.dtype, x.shape[:-1]
-    if x.ndim not in (2, 3) or x.dtype != dtype or x.shape[-1] != model.input_dim:
+    dtype, rows = network.weights[0].dtype, x.shape[:-1]
+    if x.ndim not in (2, 3) or x.dtype != dtype or x.shape[-1] != network.inputs:
         return None
     if x.numel() == 0:
         return None
@@ -178,19 +312,37 @@ def _set(model: StateSpaceModel, x: Any, target: Any, state: Tensor | None) -> _
             return None
         reset = (reset != 0).contiguous()
     if hidden is not None:
-        if hidden.shape != (len(x), model.state_dim) or hidden.dtype != dtype:
+        *layers, N = network.state
+        if hidden.shape != (*layers, len(x), N) or hidden.dtype != dtype:
             return None
         hidden = hidden.contiguous()
-    x = x.reshape(len(x), -1, model.input_dim).contiguous()  # one step is a sequence of one
+    x = x.reshape(len(x), -1, network.inputs)  # one step is a sequence of one
+    x = network.prepare(x).contiguous()
     if target.dtype == dtype:
-        if target.shape != (*rows, model.output_dim):
+        if target.shape != (*rows, network.outputs):
             return None
-        return _Set(x, target.contiguous(), None, hidden, reset)
+        return _Examples(x, y=target.contiguous(), state=hidden, reset=reset)
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         return None
-    if target.shape != rows or int(target.min()) < 0 or int(target.max()) >= model.output_dim:
+    if target.shape != rows or int(target.min()) < 0 or int(target.max()) >= network.outputs:
         return None
-    return _Set(x, None, target.long().contiguous(), hidden, reset)
+    return _Examples(x, labels=target.long().contiguous(), state=hidden, reset=reset)
+
+
+def _round(network: _Network, discrete: bool, batch: Mapping[str, Tensor], task: int) -> _Examples:
+    """What a task played in a round of a `MetaRLTrainer`."""
+    x, actions, log_probs, reset, advantages = (
+        batch[name][task].contiguous()
+        for name in ("observations", "actions", "log_probs", "reset", "advantages")
+    )
+    return _Examples(
+        network.prepare(x).contiguous(),
+        labels=actions.long() if discrete else None,
+        actions=None if discrete else actions,
+        log_probs=log_probs,
+        advantages=advantages,
+        reset=reset != 0,
+    )
 
 
 def _is_plain_tensor(x: Any) -> bool:
@@ -198,10 +350,12 @@ def _is_plain_tensor(x: Any) -> bool:
     return type(x) in (Tensor, nn.Parameter) and is_plain(x)
 
 
-def _by_name(vectors: Tensor, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+def _by_name(network: _Network, vectors: Tensor) -> dict[str, Tensor]:
     """The weights ``[G, ...]`` that vectors ``[G, P]`` consist of."""
+    G, weights = len(vectors), network.weights
     parts = torch.split(vectors, [w.numel() for w in weights], dim=1)
-    return {
-        name: part.reshape(len(vectors), *w.shape)
-        for name, part, w in zip(_NAMES, parts, weights, strict=True)
+    found = {
+        name: part.reshape(G, *w.shape)
+        for name, part, w in zip(network.names, parts, weights, strict=True)
     }
+    return found | {name: w.new_zeros(G, *w.shape) for name, w in network.unused.items()}

@@ -54,9 +54,9 @@ class MetaMAML:
 
     and the outer step follows ``∇_θ mean_g L_g^query(φ_g^K)``, through the inner steps unless
     ``first_order``. The tasks run as one vmapped call: the layers of this package take the weights
-    of all tasks as groups of one kernel call. A `StateSpaceModel` on the CPU, as it was made, and with
-    the default losses (or torch's ``mse_loss``) runs without vmap and autograd, each of several tasks
-    on a thread.
+    of all tasks as groups of one kernel call. A `StateSpaceModel` or an `ImprovedSSM` on the CPU, as it
+    was made, and with the default losses (or torch's ``mse_loss``) runs without vmap and autograd, each
+    of several tasks on a thread.
 
     The model may be stateless, ``forward(x) -> output``, or stateful, ``forward(x, hidden_state) ->
     (output, next_hidden, ...)``: of a tuple, a loss gets the first element. A task's ``x`` is a
@@ -326,11 +326,11 @@ class MetaMAML:
                     self.first_order,
                 )
             if found is not None:
-                _check_losses(found.losses, part)
+                _check_losses(torch.cat((found.inner_losses, found.outer_losses[None])), part)
                 _check_gradients(found.weights, part)
                 by_weight = [found.weights[name].sum(0) for name in self._parameters]
                 by_rate = [found.rates[name].sum(0) for name in self._rates]
-                yield part, found.losses[-1], by_weight + by_rate
+                yield part, found.outer_losses, by_weight + by_rate
                 continue
             most = self.chunk_size or _tasks_of_a_chunk(tasks[part[0]], len(part))
             for chunk in _parts(part, most):

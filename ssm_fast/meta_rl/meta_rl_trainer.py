@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ssm_fast.checks import check_count, check_number
+from ssm_fast.checks import check_count, check_number, is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
+from ssm_fast.core.task_gradients import policy_task_gradients
 from ssm_fast.core.task_policies import TaskPolicies
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.env_runner.task_families import Task
@@ -118,9 +119,10 @@ class MetaRLTrainer:
     With `inner_steps=0` and a `TrialEnvironment`, this is RL²: PPO on whole trials, in which the
     policy adapts by its recurrent state. With a `TrialEnvironment` and inner steps, it does both.
 
-    The tasks act in one native call a step and are differentiated in one vmapped call, on the
-    grouped kernels. Advantages come from a baseline that is fitted to each task, so the model's
-    critic is neither used nor trained. The transition matrices, and their inner rates, take steps a
+    The tasks act in one native call a step, and the outer gradient is another one for a policy on
+    the CPU, as it was made; else they are differentiated in one vmapped call, on the grouped
+    kernels. Advantages come from a baseline that is fitted to each task, so the model's critic is
+    neither used nor trained. The transition matrices, and their inner rates, take steps a
     tenth as long as other weights: a step of all their entries moves their spectral radius `N`
     times as far.
 
@@ -700,13 +702,8 @@ class MetaRLTrainer:
             for minibatch in order.split(self.tasks_per_minibatch):  # type: ignore[no-untyped-call]
                 tasks, weight = self.world.split(minibatch)
                 batches = [{name: x[tasks] for name, x in batch.items()} for batch in rounds]
-                loss = self._outer_loss(batches)
-                gradients = self.world.average_all(
-                    torch.autograd.grad(
-                        loss, self._learnt, allow_unused=True, materialize_grads=True
-                    ),
-                    weight,
-                )
+                loss, gradients = self._gradients(batches)
+                gradients = self.world.average_all(gradients, weight)
                 for p, gradient in zip(self._learnt, gradients, strict=True):
                     p.grad = gradient
                 norm = nn.utils.clip_grad_norm_(self._learnt, self.max_grad_norm)
@@ -728,7 +725,26 @@ class MetaRLTrainer:
         means = self.world.average(stacked, share).mean(0).tolist()
         return dict(zip(("meta_loss", "grad_norm"), means, strict=True))
 
-    def _outer_loss(self, rounds: Sequence[dict[str, Tensor]]) -> Tensor:
+    def _gradients(self, rounds: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Sequence[Tensor]]:
+        """The outer loss, and its gradients with respect to what is learnt."""
+        found = None
+        losses = ("_outer_loss", "_surrogate", "_inner_loss", "_ratio", "_log_prob")
+        if not is_replaced(self, MetaRLTrainer, losses):
+            found = policy_task_gradients(
+                self.model, self._shared, rounds, self.rates, self.first_order, self.clip_epsilon
+            )
+        if found is None:
+            loss = self._outer_loss(rounds)
+            return loss, torch.autograd.grad(
+                loss, self._learnt, allow_unused=True, materialize_grads=True
+            )
+        count = len(rounds) * len(found.outer_losses)
+        gradients = [found.weights[name] for name in self._shared]
+        if self.learn_inner_lr:
+            gradients += [found.rates[name] for name in self.rates]
+        return found.outer_losses.sum() / count, [g.sum(0).div_(count) for g in gradients]
+
+    def _outer_loss(self, rounds: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The mean surrogate of the rounds before and after each inner step."""
         G, K = len(rounds[0]["rewards"]), len(rounds) - 1
         weights: Weights = {name: p.expand(G, *p.shape) for name, p in self._shared.items()}

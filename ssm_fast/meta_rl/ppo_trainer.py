@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssm_fast import ops
-from ssm_fast.checks import check_count, check_number
+from ssm_fast.checks import check_count, check_number, is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.rollout_policy import RolloutPolicy
 from ssm_fast.core.sequence_gradient import SequenceGradient
@@ -769,11 +769,7 @@ class PPOTrainer:
 
     def _native_epoch(self) -> PpoEpoch | None:
         """What learns from an epoch's minibatches in one call, where nothing else has to see them."""
-        replaced = ("_step", "_objective", "_gather")  # by a subclass, or on this object
-        if self.world.size > 1 or any(
-            name in vars(self) or getattr(type(self), name) is not getattr(PPOTrainer, name)
-            for name in replaced
-        ):
+        if self.world.size > 1 or is_replaced(self, PPOTrainer, ("_step", "_objective", "_gather")):
             return None
         objective = Objective(
             self.clip_epsilon,

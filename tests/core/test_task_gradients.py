@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
-from ssm_fast.core.task_gradients import TaskGradients, task_gradients
+from ssm_fast.core.task_gradients import TaskGradients, policy_task_gradients, task_gradients
 from ssm_fast.meta_rl.meta_maml import MetaGradient, MetaMAML
+from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 
 Task = tuple[Any, ...]
 
@@ -158,7 +160,8 @@ class TestTaskGradients:
         finally:
             torch.set_num_threads(threads)
         for other in results[1:]:
-            assert torch.equal(results[0].losses, other.losses)
+            assert torch.equal(results[0].inner_losses, other.inner_losses)
+            assert torch.equal(results[0].outer_losses, other.outer_losses)
             for name, gradient in results[0].weights.items():
                 assert torch.equal(gradient, other.weights[name])
 
@@ -168,6 +171,197 @@ class TestTaskGradients:
         before = copy.deepcopy((model.state_dict(), tasks))
         _written_out(model, tasks, None, 0.1, 2, False)
         torch.testing.assert_close((model.state_dict(), tasks), before, rtol=0, atol=0)
+
+
+def _policy(**options: Any) -> ImprovedSSM:
+    torch.manual_seed(0)
+    sizes = {"state_dim": 5, "hidden_dim": 7, "num_layers": 2, "normalize_observations": True}
+    model = ImprovedSSM(3, 2, **{**sizes, **options}).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+        if model.obs_norm is not None:
+            model.obs_norm.update(torch.randn(50, 3).double() * 2.0 + 1.0)
+    return model
+
+
+def _policy_set(model: ImprovedSSM, B: int, T: int, classes: bool = False) -> tuple[Any, Tensor]:
+    x = torch.randn(B, T, model.input_dim).double()
+    reset = torch.rand(B, T) < 0.2
+    reset[0, 0] = reset[-1, -1] = True
+    state = torch.randn(model.num_layers, B, model.state_dim).double()
+    y = torch.randint(2, (B, T)) if classes else torch.randn(B, T, 2).double()
+    return {"x": x, "reset": reset, "hidden_state": state}, y
+
+
+def _rounds(model: ImprovedSSM, G: int, R: int, T: int, count: int) -> list[dict[str, Tensor]]:
+    """What tasks might have played, some of it so unlikely that its ratio is cut."""
+    dtype = model.encoder.weight.dtype
+    rounds = []
+    for _ in range(count):
+        reset = torch.rand(G, R, T) < 0.2
+        reset[:, :, 0] = True
+        actions = torch.randn(G, R, T, 2, dtype=dtype)
+        log_probs = -2.5 + 0.5 * torch.randn(G, R, T, dtype=dtype)
+        log_probs[0, 0, T // 2] = -50.0
+        rounds.append(
+            {
+                "observations": torch.randn(G, R, T, 3, dtype=dtype),
+                "actions": (actions[..., 0] > 0).long() if model.discrete else actions,
+                "log_probs": 0.2 * log_probs if model.discrete else log_probs,
+                "reset": reset,
+                "rewards": torch.randn(G, R, T, dtype=dtype),
+                "advantages": torch.randn(G, R, T, dtype=dtype),
+            }
+        )
+    return rounds
+
+
+class TestPolicies:
+    """The same for an `ImprovedSSM`."""
+
+    @pytest.mark.parametrize("residual", [False, True])
+    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.parametrize(("layers", "critic_dim"), [(1, None), (2, 6)])
+    def test_equals_autograd(
+        self, norm: bool, residual: bool, layers: int, critic_dim: int | None
+    ) -> None:
+        model = _policy(
+            use_layer_norm=norm, use_residual=residual, num_layers=layers, critic_dim=critic_dim
+        )
+        tasks = [(*_policy_set(model, 4, 6), *_policy_set(model, 3, 9)) for _ in range(3)]
+        assert _written_out(model, tasks) is not None
+        maml = MetaMAML(model, 0.2, inner_steps=2, learn_inner_lr=True)
+        for rate in maml._rates.values():
+            rate.data.uniform_(0.1, 0.3)
+        _compare(maml, tasks)
+        _compare(MetaMAML(model, 0.2, first_order=True), tasks)
+
+    @pytest.mark.parametrize("discrete", [False, True])
+    def test_labels(self, discrete: bool) -> None:
+        model = _policy(discrete=discrete)
+        tasks = [(*_policy_set(model, 4, 6, True), *_policy_set(model, 3, 9, True))] * 2
+        assert _written_out(model, tasks) is not None
+        _compare(MetaMAML(model, 0.3, inner_steps=3), tasks, _cross_entropy)
+
+    @pytest.mark.parametrize(
+        ("B", "T"), [(1, 1), (1, 7), (2, 700), (13, 100), (7, 90), (600, 1), (1, 3000)]
+    )
+    def test_sets_of_one_tile_and_of_several(self, B: int, T: int) -> None:
+        model = _policy()
+        few = _policy_set(model, 2, 3)
+        for count in (1, 2):
+            _compare(MetaMAML(model, 0.1), [(*_policy_set(model, B, T), *few)] * count)
+            _compare(MetaMAML(model, 0.1), [(*few, *_policy_set(model, B, T))] * count)
+
+    @pytest.mark.parametrize(("N", "H"), [(1, 1), (16, 32), (33, 18), (64, 128)])
+    def test_sizes_of_the_model(self, N: int, H: int) -> None:
+        model = _policy(state_dim=N, hidden_dim=H)
+        _compare(MetaMAML(model, 0.1), [(*_policy_set(model, 4, 6), *_policy_set(model, 3, 9))] * 2)
+
+    def test_single_steps_without_state(self) -> None:
+        model = _policy()
+        x, y = torch.randn(9, 3).double(), torch.randn(9, 2).double()
+        assert _written_out(model, [(x, y, x, y)]) is not None
+        _compare(MetaMAML(model, 0.3), [(x, y, x, y)])
+        state = torch.randn(2, 9, 5).double()
+        _compare(MetaMAML(model, 0.3), [(x, y, x, y)], initial_hidden_state=state)
+        assert _written_out(model, [(x, y, x, y)], state[:1], 0.1, 1, False) is None
+
+    @pytest.mark.parametrize("discrete", [False, True])
+    @pytest.mark.parametrize("first_order", [False, True])
+    @pytest.mark.parametrize("steps", [0, 1, 3])
+    def test_surrogates_equal_autograd(self, steps: int, first_order: bool, discrete: bool) -> None:
+        model = _policy(discrete=discrete)
+        trainer = MetaRLTrainer(model, inner_steps=steps, first_order=first_order, seed=0)
+        with torch.no_grad():
+            for rate in trainer.rates.values():
+                rate.uniform_(0.05, 0.2)
+        rounds = _rounds(model, 3, 4, 9, steps + 1)
+        loss, gradients = trainer._gradients(rounds)
+        expected = trainer._outer_loss(rounds)
+        wanted = torch.autograd.grad(
+            expected, trainer._learnt, allow_unused=True, materialize_grads=True
+        )
+        assert not loss.requires_grad  # written out
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-12)
+        assert any(bool(g.any()) for g in wanted)
+        for one, other in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+    def test_float32_of_surrogates(self) -> None:
+        model = _policy(state_dim=16, hidden_dim=32)
+        trainer = MetaRLTrainer(model, inner_lr=0.1, seed=0)
+        rounds = _rounds(model, 2, 8, 50, 3)
+        _, expected = trainer._gradients(rounds)
+        small = MetaRLTrainer(copy.deepcopy(model).float(), inner_lr=0.1, seed=0)
+        cast = [
+            {name: x.float() if x.is_floating_point() else x for name, x in batch.items()}
+            for batch in rounds
+        ]
+        _, actual = small._gradients(cast)
+        for one, other in zip(actual, expected, strict=True):
+            assert (one.double() - other).norm() <= 1e-4 * other.norm() + 1e-7
+
+    @pytest.mark.parametrize("count", [1, 2, 5])
+    def test_same_bits_for_any_number_of_threads(self, count: int) -> None:
+        model = _policy(state_dim=16, hidden_dim=20)
+        trainer, threads = MetaRLTrainer(model, seed=0), torch.get_num_threads()
+        rounds, results = _rounds(model, count, 30, 60, 3), []
+        try:
+            for n in (1, 2, 4):
+                torch.set_num_threads(n)
+                results.append(trainer._gradients(rounds))
+        finally:
+            torch.set_num_threads(threads)
+        for loss, gradients in results[1:]:
+            assert torch.equal(loss, results[0][0])
+            assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][1], strict=True))
+
+    def test_others_go_through_autograd(self) -> None:
+        def hooked(model: ImprovedSSM) -> None:
+            model.layers[0].register_forward_hook(lambda *_: None)
+
+        def frozen(model: ImprovedSSM) -> None:
+            model.encoder.weight.requires_grad_(False)
+
+        def rectified(model: ImprovedSSM) -> None:
+            model.actor = nn.Sequential(model.actor, nn.ReLU())  # type: ignore[assignment]
+
+        def tied(model: ImprovedSSM) -> None:
+            model.layers[1].A = model.layers[0].A
+
+        def own_loss(trainer: MetaRLTrainer) -> None:
+            trainer._ratio = trainer._ratio  # type: ignore[method-assign]
+
+        for change in (hooked, frozen, rectified, tied):
+            model = _policy()
+            change(model)
+            trainer = MetaRLTrainer(model, seed=0)
+            loss, gradients = trainer._gradients(_rounds(model, 2, 3, 5, 3))
+            assert loss.requires_grad, change
+            assert len(gradients) == len(trainer._learnt)
+            tasks = [(*_policy_set(model, 4, 6), *_policy_set(model, 3, 9))]
+            assert _written_out(model, tasks) is None
+        model = _policy(norm="state")
+        assert MetaRLTrainer(model, seed=0)._gradients(_rounds(model, 2, 3, 5, 3))[0].requires_grad
+        trainer = MetaRLTrainer(_policy(), seed=0)
+        rounds = _rounds(trainer.model, 2, 3, 5, 3)
+        assert not trainer._gradients(rounds)[0].requires_grad
+        own_loss(trainer)
+        assert trainer._gradients(rounds)[0].requires_grad
+
+    def test_rates_that_are_not_learnt(self) -> None:
+        trainer = MetaRLTrainer(_policy(), learn_inner_lr=False, seed=0)
+        rounds = _rounds(trainer.model, 2, 3, 5, 3)
+        _, gradients = trainer._gradients(rounds)
+        wanted = torch.autograd.grad(trainer._outer_loss(rounds), trainer._learnt)
+        for one, other in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        found = policy_task_gradients(
+            trainer.model, {"A": trainer.model.encoder.weight}, rounds, trainer.rates, False, 0.3
+        )
+        assert found is None
 
 
 def _hooked(model: StateSpaceModel) -> nn.Module:

@@ -532,6 +532,47 @@ LinearSizes random_linear(Random& random) {
 }
 
 template <class K, class T>
+void exercise_output_norm_tangents(Random& random) {
+  const Index M = random.size(random.chance(0.2) ? 200 : 9), H = random.features();
+  const std::vector<Index> rows{M}, contiguous{H}, of_rows{M}, one{1};
+  const bool has_norm = random.chance(0.7);
+  const auto affine = has_norm ? kInput<T> : Tensor<T>::Use::left_out;
+  const Tensor<T> z(random, kInput<T>, rows, H, contiguous), z_t(random, kInput<T>, rows, H, contiguous),
+      grad(random, kInput<T>, rows, H, contiguous), grad_t(random, kInput<T>, rows, H, contiguous),
+      residual(random, random.chance(0.5) ? kInput<T> : Tensor<T>::Use::left_out, rows, H, contiguous);
+  const Tensor<T> weight(random, affine, one, H, contiguous), weight_t(random, affine, one, H, contiguous),
+      bias(random, affine, one, H, contiguous), bias_t(random, affine, one, H, contiguous),
+      mean(random, affine, one, M, of_rows), rstd(random, affine, one, M, of_rows);
+  const auto sums = has_norm ? kOutput<T> : Tensor<T>::Use::left_out;
+  const Tensor<T> y_t(random, kOutput<T>, rows, H, contiguous), grad_z_t(random, kOutput<T>, rows, H, contiguous),
+      grad_weight_t(random, sums, one, H, contiguous), grad_bias_t(random, sums, one, H, contiguous);
+  OutputNormTangent<T> p{};
+  p.z = z.data(), p.z_t = z_t.data();
+  p.weight = weight.data(), p.weight_t = weight_t.data(), p.bias = bias.data(), p.bias_t = bias_t.data();
+  p.mean = mean.data(), p.rstd = rstd.data();
+  p.residual_t = residual.data();
+  p.y_t = y_t.data();
+  p.M = M, p.H = H;
+  p.tanh = random.chance(0.7);
+  OutputNormGradTangent<T> q{};
+  q.grad_y = grad.data(), q.grad_y_t = grad_t.data(), q.z = p.z, q.z_t = p.z_t;
+  q.weight = p.weight, q.weight_t = p.weight_t, q.bias = p.bias, q.bias_t = p.bias_t;
+  q.mean = p.mean, q.rstd = p.rstd;
+  q.grad_z_t = grad_z_t.data(), q.grad_weight_t = grad_weight_t.data(), q.grad_bias_t = grad_bias_t.data();
+  q.M = M, q.H = H;
+  q.tanh = p.tanh;
+  const auto kernel = [&](int threads) {
+    p.threads = q.threads = threads;
+    std::unique_ptr<Memory> memory;
+    q.scratch = fresh_scratch<T>(random, K::output_norm_tangent_scratch(M, H, sizeof(T) == 8), memory);
+    K::output_norm_tangent(p);
+    K::output_norm_grad_tangent(q);
+  };
+  check(random, M, kernel, std::tie(z, z_t, grad, grad_t, residual, weight, weight_t, bias, bias_t, mean, rstd),
+        std::tie(y_t, grad_z_t, grad_weight_t, grad_bias_t));
+}
+
+template <class K, class T>
 void exercise_linear(Random& random) {
   const auto sizes = random_linear(random);
   const auto [G, M, I, O] = sizes;
@@ -626,7 +667,7 @@ void exercise_adam(Random& random) {
       pace(random, kInput<T>, outer, P, contiguous);
   const Tensor<T> w(random, kOutput<T>, outer, P, contiguous), m(random, kOutput<T>, outer, P, contiguous),
       v(random, kOutput<T>, outer, P, contiguous);
-  const Tensor<double> squares(random, kOutput<double>, outer, 1, {1});
+  const Tensor<double> squares(random, kOutput<double>, outer, 1, outer);
   Adam<T> p{};
   p.w = w.data(), p.m = m.data(), p.v = v.data();
   p.grad = grad.data(), p.pace = pace.data();
@@ -705,96 +746,108 @@ void exercise_policy_step(Random& random) {
 }
 
 // The kernels of one instruction set as a type.
-#define SSM_FAST_KERNELS(isa)                    \
-  struct Kernels_##isa {                         \
-    template <class... P>                        \
-    static Index dense_scan_scratch(P... p) {    \
-      return isa::dense_scan_scratch(p...);      \
-    }                                            \
-    template <class... P>                        \
-    static Index norm_scan_scratch(P... p) {     \
-      return isa::norm_scan_scratch(p...);       \
-    }                                            \
-    template <class... P>                        \
-    static Index norm_scan_sums(P... p) {        \
-      return isa::norm_scan_sums(p...);          \
-    }                                            \
-    template <class... P>                        \
-    static Index weight_grad_scratch(P... p) {   \
-      return isa::weight_grad_scratch(p...);     \
-    }                                            \
-    template <class... P>                        \
-    static Index output_norm_scratch(P... p) {   \
-      return isa::output_norm_scratch(p...);     \
-    }                                            \
-    template <class... P>                        \
-    static Index linear_scratch(P... p) {        \
-      return isa::linear_scratch(p...);          \
-    }                                            \
-    template <class... P>                        \
-    static Index linear_grad_scratch(P... p) {   \
-      return isa::linear_grad_scratch(p...);     \
-    }                                            \
-    template <class... P>                        \
-    static Index policy_step_scratch(P... p) {   \
-      return isa::policy_step_scratch(p...);     \
-    }                                            \
-    template <class P>                           \
-    static void output_norm(const P& p) {        \
-      isa::output_norm(p);                       \
-    }                                            \
-    template <class P>                           \
-    static void output_norm_grad(const P& p) {   \
-      isa::output_norm_grad(p);                  \
-    }                                            \
-    template <class P>                           \
-    static void linear(const P& p) {             \
-      isa::linear(p);                            \
-    }                                            \
-    template <class P>                           \
-    static void linear_grad(const P& p) {        \
-      isa::linear_grad(p);                       \
-    }                                            \
-    template <class P>                           \
-    static void linear_tangent(const P& p) {     \
-      isa::linear_tangent(p);                    \
-    }                                            \
-    template <class P>                           \
-    static void policy_step(const P& p) {        \
-      isa::policy_step(p);                       \
-    }                                            \
-    template <class P>                           \
-    static void adam(const P& p) {               \
-      isa::adam(p);                              \
-    }                                            \
-    template <class... P>                        \
-    static double squared_norm(P... p) {         \
-      return isa::squared_norm(p...);            \
-    }                                            \
-    template <class P>                           \
-    static void dense_scan(const P& p) {         \
-      isa::dense_scan(p);                        \
-    }                                            \
-    template <class P>                           \
-    static void norm_scan(const P& p) {          \
-      isa::norm_scan(p);                         \
-    }                                            \
-    template <class P>                           \
-    static void weight_grad(const P& p) {        \
-      isa::weight_grad(p);                       \
-    }                                            \
-    template <class P>                           \
-    static void linear_scan(const P& p) {        \
-      isa::linear_scan(p);                       \
-    }                                            \
-    template <class P>                           \
-    static void gae(const P& p) {                \
-      isa::gae(p);                               \
-    }                                            \
-    template <class P>                           \
-    static void discounted_returns(const P& p) { \
-      isa::discounted_returns(p);                \
-    }                                            \
+#define SSM_FAST_KERNELS(isa)                          \
+  struct Kernels_##isa {                               \
+    template <class... P>                              \
+    static Index dense_scan_scratch(P... p) {          \
+      return isa::dense_scan_scratch(p...);            \
+    }                                                  \
+    template <class... P>                              \
+    static Index norm_scan_scratch(P... p) {           \
+      return isa::norm_scan_scratch(p...);             \
+    }                                                  \
+    template <class... P>                              \
+    static Index norm_scan_sums(P... p) {              \
+      return isa::norm_scan_sums(p...);                \
+    }                                                  \
+    template <class... P>                              \
+    static Index weight_grad_scratch(P... p) {         \
+      return isa::weight_grad_scratch(p...);           \
+    }                                                  \
+    template <class... P>                              \
+    static Index output_norm_scratch(P... p) {         \
+      return isa::output_norm_scratch(p...);           \
+    }                                                  \
+    template <class... P>                              \
+    static Index linear_scratch(P... p) {              \
+      return isa::linear_scratch(p...);                \
+    }                                                  \
+    template <class... P>                              \
+    static Index linear_grad_scratch(P... p) {         \
+      return isa::linear_grad_scratch(p...);           \
+    }                                                  \
+    template <class... P>                              \
+    static Index policy_step_scratch(P... p) {         \
+      return isa::policy_step_scratch(p...);           \
+    }                                                  \
+    template <class P>                                 \
+    static void output_norm(const P& p) {              \
+      isa::output_norm(p);                             \
+    }                                                  \
+    template <class P>                                 \
+    static void output_norm_grad(const P& p) {         \
+      isa::output_norm_grad(p);                        \
+    }                                                  \
+    template <class... P>                              \
+    static Index output_norm_tangent_scratch(P... p) { \
+      return isa::output_norm_tangent_scratch(p...);   \
+    }                                                  \
+    template <class P>                                 \
+    static void output_norm_tangent(const P& p) {      \
+      isa::output_norm_tangent(p);                     \
+    }                                                  \
+    template <class P>                                 \
+    static void output_norm_grad_tangent(const P& p) { \
+      isa::output_norm_grad_tangent(p);                \
+    }                                                  \
+    template <class P>                                 \
+    static void linear(const P& p) {                   \
+      isa::linear(p);                                  \
+    }                                                  \
+    template <class P>                                 \
+    static void linear_grad(const P& p) {              \
+      isa::linear_grad(p);                             \
+    }                                                  \
+    template <class P>                                 \
+    static void linear_tangent(const P& p) {           \
+      isa::linear_tangent(p);                          \
+    }                                                  \
+    template <class P>                                 \
+    static void policy_step(const P& p) {              \
+      isa::policy_step(p);                             \
+    }                                                  \
+    template <class P>                                 \
+    static void adam(const P& p) {                     \
+      isa::adam(p);                                    \
+    }                                                  \
+    template <class... P>                              \
+    static double squared_norm(P... p) {               \
+      return isa::squared_norm(p...);                  \
+    }                                                  \
+    template <class P>                                 \
+    static void dense_scan(const P& p) {               \
+      isa::dense_scan(p);                              \
+    }                                                  \
+    template <class P>                                 \
+    static void norm_scan(const P& p) {                \
+      isa::norm_scan(p);                               \
+    }                                                  \
+    template <class P>                                 \
+    static void weight_grad(const P& p) {              \
+      isa::weight_grad(p);                             \
+    }                                                  \
+    template <class P>                                 \
+    static void linear_scan(const P& p) {              \
+      isa::linear_scan(p);                             \
+    }                                                  \
+    template <class P>                                 \
+    static void gae(const P& p) {                      \
+      isa::gae(p);                                     \
+    }                                                  \
+    template <class P>                                 \
+    static void discounted_returns(const P& p) {       \
+      isa::discounted_returns(p);                      \
+    }                                                  \
   };
 SSM_FAST_KERNELS(baseline)
 #if defined(SSM_FAST_HAS_avx2)
@@ -832,6 +885,8 @@ void exercise(const std::string& isa, int cases, std::uint64_t seed) {
   repeat("output_norm float64", exercise_output_norm<K, double>);
   repeat("output_norm_grad float32", exercise_output_norm_grad<K, float>);
   repeat("output_norm_grad float64", exercise_output_norm_grad<K, double>);
+  repeat("output_norm_tangents float32", exercise_output_norm_tangents<K, float>);
+  repeat("output_norm_tangents float64", exercise_output_norm_tangents<K, double>);
   repeat("linear float32", exercise_linear<K, float>);
   repeat("linear float64", exercise_linear<K, double>);
   repeat("linear_grad float32", exercise_linear_grad<K, float>);
