@@ -20,6 +20,7 @@ from ssm_fast.nn.ssm_layer import (
     check_dtype,
     is_untouched,
     last_state,
+    linear_layer,
     orthogonal_,
     runs_fused,
     tanh_layer,
@@ -61,10 +62,11 @@ class CriticNetwork(nn.Module):
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """``[..., W]`` from normalised observations ``[..., I]`` and features ``[..., H]``."""
-        v = self.observations(x) + self.features(features.detach())  # [..., W]
         if not runs_fused(x):
+            v = self.observations(x) + self.features(features.detach())  # [..., W]
             out: Tensor = self.hidden(v.tanh()).tanh()  # [..., W]
             return out
+        v = linear_layer(self.features, features.detach(), add=linear_layer(self.observations, x))
         return tanh_layer(self.hidden, fused_output(v, None, None, None, NORM_EPS, True))
 
 

@@ -288,6 +288,14 @@ def product(
     return rows.view(add.shape)
 
 
+def linear_layer(layer: nn.Module, x: Tensor, add: Tensor | None = None) -> Tensor:
+    """A linear layer, without a bias and with a sum in its place where there is one to `add`."""
+    if type(layer) is nn.Linear and is_untouched(layer) and (add is None or layer.bias is None):
+        return product(x, layer.weight, layer.bias, add)
+    y: Tensor = layer(x)
+    return y if add is None else y + add
+
+
 def tanh_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """The hyperbolic tangent of a linear layer, in one pass where it is as torch makes it."""
     if type(layer) is nn.Linear and is_untouched(layer) and runs_fused(x):
