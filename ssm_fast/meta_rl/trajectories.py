@@ -14,7 +14,6 @@ from ssm_fast import ops
 
 _RIDGE = 1e-5  # of the baseline's regression
 _FITS = 2  # of the baseline where episodes are cut off: the later one bootstraps with the first
-_TIME_UNIT = 100.0  # steps, so that the powers of time stay of order one
 _SMALLEST_DEVIATION = 1e-3  # of advantages, in largest returns: what lies below is the fit's error
 _FEATURE_CLIP = 10.0  # of the observations that the baseline sees
 
@@ -131,9 +130,10 @@ def compute_advantages(trajectories: Trajectories, gamma: float, gae_lambda: flo
     """Generalised advantages over a baseline of each task, normalised per task.
 
     The baseline is the ridge regression of the discounted returns on the observation, its square
-    and powers of the time in the episode (Duan et al. 2016, arXiv 1604.06778), fitted to the task's
-    own steps: tasks differ in what a state is worth, which a critic that they share cannot know. A
-    time limit ends the return, as it does in the objective. An episode that goes on beyond the last
+    and powers of the time in the episode (Duan et al. 2016, arXiv 1604.06778), and the discount of
+    what comes after the last step, by which a steady reward is worth less towards a time limit. It is
+    fitted to the task's own steps: tasks differ in what a state is worth, which a critic that they
+    share cannot know. A time limit ends the return, as it does in the objective. An episode that goes on beyond the last
     step is bootstrapped with the baseline.
 
     Args:
@@ -146,8 +146,10 @@ def compute_advantages(trajectories: Trajectories, gamma: float, gae_lambda: flo
         the same.
     """
     time = trajectories.steps_into_episode()  # [G, R, T]
-    features = _features(trajectories.observations, time)  # [G, R, T, F]
-    beyond = _features(trajectories.last_observations, time[..., -1] + 1)  # [G, R, F]
+    steps = time.shape[-1]
+    features = _features(trajectories.observations, time, gamma, steps)  # [G, R, T, F]
+    after = time[..., -1] + 1  # [G, R]
+    beyond = _features(trajectories.last_observations, after, gamma, steps)  # [G, R, F]
     ends = trajectories.terminated | trajectories.truncated  # [G, R, T]
     cut = torch.zeros_like(ends)
     cut[..., -1] = ~ends[..., -1]
@@ -165,11 +167,12 @@ def compute_advantages(trajectories: Trajectories, gamma: float, gae_lambda: flo
     return (advantages - mean) / torch.maximum(deviation, floor + 1e-8)
 
 
-def _features(observations: Tensor, time: Tensor) -> Tensor:
-    """`[..., I]` and `[...]` to `[..., 2 I + 4]`."""
+def _features(observations: Tensor, time: Tensor, gamma: float, steps: int) -> Tensor:
+    """`[..., I]` and `[...]` to `[..., 2 I + 5]`, of a round of so many steps."""
     x = observations.clamp(-_FEATURE_CLIP, _FEATURE_CLIP)
-    t = (time / _TIME_UNIT).to(x.dtype).unsqueeze(-1)
-    return torch.cat([x, x.square(), t, t**2, t**3, torch.ones_like(t)], -1)
+    t = time.to(x.dtype).unsqueeze(-1) / steps
+    discount = torch.pow(gamma, (steps - time).clamp(min=0).to(x.dtype)).unsqueeze(-1)
+    return torch.cat([x, x.square(), t, t**2, t**3, discount, torch.ones_like(t)], -1)
 
 
 def _ridge(features: Tensor, targets: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ def by_hand(x, gamma, gae_lambda):
                 time[r, t + 1] = time[r, t] + 1
 
         def features(o, t):
-            o, t = np.clip(o, -10, 10), t / 100
-            return np.array([*o, *o**2, t, t**2, t**3, 1.0])
+            o, left, t = np.clip(o, -10, 10), T - t, t / T
+            return np.array([*o, *o**2, t, t**2, t**3, gamma**left, 1.0])
 
         inside = np.array([[features(obs[r, t], time[r, t]) for t in range(T)] for r in range(R)])
         outside = np.array([features(last[r], time[r, T]) for r in range(R)])
@@ -100,6 +100,17 @@ def test_nothing_to_choose_between(reward, dtype):
     x.terminated[:] = x.reset[:] = True
     advantages = compute_advantages(x, 0.99, 1.0)
     assert float(advantages.abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", [0.99, 0.9, 1.0])
+def test_nothing_to_choose_between_up_to_a_time_limit(gamma, dtype):
+    """A task that is solved, where each step earns 1 until the limit, teaches nothing."""
+    x = trajectories(dtype, ends=False)
+    x.rewards[:] = 1.0
+    x.truncated[..., -1] = True
+    advantages = compute_advantages(x, gamma, 0.95)
+    assert float(advantages.abs().max()) < 0.1
 
 
 def test_steps_into_episode():
