@@ -502,16 +502,16 @@ void bind_sequence_gradient(py::module_& m, const char* name) {
       .def("ppo_epoch", &bound_ppo_epoch<T>);
 }
 
-// x, y, labels, actions, log_probs, advantages, s0, reset; B, T_len; clip_epsilon
-using ExamplesOfTask = std::tuple<std::array<Address, 8>, Strides<2>, double>;
+// x, y, labels, actions, log_probs, advantages, s0, reset; B, T_len; clip_epsilon, largest_log_ratio
+using ExamplesOfTask = std::tuple<std::array<Address, 8>, Strides<2>, std::array<double, 2>>;
 
 template <class T>
 std::vector<Examples<T>> examples_at(const std::vector<ExamplesOfTask>& tasks) {
   std::vector<Examples<T>> found;
-  for (const auto& [addresses, sizes, clip_epsilon] : tasks) {
+  for (const auto& [addresses, sizes, ratio] : tasks) {
     const auto [x, y, labels, actions, log_probs, advantages, s0, reset] = addresses;
     found.push_back({at<T>(x), at<T>(y), at<std::int64_t>(labels), at<T>(actions), at<T>(log_probs), at<T>(advantages),
-                     at<T>(s0), at<std::uint8_t>(reset), sizes[0], sizes[1], clip_epsilon});
+                     at<T>(s0), at<std::uint8_t>(reset), sizes[0], sizes[1], ratio[0], ratio[1]});
   }
   return found;
 }

@@ -99,7 +99,7 @@ class Epoch {
       const bool follows = surrogate <= bound;  // elsewhere the loss is constant
       const T g_log_prob = surrogate * T(follows) * -per_row;
       for (Index k = 0; k < K; ++k) {
-        log_std_gradient_[k] += g_log_prob * (mean[k] * mean[k] - T(1));
+        log_std_gradient_[k] += g_log_prob * mean[k] * mean[k] - g_log_prob;
         mean[k] *= g_log_prob * inverse_std_[k];
       }
       T error = batch_.value[row] - batch_.returns[row], square = error * error;

@@ -26,7 +26,8 @@ struct Examples {
   const T* s0;                      // [layers, B, N], or null: zeros
   const std::uint8_t* reset;        // [B, T], or null
   Index B, T_len;
-  double clip_epsilon;  // of the surrogate; 0: the ratio is not clipped
+  double clip_epsilon;       // of the surrogate; 0: the ratio is not clipped
+  double largest_log_ratio;  // of the surrogate: beyond, it is constant
 };
 
 template <class T>

@@ -7,8 +7,6 @@
 
 namespace ssm_fast {
 
-constexpr double kLargestLogRatio = 20;  // beyond, the ratio of a surrogate is constant
-
 // log_std [O] of a Gaussian policy and exp(-log_std); null of other networks.
 template <class T>
 struct Spread {
@@ -125,7 +123,7 @@ class TaskLoss {
   }
 
   Chosen choose(Index row, const T* y) const {
-    const T bound = T(kLargestLogRatio), advantage = e_.advantages[row];
+    const T bound = T(e_.largest_log_ratio), advantage = e_.advantages[row];
     T log_ratio = log_prob(row, y) - e_.log_probs[row];
     const bool moves = !(log_ratio < -bound || log_ratio > bound);  // NaN does
     if (!moves) log_ratio = log_ratio < T(0) ? -bound : bound;

@@ -477,11 +477,13 @@ class TestAdapt:
             assert f"return {result.mean:.1f} +- {result.std:.1f}" in lines[1]
         assert cli.main([*play, "--video", "one.mp4"]) == 0
         assert re.fullmatch(
-            r"one\.mp4: \d+ steps, return \d+\.0", capsys.readouterr().out.splitlines()[-1]
+            r"one\.mp4: return \d+\.0 after \d+ steps", capsys.readouterr().out.splitlines()[-1]
         )
         assert Path("one.mp4").stat().st_size > 1000
         assert cli.main([*play, "--video", "nowhere/one.mp4"]) == 2
         assert "--video: there is no folder nowhere" in capsys.readouterr().err
+        assert cli.main([*play, "--video", "one.gif"]) == 2
+        assert "--video: a film must be an .mp4 file" in capsys.readouterr().err
         save_model("other.safetensors", new, {"env_id": FAMILY, "task": '{"length": "long"}'})
         assert cli.main(["evaluate", "other.safetensors"]) == 2
         assert "names a task that is none of" in capsys.readouterr().err

@@ -113,8 +113,10 @@ def play(
     torch.manual_seed(seed)
     try:
         route_mujoco_warnings(env_id)
-    except RuntimeError as error:  # of the import, where MUJOCO_GL names nothing
-        send(_NoOpenGL(f"{NO_OPENGL} ({error})"))
+    except (
+        Exception
+    ) as error:  # of the import of MuJoCo, which a driver that is missing fails in any way
+        send(_NoOpenGL(f"{NO_OPENGL} ({type(error).__name__}: {error})"))
         return
 
     def tell(step: int) -> None:

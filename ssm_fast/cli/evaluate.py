@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from ssm_fast.env_runner import (
     evaluate,
     get_family,
 )
-from ssm_fast.env_runner.film import NoOpenGL, backends, film
+from ssm_fast.env_runner.film import NoOpenGL, check_film, film, usable_backend
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import load_checkpoint
@@ -58,6 +59,8 @@ def run_evaluation(options: Evaluate) -> None:
         task = task_of(env_id, options.split, options.task)
     if task is not None:
         say(f"in the task {task}")
+    if options.video is not None:
+        _check_film(options.video, env_id)
     policy = ssm_fast.load_policy(path)
     result = evaluate(policy, env_id, episodes, options.seed, options.deterministic, task=task)
     say(describe(env_id, result, options.deterministic))
@@ -65,31 +68,35 @@ def run_evaluation(options: Evaluate) -> None:
         _film(options, policy, env_id, task)
 
 
-def _film(options: Evaluate, policy: Policy, env_id: str, task: Task | None) -> None:
-    """Plays the first episode once more and writes its video."""
-    assert options.video is not None
-    if not options.video.parent.is_dir():
-        raise ValueError(f"--video: there is no folder {options.video.parent}")
-    backend = backends(env_id)[0]
+def _check_film(video: Path, env_id: str) -> None:
+    """Raises before anything is played where there will be no film; chooses what draws it."""
+    try:
+        check_film(video)
+        backend = usable_backend(env_id)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is missing: pip install 'ssm_fast[app]'") from None
+    except (ValueError, NoOpenGL) as error:
+        raise ValueError(f"--video: {error}") from None
     if backend is not None:
         os.environ["MUJOCO_GL"] = backend
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # of CartPole and the like: no window
+
+
+def _film(options: Evaluate, policy: Policy, env_id: str, task: Task | None) -> None:
+    """Plays an episode from the seed of the first and writes its video."""
+    assert options.video is not None
     if not options.deterministic:
         torch.manual_seed(options.seed)
-    try:
-        filmed = film(
-            policy,
-            env_id,
-            options.video,
-            seed=options.seed,
-            deterministic=options.deterministic,
-            task=task,
-        )
-    except NoOpenGL as error:
-        raise ValueError(str(error)) from None
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is missing: pip install 'ssm_fast[app]'") from None
-    say(f"{options.video}: {filmed.steps} steps, return {filmed.episode_return:.1f}")
+    filmed = film(
+        policy,
+        env_id,
+        options.video,
+        seed=options.seed,
+        deterministic=options.deterministic,
+        task=task,
+    )
+    end = "" if filmed.has_ended else ", where the film ends"
+    say(f"{options.video}: return {filmed.episode_return:.1f} after {filmed.steps} steps{end}")
 
 
 def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:

@@ -220,7 +220,7 @@ class Evaluate:
     """Play the mode of the policy, not samples. A meta_rl run, which learns from samples, tells what
     these earn, and what the modes do."""
     video: Path | None = None
-    """Also film the first episode, to this MP4 file; not of a meta_rl run."""
+    """Also film an episode from the seed of the first, to this .mp4 file; not of a meta_rl run."""
 
 
 Method: TypeAlias = Literal["standard", "hybrid", "test_time", "gradient"]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.core.improved_ssm import ImprovedSSM, check_noise
 from ssm_fast.ops.policy_step import PolicyStep
 
 
@@ -51,6 +51,10 @@ class RolloutPolicy:
         Returns:
             The actions ``[B, K]`` (``[B]`` of a discrete policy), and whether log-probabilities and
             values are finite.
+
+        Raises:
+            ValueError: A shape does not fit, or all steps are taken.
+            TypeError: The noise has another dtype.
         """
         action, log_prob, value, self.state = self._act(x, self.state, noise)
         self._steps.append((action, log_prob, value))
@@ -75,6 +79,7 @@ class _NativeRolloutPolicy(RolloutPolicy):
     ) -> None:
         B = len(x)
         self._step, self._rows, self._taken = step, B, 0
+        self._x_shape, self._noise_shape = x.shape, [B, action_dim]
         self._actions = x.new_empty(steps, B, action_dim)
         self._views = self._actions.numpy()
         self._log_probs, self._values = x.new_empty(2, steps, B)
@@ -86,6 +91,12 @@ class _NativeRolloutPolicy(RolloutPolicy):
 
     def act(self, x: Tensor, noise: Tensor) -> tuple[NDArray[Any], bool]:
         t, before = self._taken, self._taken % 2
+        check_noise(noise, self._noise_shape, self._actions)
+        if x.shape != self._x_shape or x.dtype != self._actions.dtype or t == len(self._views):
+            raise ValueError(
+                f"x must be {self._actions.dtype} {list(self._x_shape)} for {len(self._views)} "
+                f"steps, got {x.dtype} {list(x.shape)} for step {t}"
+            )
         x, noise = x.contiguous(), noise.contiguous()
         action, log_prob, value = (first + t * size for first, size in self._outputs)
         finite = self._step.run(

@@ -59,13 +59,15 @@ class _Examples(NamedTuple):
     state: Tensor | None = None  # [B, N] or [layers, B, N]
     reset: Tensor | None = None  # [B, T]
 
-    def arguments(self, clip_epsilon: float = 0.0) -> tuple[tuple[int, ...], Any, float]:
-        """Addresses, 0 for what is left out, sizes, and the range of the ratio."""
+    def arguments(
+        self, clip_epsilon: float = 0.0, largest_log_ratio: float = 0.0
+    ) -> tuple[tuple[int, ...], Any, tuple[float, float]]:
+        """Addresses, 0 for what is left out, sizes, and the bounds of a surrogate's ratio."""
         addresses = tuple(0 if t is None else t.data_ptr() for t in self)
-        return addresses, self.x.shape[:2], clip_epsilon
+        return addresses, self.x.shape[:2], (clip_epsilon, largest_log_ratio)
 
 
-_NOTHING = ((0,) * len(_Examples._fields), (0, 0), 0.0)
+_NOTHING = ((0,) * len(_Examples._fields), (0, 0), (0.0, 0.0))
 
 
 class _Network(NamedTuple):
@@ -132,7 +134,7 @@ def task_gradients(
         return None
     inner = [s.arguments() for s in found[:G]] * steps
     outer = [_NOTHING] * (steps * G) + [s.arguments() for s in found[G:]]
-    return _gradients(network, inner, outer, G, rates, first_order)
+    return _gradients(network, inner, outer, G, rates, first_order, isinstance(rates, Mapping))
 
 
 @torch.no_grad()
@@ -143,6 +145,8 @@ def policy_task_gradients(
     rates: Mapping[str, Tensor],
     first_order: bool,
     clip_epsilon: float,
+    largest_log_ratio: float,
+    learn_rates: bool,
 ) -> TaskGradients | None:
     """The gradients of ProMP in one native call: see `MetaRLTrainer`.
 
@@ -155,6 +159,8 @@ def policy_task_gradients(
         first_order: Take the inner gradients for constants.
         clip_epsilon: Of the surrogates that are summed up in the outer loss; those of the steps are
             not clipped.
+        largest_log_ratio: Where the logarithm of any ratio is cut.
+        learn_rates: Whether gradients by the rates are wanted.
 
     Returns:
         With the sums of the surrogates for the outer losses. None as for `task_gradients`.
@@ -163,10 +169,13 @@ def policy_task_gradients(
     if network is None or parameters.keys() != set(network.names):
         return None
     G = len(rounds[0]["rewards"])
-    examples = [[_round(network, model.discrete, batch, g) for g in range(G)] for batch in rounds]
-    inner = [e.arguments() for of_round in examples[:-1] for e in of_round]
-    outer = [e.arguments(clip_epsilon) for of_round in examples for e in of_round]
-    return _gradients(network, inner, outer, G, rates, first_order)
+    found = [_round(network, model.discrete, batch, g) for batch in rounds for g in range(G)]
+    examples = [e for e in found if e is not None]
+    if G == 0 or len(examples) < len(found):
+        return None
+    inner = [e.arguments(0.0, largest_log_ratio) for e in examples[:-G]]
+    outer = [e.arguments(clip_epsilon, largest_log_ratio) for e in examples]
+    return _gradients(network, inner, outer, G, rates, first_order, learn_rates)
 
 
 def _gradients(
@@ -176,9 +185,9 @@ def _gradients(
     G: int,
     rates: float | Mapping[str, Tensor],
     first_order: bool,
+    learn_rates: bool,
 ) -> TaskGradients | None:
     weights, dtype = network.weights, network.weights[0].dtype
-    learnt = isinstance(rates, Mapping)
     if isinstance(rates, Mapping):
         of_weights = [rates[name].detach() for name in network.names]
         if not all(
@@ -192,7 +201,7 @@ def _gradients(
         rate = torch.full_like(vector, float(rates))
     steps = len(inner) // G
     gradients = vector.new_empty(G, len(vector))
-    of_rates = torch.empty_like(gradients) if learnt else None
+    of_rates = torch.empty_like(gradients) if learn_rates else None
     inner_losses = torch.empty(steps, G, dtype=torch.float64)
     outer_losses = torch.empty(steps + 1, G, dtype=torch.float64)
     network.native(
@@ -329,19 +338,40 @@ def _set(network: _Network, x: Any, target: Any, state: Tensor | None) -> _Examp
     return _Examples(x, labels=target.long().contiguous(), state=hidden, reset=reset)
 
 
-def _round(network: _Network, discrete: bool, batch: Mapping[str, Tensor], task: int) -> _Examples:
-    """What a task played in a round of a `MetaRLTrainer`."""
+def _round(
+    network: _Network, discrete: bool, batch: Mapping[str, Tensor], task: int
+) -> _Examples | None:
+    """What a task played in a round of a `MetaRLTrainer`, or None where it does not fit."""
     x, actions, log_probs, reset, advantages = (
-        batch[name][task].contiguous()
+        batch[name][task]
         for name in ("observations", "actions", "log_probs", "reset", "advantages")
     )
+    rows, dtype = log_probs.shape, network.weights[0].dtype  # [R, T]
+    of_rows = (log_probs, reset, advantages)
+    if len(rows) != 2 or x.numel() == 0 or any(t.shape != rows for t in of_rows):
+        return None
+    expected = rows if discrete else (*rows, network.outputs)
+    if x.shape != (*rows, network.inputs) or actions.shape != expected:
+        return None
+    floats = (x, log_probs, advantages) if discrete else (x, log_probs, advantages, actions)
+    if any(t.dtype != dtype for t in floats) or reset.is_complex():
+        return None
+    if not all(_is_plain_tensor(t) for t in (x, actions, *of_rows)):
+        return None
+    labels = None
+    if discrete:
+        if actions.is_floating_point() or actions.is_complex() or actions.dtype == torch.bool:
+            return None
+        if int(actions.min()) < 0 or int(actions.max()) >= network.outputs:
+            return None
+        labels = actions.long().contiguous()
     return _Examples(
         network.prepare(x).contiguous(),
-        labels=actions.long() if discrete else None,
-        actions=None if discrete else actions,
-        log_probs=log_probs,
-        advantages=advantages,
-        reset=reset != 0,
+        labels=labels,
+        actions=None if discrete else actions.contiguous(),
+        log_probs=log_probs.contiguous(),
+        advantages=advantages.contiguous(),
+        reset=(reset != 0).contiguous(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -57,12 +58,12 @@ def film(
     task: Task | None = None,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Film:
-    """Plays an episode and writes its video.
+    """Plays an episode and writes its video, whole or not at all.
 
     Args:
         policy: Has stable-baselines3's `predict(obs, state, episode_start, deterministic)`.
         env_name: A Gymnasium id with the render mode `rgb_array`.
-        path: The MP4 file.
+        path: The MP4 file, ``*.mp4`` in a folder that exists; what is there is replaced.
         steps: The film ends after so many, at the latest.
         seed: Of the environment.
         deterministic: Handed to `predict`.
@@ -71,12 +72,15 @@ def film(
 
     Raises:
         NoOpenGL: MuJoCo cannot draw here.
-        ValueError: The environment cannot be drawn, or the policy does not fit it.
+        ValueError: The path is no such file, the environment cannot be drawn, or the policy does not
+            fit it.
         ModuleNotFoundError: `imageio_ffmpeg` is not installed.
     """
     import imageio_ffmpeg
 
     check_count("steps", steps)
+    check_film(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.mp4")
     single = _drawn(env_name)
     with Environment.wrap(single) as env:
         if task is not None:
@@ -84,30 +88,74 @@ def film(
         observation, _ = env.reset(seed=seed)
         frame = env.render()[0]  # [height, width, 3]
         writer = imageio_ffmpeg.write_frames(
-            str(path),
+            str(unfinished),
             (frame.shape[1], frame.shape[0]),
             fps=single.metadata.get("render_fps") or 30,
             codec="libx264",
             macro_block_size=2,
             output_params=["-movflags", "+faststart"],  # plays before all of it has come
         )
-        with closing(writer):
-            writer.send(None)
-            writer.send(np.ascontiguousarray(frame))
-            state, start, total, ended = None, np.ones(1, dtype=np.bool_), 0.0, False
-            for step in range(1, steps + 1):
-                action, state = policy.predict(
-                    observation, state=state, episode_start=start, deterministic=deterministic
-                )
-                observation, reward, terminated, truncated, _ = env.step(action)
-                total += float(reward[0])
-                start = terminated | truncated
-                ended = bool(start[0])
-                if ended:  # the row is in its next episode already
-                    break
-                writer.send(np.ascontiguousarray(env.render()[0]))
-                on_step(step)
+        try:
+            with closing(writer):
+                writer.send(None)
+                writer.send(np.ascontiguousarray(frame))
+                state, start, total, ended = None, np.ones(1, dtype=np.bool_), 0.0, False
+                for step in range(1, steps + 1):
+                    action, state = policy.predict(
+                        observation, state=state, episode_start=start, deterministic=deterministic
+                    )
+                    observation, reward, terminated, truncated, _ = env.step(action)
+                    total += float(reward[0])
+                    start = terminated | truncated
+                    ended = bool(start[0])
+                    if ended:  # the row is in its next episode already
+                        break
+                    writer.send(np.ascontiguousarray(env.render()[0]))
+                    on_step(step)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
     return Film(step, total, ended)
+
+
+def check_film(path: Path) -> None:
+    """Raises where no film can be written.
+
+    Raises:
+        ValueError: The path is no MP4 file in a folder that exists.
+        ModuleNotFoundError: What writes it is not installed.
+    """
+    if path.suffix != ".mp4" or path.is_dir():
+        raise ValueError(f"a film must be an .mp4 file, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent}")
+    if find_spec("imageio_ffmpeg") is None:
+        raise ModuleNotFoundError("No module named 'imageio_ffmpeg'", name="imageio_ffmpeg")
+
+
+def usable_backend(env_name: str) -> str | None:
+    """What of `backends` draws on this machine, as tried in a process of its own.
+
+    Raises:
+        NoOpenGL: Nothing does.
+    """
+    reason = ""
+    for backend in backends(env_name):
+        if backend is None:
+            return None
+        code = "import mujoco; mujoco.GLContext(8, 8).make_current()"
+        environment = os.environ | {"MUJOCO_GL": backend}
+        tried = subprocess.run(
+            [sys.executable, "-I", "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if tried.returncode == 0:
+            return backend
+        reason = (tried.stderr.strip().splitlines() or [""])[-1]
+    raise NoOpenGL(f"{NO_OPENGL} ({reason})")
 
 
 def backends(env_name: str) -> list[str | None]:

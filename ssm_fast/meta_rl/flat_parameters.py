@@ -57,10 +57,17 @@ class FlatParameters:
 
         Raises:
             ValueError: Other parameters of the model are trainable than at the start.
+            TypeError: They have another dtype.
         """
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         if [p.shape for p in trainable] != [p.shape for p in self.parameters]:
             raise ValueError("the model must train the parameters that the trainer was made with")
+        for p in trainable:
+            if p.dtype != self.vector.dtype or p.device != self.vector.device:
+                raise TypeError(
+                    f"the model must stay {self.vector.dtype} on {self.vector.device}, as the "
+                    f"trainer was made with, got {p.dtype} on {p.device}"
+                )
         self.parameters = list(trainable)  # load_state_dict(..., assign=True) replaces them
         torch._foreach_copy_(self._views, self.parameters)
 

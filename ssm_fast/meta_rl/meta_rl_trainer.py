@@ -657,7 +657,13 @@ class MetaRLTrainer:
         policies = TaskPolicies(self.model, weights)
         G, R = policies.tasks, env.batch_size // policies.tasks
         dtype = next(self.model.parameters()).dtype
-        recording = Recording(env.batch_size, self._steps_of(env), env.input_dim, _episodes_of(env))
+        recording = Recording(
+            env.batch_size,
+            self._steps_of(env),
+            env.input_dim,
+            _episodes_of(env),
+            env.max_episode_steps,
+        )
         rows = rows or Rows(0, env.batch_size, env.batch_size)
         observation, _ = env.reset(seed=seed + rows.first)
         first = np.ones(env.batch_size, dtype=np.bool_)  # [B]
@@ -731,7 +737,14 @@ class MetaRLTrainer:
         losses = ("_outer_loss", "_surrogate", "_inner_loss", "_ratio", "_log_prob")
         if not is_replaced(self, MetaRLTrainer, losses):
             found = policy_task_gradients(
-                self.model, self._shared, rounds, self.rates, self.first_order, self.clip_epsilon
+                self.model,
+                self._shared,
+                rounds,
+                self.rates,
+                self.first_order,
+                self.clip_epsilon,
+                _LARGEST_LOG_RATIO,
+                self.learn_inner_lr,
             )
         if found is None:
             loss = self._outer_loss(rounds)

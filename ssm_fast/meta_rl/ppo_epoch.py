@@ -92,15 +92,21 @@ class PpoEpoch:
         S, L, _ = x.shape
         names = ("log_probs", "values", "returns", "advantages")
         for name, tensor in zip(names, (log_probs, *rest), strict=True):
-            if tensor.shape != (S, L) or tensor.dtype != x.dtype:
-                raise ValueError(
-                    f"{name} must be {x.dtype} of shape {[S, L]}, "
-                    f"got {tensor.dtype} of shape {list(tensor.shape)}"
-                )
+            if tensor.shape != (S, L):
+                raise ValueError(f"{name} must have shape {[S, L]}, got {list(tensor.shape)}")
+            if tensor.dtype != x.dtype:
+                raise TypeError(f"{name} must have dtype {x.dtype}, got {tensor.dtype}")
         if order.dtype != torch.int64 or not torch.equal(order.sort().values, torch.arange(S)):
             raise ValueError(f"order must hold the numbers 0 to {S - 1} as int64, each once")
         vector = self._weights.vector
         m, v, steps = self._state()
+        for name, tensor in (
+            ("exp_avg", m),
+            ("exp_avg_sq", v),
+            ("gradient", self._gradient.vector),
+        ):
+            if tensor.shape != vector.shape or tensor.dtype != x.dtype:
+                raise ValueError(f"{name} must be {x.dtype} of shape {list(vector.shape)}")
         (group,) = self._optimizer.param_groups
         objective, count = self._objective, -(-S // minibatch)
         figures = torch.empty(count, len(FIGURES), dtype=torch.float64)  # [M, 6]

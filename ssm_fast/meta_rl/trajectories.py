@@ -43,6 +43,7 @@ class Trajectories:
         episode_returns: `[G, R, E]`, of the first episode of each row, or of the `E` episodes of
             its first trial; what was earned until the end where it did not finish. Later episodes
             of a row are not counted: those that fit into `T` steps are the short ones.
+        time_limit: Steps after which an episode is cut short, if any.
     """
 
     observations: Tensor
@@ -54,6 +55,7 @@ class Trajectories:
     reset: Tensor
     last_observations: Tensor
     episode_returns: Tensor
+    time_limit: int | None = None
 
     def steps_into_episode(self) -> Tensor:
         """Steps of the same episode before each step: `[G, R, T]`."""
@@ -70,10 +72,14 @@ class Recording:
         steps: Steps of each, `T`.
         input_dim: Entries of an observation, `I`.
         episodes: Episodes whose returns count, `E`.
+        time_limit: Steps after which an episode (or trial) is cut short, if any.
     """
 
-    def __init__(self, rows: int, steps: int, input_dim: int, episodes: int) -> None:
+    def __init__(
+        self, rows: int, steps: int, input_dim: int, episodes: int, time_limit: int | None = None
+    ) -> None:
         self.steps = steps
+        self._time_limit = time_limit
         self._played = 0
         self._observations = np.empty((rows, steps, input_dim), dtype=np.float32)  # [B, T, I]
         self._rewards = np.empty((rows, steps))  # [B, T]
@@ -123,6 +129,7 @@ class Recording:
             split(self._reset),
             split(self._last_observations).to(dtype),
             split(self._returns),
+            self._time_limit,
         )
 
 
@@ -131,7 +138,7 @@ def compute_advantages(trajectories: Trajectories, gamma: float, gae_lambda: flo
 
     The baseline is the ridge regression of the discounted returns on the observation, its square
     and powers of the time in the episode (Duan et al. 2016, arXiv 1604.06778), and the discount of
-    what comes after the last step, by which a steady reward is worth less towards a time limit. It is
+    what would come after the time limit: towards it a steady reward is worth less and less. It is
     fitted to the task's own steps: tasks differ in what a state is worth, which a critic that they
     share cannot know. A time limit ends the return, as it does in the objective. An episode that goes on beyond the last
     step is bootstrapped with the baseline.
@@ -146,10 +153,9 @@ def compute_advantages(trajectories: Trajectories, gamma: float, gae_lambda: flo
         the same.
     """
     time = trajectories.steps_into_episode()  # [G, R, T]
-    steps = time.shape[-1]
-    features = _features(trajectories.observations, time, gamma, steps)  # [G, R, T, F]
-    after = time[..., -1] + 1  # [G, R]
-    beyond = _features(trajectories.last_observations, after, gamma, steps)  # [G, R, F]
+    clock = (time.shape[-1], trajectories.time_limit, gamma)
+    features = _features(trajectories.observations, time, *clock)  # [G, R, T, F]
+    beyond = _features(trajectories.last_observations, time[..., -1] + 1, *clock)  # [G, R, F]
     ends = trajectories.terminated | trajectories.truncated  # [G, R, T]
     cut = torch.zeros_like(ends)
     cut[..., -1] = ~ends[..., -1]
@@ -167,12 +173,17 @@ def compute_advantages(trajectories: Trajectories, gamma: float, gae_lambda: flo
     return (advantages - mean) / torch.maximum(deviation, floor + 1e-8)
 
 
-def _features(observations: Tensor, time: Tensor, gamma: float, steps: int) -> Tensor:
-    """`[..., I]` and `[...]` to `[..., 2 I + 5]`, of a round of so many steps."""
+def _features(
+    observations: Tensor, time: Tensor, steps: int, time_limit: int | None, gamma: float
+) -> Tensor:
+    """`[..., I]` and `[...]` to `[..., F]`, of a round of so many steps."""
     x = observations.clamp(-_FEATURE_CLIP, _FEATURE_CLIP)
     t = time.to(x.dtype).unsqueeze(-1) / steps
-    discount = torch.pow(gamma, (steps - time).clamp(min=0).to(x.dtype)).unsqueeze(-1)
-    return torch.cat([x, x.square(), t, t**2, t**3, discount, torch.ones_like(t)], -1)
+    features = [x, x.square(), t, t**2, t**3, torch.ones_like(t)]
+    if time_limit is not None:
+        left = (time_limit - time).clamp(min=0).to(x.dtype).unsqueeze(-1)
+        features.append(torch.pow(gamma, left))
+    return torch.cat(features, -1)
 
 
 def _ridge(features: Tensor, targets: Tensor) -> Tensor:

@@ -62,6 +62,20 @@ def test_mujoco_without_opengl(
     assert not visitor.is_busy
 
 
+def test_a_driver_that_fails_to_import(
+    visitor: Visitor, save_cheetah: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: str) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'eglQueryString'")
+
+    monkeypatch.setattr(watching, "route_mujoco_warnings", fail)
+    visitor.add_policy(save_cheetah(), "cheetah", "HalfCheetah-v5")
+    sent: list[object] = []
+    policy = visitor.policy("cheetah")
+    watching.play(sent.append, policy, "", 5, 0, True, policy.path.with_suffix(".mp4"))
+    assert [type(message) for message in sent] == [watching._NoOpenGL]
+
+
 @pytest.mark.parametrize(
     ("name", "task", "steps", "text"),
     [

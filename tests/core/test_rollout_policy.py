@@ -63,12 +63,28 @@ def test_plays_as_get_action(
 
 
 @pytest.mark.parametrize("kind", [ImprovedSSM, Own])
-@pytest.mark.parametrize("name", ["actor.weight", "critic.bias"])
+@pytest.mark.parametrize("name", ["actor.weight", "critic.bias", "log_std"])
 def test_tells_of_a_step_that_is_not_finite(kind: type[ImprovedSSM], name: str) -> None:
-    model = _model(kind)
+    model, x = _model(kind), torch.randn(B, I).double()
     with torch.no_grad():
-        policy = RolloutPolicy.of(model, x := torch.randn(B, I).double(), model.init_hidden(B), 2)
+        policy = RolloutPolicy.of(model, x, model.init_hidden(B), 2)
         assert policy.act(x, model.draw_noise(B))[1]
-        dict(model.named_parameters())[name].view(-1)[0] = float("inf")
-        x[:, 0] = float("nan")
+        dict(model.named_parameters())[name].view(-1)[0] = float("nan")
         assert not policy.act(x, model.draw_noise(B))[1]
+
+
+def test_wrong_tensors() -> None:
+    model, x = _model(), torch.randn(B, I).double()
+    with torch.no_grad():
+        policy, noise = RolloutPolicy.of(model, x, model.init_hidden(B), 1), model.draw_noise(B)
+        for wrong in (noise[:1], noise[:, :1]):
+            with pytest.raises(ValueError, match="noise must have shape"):
+                policy.act(x, wrong)
+        with pytest.raises(TypeError, match="noise"):
+            policy.act(x, noise.float())
+        for bad in (x[:1], x[:, :1], x.float()):
+            with pytest.raises(ValueError, match="x must be"):
+                policy.act(bad, noise)
+        policy.act(x, noise)
+        with pytest.raises(ValueError, match="for step 1"):
+            policy.act(x, noise)

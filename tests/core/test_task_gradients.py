@@ -359,9 +359,48 @@ class TestPolicies:
         for one, other in zip(gradients, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
         found = policy_task_gradients(
-            trainer.model, {"A": trainer.model.encoder.weight}, rounds, trainer.rates, False, 0.3
+            trainer.model,
+            {"A": trainer.model.encoder.weight},
+            rounds,
+            trainer.rates,
+            False,
+            0.3,
+            20.0,
+            True,
         )
         assert found is None
+
+    @pytest.mark.parametrize("discrete", [False, True])
+    def test_rounds_that_do_not_fit(self, discrete: bool) -> None:
+        trainer = MetaRLTrainer(_policy(discrete=discrete), seed=0)
+        good = _rounds(trainer.model, 2, 3, 5, 3)
+
+        def found(**changed: Tensor) -> TaskGradients | None:
+            rounds = [*good[:2], good[2] | changed]
+            return policy_task_gradients(
+                trainer.model, trainer._shared, rounds, trainer.rates, False, 0.3, 20.0, True
+            )
+
+        assert found() is not None
+        x, actions = good[2]["observations"], good[2]["actions"]
+        bad: list[dict[str, Tensor]] = [
+            {"observations": x.float()},
+            {"observations": x[..., 1:]},
+            {"observations": x.as_subclass(_Tensor)},
+            {"reset": good[2]["reset"][..., 1:]},
+            {"advantages": good[2]["advantages"].float()},
+            {"log_probs": good[2]["log_probs"][..., 1:]},
+            {"actions": actions[..., 1:]},
+            {name: t[:, :0] for name, t in good[2].items()},
+            {name: t[:, :, :0] for name, t in good[2].items()},
+        ]
+        if discrete:
+            bad += [{"actions": actions + 1}, {"actions": actions - 1}, {"actions": actions > 0}]
+            bad += [{"actions": actions * 100_000_000}, {"actions": actions.double()}]
+        else:
+            bad += [{"actions": actions.float()}, {"actions": (actions > 0).long()}]
+        for changed in bad:
+            assert found(**changed) is None
 
 
 def _hooked(model: StateSpaceModel) -> nn.Module:

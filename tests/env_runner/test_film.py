@@ -9,7 +9,8 @@ import torch
 
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import evaluate, get_family
-from ssm_fast.env_runner.film import _set_camera, film
+from ssm_fast.env_runner import film as film_module
+from ssm_fast.env_runner.film import NoOpenGL, _set_camera, film, usable_backend
 from ssm_fast.policy import Policy
 
 pytestmark = pytest.mark.isa_independent
@@ -51,6 +52,32 @@ def test_mistakes(tmp_path: Path) -> None:
         film(_policy(), "Acrobot-v1", path)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         film(_policy(), "CartPole-v1", path, steps=0)
+    for wrong in ("film.gif", "film", "."):
+        with pytest.raises(ValueError, match=r"must be an \.mp4 file"):
+            film(_policy(), "CartPole-v1", tmp_path / wrong)
+    with pytest.raises(ValueError, match="there is no folder"):
+        film(_policy(), "CartPole-v1", tmp_path / "nowhere" / "film.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unfinished_film_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "film.mp4"
+    path.write_bytes(b"before")
+
+    def stop(step: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        film(_policy(), "CartPole-v1", path, on_step=stop)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert usable_backend("CartPole-v1") is None
+    monkeypatch.setattr(film_module, "backends", lambda _: ["nowhere", "nothing"])
+    with pytest.raises(NoOpenGL, match=r"apt-get install libegl1 .* \(RuntimeError: invalid value"):
+        usable_backend("HalfCheetah-v5")
 
 
 @pytest.mark.parametrize(("env_id", "camera"), [("HalfCheetah-v5", 0), ("InvertedPendulum-v5", -1)])

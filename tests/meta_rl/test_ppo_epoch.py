@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.meta_rl.ppo_epoch import PpoEpoch
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout
 
@@ -129,20 +131,26 @@ class TestPpoEpoch:
             weights.append(_weights(trainer).double())
         assert (weights[0] - weights[1]).norm() <= 1e-5 * weights[1].norm()
 
-    @pytest.mark.parametrize("threads", [1, 2])
-    def test_same_bits_for_any_number_of_threads(self, threads: int) -> None:
+    def test_same_bits_for_any_number_of_threads(self) -> None:
         before = torch.get_num_threads()
-        weights = []
+        generator = torch.Generator().manual_seed(2)
+        x = torch.randn(60, 8, I, generator=generator)
+        actions, flat = x[..., :K], torch.randn(5, 60, 8, generator=generator)
+        sequences = [x, actions, flat[0] - 3.0, flat[1] > 1.0, *flat[2:]]
+        states, order = torch.zeros(2, 60, 5), torch.arange(60)
+        model, found = ImprovedSSM(I, K, 5, 96), []  # wide enough for a second thread
         try:
-            for count in (1, threads):
+            for count in (1, 2):
                 torch.set_num_threads(count)
-                model = _model()
-                trainer = _trainer(model, mini_batch_size=96, num_threads=None)
-                trainer.update(_rollout(model))
-                weights.append(_weights(trainer))
+                trainer = _trainer(copy.deepcopy(model))
+                trainer._gradient = SequenceGradient.of(trainer.model, x, states)
+                native = trainer._native_epoch()
+                assert native is not None
+                found.append((native(sequences, states, order, 30), _weights(trainer)))
         finally:
             torch.set_num_threads(before)
-        assert torch.equal(*weights)
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)
 
     @pytest.mark.parametrize("in_calls", [False, True])
     def test_a_gradient_that_is_not_finite(
@@ -182,11 +190,28 @@ class TestPpoEpoch:
         assert native(sequences, states, order, 3).shape == (6, 6)
         for i in range(2, 7):
             wrong = [t.float() if j == i else t for j, t in enumerate(sequences)]
-            with pytest.raises((TypeError, ValueError), match=r"must"):
+            with pytest.raises(TypeError, match=r"must have dtype"):
+                native(wrong, states, order, 3)
+            wrong = [t[:, 1:] if j == i else t for j, t in enumerate(sequences)]
+            with pytest.raises(ValueError, match=r"must have shape"):
                 native(wrong, states, order, 3)
         for bad in (order[:-1], torch.full((16,), 16), -order - 1, order.int()):
-            with pytest.raises((TypeError, ValueError), match="order must"):
+            with pytest.raises(ValueError, match="order must"):
                 native(sequences, states, bad, 3)
+
+    def test_a_model_that_has_changed_its_dtype(self) -> None:
+        model = _model().float()
+        trainer = _trainer(model)
+        model.double()
+        with pytest.raises(TypeError, match=r"must stay torch\.float32"):
+            trainer.update(_rollout(model))
+        other = _trainer(_model())
+        (vector,) = other.optimizer.param_groups[0]["params"]
+        other.update(_rollout(other.model))
+        state = other.optimizer.state[vector]
+        state["exp_avg"] = state["exp_avg"].float()
+        with pytest.raises(ValueError, match=r"exp_avg must be torch\.float64"):
+            other.update(_rollout(other.model))
 
 
 def _hooked(trainer: PPOTrainer) -> None:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from ssm_fast.meta_rl import trajectories as trajectories_module
 from ssm_fast.meta_rl.trajectories import Trajectories, compute_advantages
 
 pytestmark = pytest.mark.isa_independent
 
 G, R, T, I = 2, 3, 40, 3
+LIMIT = 45
 
 
 def trajectories(dtype=torch.float64, ends=True):
@@ -30,6 +34,7 @@ def trajectories(dtype=torch.float64, ends=True):
         reset,
         torch.randn(G, R, I, dtype=dtype),
         torch.zeros(G, R, 1, dtype=dtype),
+        LIMIT,
     )
 
 
@@ -47,8 +52,8 @@ def by_hand(x, gamma, gae_lambda):
                 time[r, t + 1] = time[r, t] + 1
 
         def features(o, t):
-            o, left, t = np.clip(o, -10, 10), T - t, t / T
-            return np.array([*o, *o**2, t, t**2, t**3, gamma**left, 1.0])
+            o, left, t = np.clip(o, -10, 10), LIMIT - t, t / T
+            return np.array([*o, *o**2, t, t**2, t**3, 1.0, gamma**left])
 
         inside = np.array([[features(obs[r, t], time[r, t]) for t in range(T)] for r in range(R)])
         outside = np.array([features(last[r], time[r, T]) for r in range(R)])
@@ -102,15 +107,47 @@ def test_nothing_to_choose_between(reward, dtype):
     assert float(advantages.abs().max()) < 0.01
 
 
+def steady(T, limit, dtype=torch.float64):
+    """Rounds of `T` steps of reward 1, in episodes that the limit alone cuts short."""
+    torch.manual_seed(0)
+    truncated = torch.zeros(G, R, T, dtype=torch.bool)
+    truncated[..., limit - 1 :: limit] = True
+    reset = torch.zeros_like(truncated)
+    reset[..., ::limit] = True
+    return Trajectories(
+        torch.randn(G, R, T, I, dtype=dtype),
+        torch.zeros(G, R, T, dtype=torch.int64),
+        torch.zeros(G, R, T, dtype=dtype),
+        torch.ones(G, R, T, dtype=dtype),
+        torch.zeros_like(truncated),
+        truncated,
+        reset,
+        torch.randn(G, R, I, dtype=dtype),
+        torch.zeros(G, R, 1, dtype=dtype),
+        limit,
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("gamma", [0.99, 0.9, 1.0])
-def test_nothing_to_choose_between_up_to_a_time_limit(gamma, dtype):
+@pytest.mark.parametrize("episodes", [1, 3])
+def test_nothing_to_choose_between_up_to_a_time_limit(gamma, dtype, episodes):
     """A task that is solved, where each step earns 1 until the limit, teaches nothing."""
-    x = trajectories(dtype, ends=False)
-    x.rewards[:] = 1.0
-    x.truncated[..., -1] = True
-    advantages = compute_advantages(x, gamma, 0.95)
-    assert float(advantages.abs().max()) < 0.1
+    x = steady(400 * episodes, 400, dtype)
+    assert float(compute_advantages(x, gamma, 0.95).abs().max()) < 0.05
+
+
+def test_a_round_that_ends_before_the_limit_is_bootstrapped(monkeypatch):
+    """What lies beyond it is worth about what the regression of cut returns says, and not nothing."""
+    found = []
+    gae = trajectories_module.ops.gae
+    monkeypatch.setattr(trajectories_module.ops, "gae", lambda *a: found.append(a) or gae(*a))
+    compute_advantages(steady(1000, 5000), 0.99, 0.95)
+    with_limit = found[0][2][..., -1]  # [G, R], the values after the last step
+    x = steady(1000, 5000)
+    compute_advantages(replace(x, time_limit=None), 0.99, 0.95)
+    torch.testing.assert_close(with_limit, found[1][2][..., -1], rtol=1e-6, atol=1e-6)
+    assert float(with_limit.min()) > 30.0
 
 
 def test_steps_into_episode():
