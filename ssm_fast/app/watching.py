@@ -113,9 +113,7 @@ def play(
     torch.manual_seed(seed)
     try:
         route_mujoco_warnings(env_id)
-    except (
-        Exception
-    ) as error:  # of the import of MuJoCo, which a driver that is missing fails in any way
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:  # of a driver's import
         send(_NoOpenGL(f"{NO_OPENGL} ({type(error).__name__}: {error})"))
         return
 
