@@ -129,6 +129,11 @@ class MetaMAML:
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
                 parameters, lr=outer_lr, fused=True
             )
+        elif not callable(optimizer):
+            raise TypeError(
+                "optimizer must make one from the list of meta-parameters, such as "
+                f"functools.partial(torch.optim.SGD, lr=0.1), got {type(optimizer).__name__}"
+            )
         else:
             self.optimizer = optimizer(parameters)
 

@@ -361,6 +361,12 @@ class SSM(nn.Module):
 
     def _check_dtypes(self, x: Tensor, hx: Tensor | None) -> None:
         weight = self._ssm_layers()[0].A
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(x).__name__}")
+        if hx is not None and not isinstance(hx, Tensor):
+            raise TypeError(
+                f"hx must be one tensor [L, B, N], got {type(hx).__name__}: there is no cell state"
+            )
         check_dtype("input", x, weight)
         if hx is not None:
             check_dtype("hx", hx, weight)

@@ -689,6 +689,8 @@ class TestBadInput:
             MetaMAML(model, chunk_size=2.5)
         with pytest.raises(ValueError, match="must have parameters"):
             MetaMAML(nn.Identity())
+        with pytest.raises(TypeError, match="optimizer must make one from the list"):
+            MetaMAML(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_tasks_reach_the_grouped_kernel_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

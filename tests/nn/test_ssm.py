@@ -497,3 +497,11 @@ def test_bad_packed_input() -> None:
         module(packed, h0)
     with pytest.raises(ValueError, match=r"input.data must have shape"):
         module(pack([x[0, :, :2]], sort=True))
+
+
+def test_a_pair_of_states_and_an_array_are_refused_by_name() -> None:
+    layer, x, h = SSM(3, 4, batch_first=True), torch.randn(2, 5, 3), torch.zeros(1, 2, 4)
+    with pytest.raises(TypeError, match=r"hx must be one tensor \[L, B, N\], got tuple"):
+        layer(x, (h, h))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="input must be a tensor, got ndarray"):
+        layer(x.numpy())  # type: ignore[arg-type]
