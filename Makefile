@@ -24,7 +24,7 @@ ifeq ($(shell uname),Darwin) # what the module links besides the system is torch
 endif
 CASES ?= 10000
 # What calls the kernels, and runs once for each instruction set.
-ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_task_gradients.py
+ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_task_gradients.py tests/meta_rl/test_ppo_epoch.py
 
 PRETRAINED ?= halfcheetah-v5 cartpole-family halfcheetah-dir
 
