@@ -44,6 +44,10 @@ class Policy:
         ):
             raise ValueError("action_low must not exceed action_high")
 
+    def __repr__(self) -> str:
+        name, model = type(self).__name__, type(self.model).__name__
+        return f"{name}({model}, {describe_sizes(self.model)})"
+
     def predict(
         self,
         obs: ArrayLike,
@@ -132,6 +136,15 @@ class Policy:
         return bounds
 
 
+def describe_sizes(model: Model) -> str:
+    """What a policy sees and does, such as "17 observations and 6 continuous actions"."""
+    if isinstance(model, ImprovedSSM):
+        actions, kind = model.action_dim, "discrete" if model.discrete else "continuous"
+    else:
+        actions, kind = model.output_dim, "discrete"
+    return f"{model.input_dim} observations and {actions} {kind} actions"
+
+
 def load_policy(path: str | os.PathLike[str]) -> Policy:
     """Load a checkpoint for playing.
 
@@ -139,7 +152,8 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
     where it has them.
 
     Args:
-        path: A file of `ssm_fast.checkpoint.save_model` or ``model.save``.
+        path: A file of `ssm_fast.checkpoint.save_model` or ``model.save``, or a run folder of
+            `ssm-fast train`, whose ``policy.safetensors`` is taken.
 
     Returns:
         The policy, its model in evaluation mode.
@@ -147,6 +161,8 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
     Raises:
         ValueError: If the file is not a sound checkpoint; the message names it.
     """
+    if os.path.isdir(path):
+        path = os.path.join(path, "policy.safetensors")
     model, metadata = load_checkpoint(path)
     try:
         bounds = {

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 
-from ssm_fast.cli.options import COMMANDS
+from ssm_fast.cli.parsing import parse
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import Environment
 
@@ -95,7 +94,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_command(command: str) -> None:
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, args=shlex.split(command)[1:])
+    parse(shlex.split(command)[1:])
 
 
 def test_something_is_found() -> None:

@@ -54,6 +54,17 @@ def act(model: Any, x: torch.Tensor, h: Any) -> tuple[torch.Tensor, torch.Tensor
     return action, out[-1]
 
 
+def test_a_run_folder_and_what_a_policy_says_of_itself(tmp_path: Path) -> None:
+    improved().save(tmp_path / "policy.safetensors")
+    assert repr(load_policy(tmp_path)) == (
+        "Policy(ImprovedSSM, 5 observations and 3 continuous actions)"
+    )
+    assert repr(Policy(standard())).startswith("Policy(StateSpaceModel, 5 observations and ")
+    (tmp_path / "policy.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"policy\.safetensors': cannot be read"):
+        load_policy(tmp_path)
+
+
 @every_model
 def test_predict_equals_stepping_the_model_by_hand(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()

@@ -12,7 +12,7 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 SOURCE = Path(__file__).parents[2] / "ssm_fast/cli/options.py"
-PLACE = re.compile(r"^<!-- options of (\w+) -->$", re.MULTILINE)
+PLACE = re.compile(r"^\*(\w+): `ssm-fast \w+ --help` prints its options\.\*$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -9,14 +9,13 @@ from contextlib import ExitStack
 from typing import Any
 
 try:
-    import tyro
-
     from ssm_fast.cli.adapt import run_adaptation
     from ssm_fast.cli.bench import run_bench
     from ssm_fast.cli.evaluate import run_evaluation
     from ssm_fast.cli.info import print_info
     from ssm_fast.cli.messages import sentence
-    from ssm_fast.cli.options import COMMANDS, Adapt, App, Bench, Evaluate, Train
+    from ssm_fast.cli.options import Adapt, App, Bench, Evaluate, Train
+    from ssm_fast.cli.parsing import parse
     from ssm_fast.cli.train import run_training
     from ssm_fast.meta_rl.distributed import LostRank, World, join_world
 except ModuleNotFoundError as error:
@@ -35,12 +34,7 @@ def main(args: Sequence[str] | None = None) -> int:
         evaluation broke down on NaN or infinity, or lost one of its processes, 2 for a mistake in
         the input, 130 after Ctrl-C.
     """
-    options = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="ssm-fast",
-        description="State-space-model policies: training, evaluation and adaptation.",
-        args=args,
-    )
+    options = parse(args)
     world = World()
     with warnings.catch_warnings(), ExitStack() as leaving:
         warnings.showwarning = _show_warning

@@ -22,6 +22,7 @@ from ssm_fast.adaptation.online import adapt_to_environment, episode_means, play
 from ssm_fast.checkpoint import load_model, read_metadata, save_model
 from ssm_fast.cli.environments import (
     FAMILY_OF,
+    check_fits,
     environment_of,
     policy_file,
     route_mujoco_warnings,
@@ -61,13 +62,17 @@ class AdaptationReport:
 
 def run_adaptation(options: Adapt) -> None:
     """Adapts a copy of a policy, writes it, and prints the comparison with the policy as it was."""
+    replaced = " (another one was there before)" if options.out.exists() else ""
     report = adapt_policy(options)
     say(f"{'episode':>14} {'without':>10} {'adapting':>10}")
     for i, row in enumerate(zip(report.without, report.adapting, strict=True)):
         say(f"{i + 1:>14} {row[0]:>10.1f} {row[1]:>10.1f}")
     _say_means("mean", report.without, report.adapting)
     _say_means("deterministic", report.before, report.after)
-    say(f"adapted to {report.env_id} by {report.method}, seed {options.seed}; policy {options.out}")
+    say(
+        f"adapted to {report.env_id} by {report.method}, seed {options.seed}; "
+        f"policy {options.out}{replaced}"
+    )
 
 
 def _say_means(name: str, without: Sequence[float], adapting: Sequence[float]) -> None:
@@ -87,7 +92,12 @@ def adapt_policy(
     method = _method_of(options)
     options = replace(options, method=method)
     path = policy_file(options.path)
-    model = load_model(path, ImprovedSSM)
+    model = load_model(path)
+    if not isinstance(model, ImprovedSSM):
+        raise ValueError(  # noqa: TRY004 (the file's fault)
+            f"{path} is of --mode policy_gradient, whose {type(model).__name__} has no critic to adapt "
+            "with: take a policy of --mode improved or meta_rl"
+        )
     if options.out.resolve() == path.resolve():
         raise ValueError(f"--out must be another file than {path}")
     if not options.out.parent.is_dir():
@@ -102,6 +112,7 @@ def adapt_policy(
     torch.set_num_threads(1)
     task = None if options.task is None else task_of(env_id, options.split, options.task)
     with _environment(env_id, task, chosen) as env:
+        check_fits(model, env)
         if run is not None:
             trainer = trained_meta_rl(run, settings, env)
             on_stage("playing with and without gradient steps")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import gymnasium
 
-from ssm_fast.checkpoint import read_metadata
-from ssm_fast.env_runner import Task, get_family
+from ssm_fast.checkpoint import Model, read_metadata
+from ssm_fast.env_runner import Environment, Task, get_family
+from ssm_fast.policy import describe_sizes
 
 # Environments of one task that a family varies.
 FAMILY_OF = {
@@ -43,6 +44,15 @@ def environment_of(path: Path, env_id: str | None) -> str:
         raise ValueError(f"{path} does not say which environment it is for: give --env")
     refuse_import(metadata["env_id"], path)
     return metadata["env_id"]
+
+
+def check_fits(model: Model, env: Environment) -> None:
+    """Raises where a policy cannot play in an environment, in the words of both."""
+    kind = "discrete" if env.discrete else "continuous"
+    takes = describe_sizes(model)
+    has = f"{env.input_dim} observations and {env.action_dim} {kind} actions"
+    if takes != has:
+        raise ValueError(f"the policy is for {takes}, {env.env_name} has {has}")
 
 
 def task_of(env_id: str, split: str, number: int) -> Task:

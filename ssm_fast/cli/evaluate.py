@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import ssm_fast
 from ssm_fast.cli.environments import (
     FAMILY_OF,
+    check_fits,
     environment_of,
     policy_file,
     refuse_import,
@@ -62,6 +63,8 @@ def run_evaluation(options: Evaluate) -> None:
     if options.video is not None:
         _check_film(options.video, env_id)
     policy = ssm_fast.load_policy(path)
+    with Environment(env_id) as env:
+        check_fits(policy.model, env)
     result = evaluate(policy, env_id, episodes, options.seed, options.deterministic, task=task)
     say(describe(env_id, result, options.deterministic))
     if options.video is not None:

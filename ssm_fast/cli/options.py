@@ -58,8 +58,8 @@ ADAPT_DEFAULTS: dict[str, Any] = {
 }
 
 
-def _default(text: str, metavar: str) -> Any:
-    """Says what an option that is not given comes to, and what it takes."""
+def _default(text: str, metavar: str | None = None) -> Any:
+    """Says what an option that is not given comes to."""
     return tyro.conf.arg(help_behavior_hint=f"(default: {text})", metavar=metavar)
 
 
@@ -77,7 +77,7 @@ class Train:
 
     mode: Annotated[
         Literal["policy_gradient", "meta_rl", "improved"] | None,
-        _default("improved", "{policy_gradient,meta_rl,improved}"),
+        _default("improved"),
     ] = None
     """policy_gradient: REINFORCE with StateSpaceModel (discrete actions). improved: recurrent PPO
     with ImprovedSSM (any actions). meta_rl: ImprovedSSM learns to adapt to the tasks of a family,
@@ -89,113 +89,111 @@ class Train:
         str | None,
         _default(
             "improved: HalfCheetah-v5, policy_gradient: CartPole-v1, "
-            "meta_rl: ssm_fast/CartPoleFamily-v0",
-            "STR",
+            "meta_rl: ssm_fast/CartPoleFamily-v0"
         ),
     ] = None
     """Gymnasium id. meta_rl takes CartPole-v1 and the like for the family of tasks around it."""
-    epochs: Annotated[int | None, _default("meta_rl: 20", "INT")] = None
+    epochs: Annotated[int | None, _default("meta_rl: 20")] = None
     """Stop after so many epochs; meta_rl only."""
-    episodes: Annotated[int | None, _default("policy_gradient: 1600", "INT")] = None
+    episodes: Annotated[int | None, _default("policy_gradient: 1600")] = None
     """Stop after so many episodes."""
-    steps: Annotated[
-        int | None, _default("improved: 1000000, where --episodes is not given", "INT")
-    ] = None
+    steps: Annotated[int | None, _default("improved: 1000000, where --episodes is not given")] = (
+        None
+    )
     """Stop after so many environment steps."""
-    seed: Annotated[int | None, _default("0", "INT")] = None
+    seed: Annotated[int | None, _default("0")] = None
     """Seed of the weights, the environments and the actions."""
     out: Annotated[
-        Path | None, _default("runs/MODE-ENV-seedSEED, of a preset runs/PRESET-seedSEED", "PATH")
+        Path | None, _default("runs/MODE-ENV-seedSEED, of a preset runs/PRESET-seedSEED")
     ] = None
     """Run folder."""
     resume: bool = False
-    """Continue the run in the run folder exactly where its last checkpoint left it."""
-    device: Annotated[Literal["cpu", "cuda"] | None, _default("cpu", "{cpu,cuda}")] = None
+    """Continue the run in the run folder exactly where its last checkpoint left it. With more --steps
+    (or episodes, or epochs) the learning rate goes on as in a run of that length."""
+    device: Annotated[Literal["cpu", "cuda"] | None, _default("cpu")] = None
     """Where the policy acts and learns; the environments stay on the CPU. A run may be continued on
     another one."""
-    threads: Annotated[int | None, _default("1", "INT")] = None
+    threads: Annotated[int | None, _default("1")] = None
     """Threads of torch and the kernels. These models are too small to gain from more, and where
     another process has the core, more are several times slower."""
     lr: Annotated[
-        float | None, _default("improved: 2e-4, policy_gradient: 5e-3, meta_rl: 1e-3", "FLOAT")
+        float | None, _default("improved: 2e-4, policy_gradient: 5e-3, meta_rl: 1e-3")
     ] = None
     """Learning rate at the start."""
-    gamma: Annotated[
-        float | None, _default("improved, meta_rl: 0.99, policy_gradient: 0.999", "FLOAT")
-    ] = None
+    gamma: Annotated[float | None, _default("improved, meta_rl: 0.99, policy_gradient: 0.999")] = (
+        None
+    )
     """Discount factor."""
-    batch_size: Annotated[
-        int | None, _default("improved: 8, policy_gradient: 16, meta_rl: 20", "INT")
-    ] = None
+    batch_size: Annotated[int | None, _default("improved: 8, policy_gradient: 16, meta_rl: 20")] = (
+        None
+    )
     """Environments side by side, of all processes together; in meta_rl those of each task, the
     trajectories of a gradient step."""
-    state_dim: Annotated[
-        int | None, _default("improved, meta_rl: 64, policy_gradient: 32", "INT")
-    ] = None
+    state_dim: Annotated[int | None, _default("improved, meta_rl: 64, policy_gradient: 32")] = None
     """Size of the recurrent state."""
-    hidden_dim: Annotated[
-        int | None, _default("improved: 128, policy_gradient, meta_rl: 64", "INT")
-    ] = None
+    hidden_dim: Annotated[int | None, _default("improved: 128, policy_gradient, meta_rl: 64")] = (
+        None
+    )
     """Width of the network around it."""
-    num_layers: Annotated[int | None, _default("improved: 2, meta_rl: 1", "INT")] = None
+    num_layers: Annotated[int | None, _default("improved: 2, meta_rl: 1")] = None
     """Layers, each with a state."""
-    critic_dim: Annotated[int | None, _default("none; improved only", "INT")] = None
+    critic_dim: Annotated[int | None, _default("none; improved only")] = None
     """Width of a network of the critic's own; without one it is linear in the actor's features."""
-    log_std_init: Annotated[float | None, _default("-0.5; improved, meta_rl", "FLOAT")] = None
+    log_std_init: Annotated[float | None, _default("-0.5; improved, meta_rl")] = None
     """Logarithm of the standard deviation of continuous actions, at the start."""
-    entropy_coef: Annotated[float | None, _default("0", "FLOAT")] = None
+    entropy_coef: Annotated[float | None, _default("0")] = None
     """Weight of the entropy bonus."""
-    max_grad_norm: Annotated[float | None, _default("0.5, meta_rl: 1", "FLOAT")] = None
+    max_grad_norm: Annotated[float | None, _default("0.5, meta_rl: 1")] = None
     """Gradients are scaled down to this norm."""
-    anneal_lr: Annotated[bool | None, _default("True", "{True,False}")] = None
+    anneal_lr: Annotated[bool | None, _default("True")] = None
     """Decay the learning rate linearly to zero."""
     checkpoint_interval: Annotated[
-        int | None, _default("improved: 20, policy_gradient, meta_rl: 10", "INT")
+        int | None, _default("improved: 20, policy_gradient, meta_rl: 10")
     ] = None
     """Iterations between checkpoints. In improved, all environments are reset there: at least five
     episodes of the time limit lie between two of them."""
-    gae_lambda: Annotated[float | None, _default("0.95; improved and meta_rl", "FLOAT")] = None
+    gae_lambda: Annotated[float | None, _default("0.95; improved and meta_rl")] = None
     """Weight of longer returns in the advantages."""
-    clip_epsilon: Annotated[float | None, _default("improved: 0.2, meta_rl: 0.3", "FLOAT")] = None
+    clip_epsilon: Annotated[float | None, _default("improved: 0.2, meta_rl: 0.3")] = None
     """PPO's clipping range."""
-    value_coef: Annotated[float | None, _default("0.5; improved only", "FLOAT")] = None
+    value_coef: Annotated[float | None, _default("0.5; improved only")] = None
     """Weight of the value loss."""
-    ppo_epochs: Annotated[int | None, _default("10; improved only", "INT")] = None
+    ppo_epochs: Annotated[int | None, _default("10; improved only")] = None
     """Passes over each rollout."""
-    mini_batch_size: Annotated[int | None, _default("128; improved only", "INT")] = None
+    mini_batch_size: Annotated[int | None, _default("128; improved only")] = None
     """Steps in a minibatch."""
     num_steps: Annotated[
-        int | None, _default("improved: 2048 over all, meta_rl: the time limit", "INT")
+        int | None, _default("improved: 2048 over all, meta_rl: the time limit")
     ] = None
     """Steps of each environment in a rollout, or in a round of meta_rl."""
-    sequence_length: Annotated[int | None, _default("at most 8; improved only", "INT")] = None
+    sequence_length: Annotated[int | None, _default("at most 8; improved only")] = None
     """Steps that are learnt from as one sequence."""
-    target_kl: Annotated[float | None, _default("none; improved only", "FLOAT")] = None
+    target_kl: Annotated[float | None, _default("none; improved only")] = None
     """End an update early beyond this KL divergence."""
-    desired_kl: Annotated[float | None, _default("none; improved only", "FLOAT")] = None
+    desired_kl: Annotated[float | None, _default("none; improved only")] = None
     """Let the learning rate follow the KL divergence of the updates, towards this."""
-    memory_pace: Annotated[float | None, _default("0.1; improved only", "FLOAT")] = None
+    memory_pace: Annotated[float | None, _default("0.1; improved only")] = None
     """Length of the steps of the weights around the recurrent states, in learning rates."""
-    tasks_per_epoch: Annotated[int | None, _default("8; meta_rl only", "INT")] = None
+    tasks_per_epoch: Annotated[int | None, _default("8; meta_rl only")] = None
     """Tasks of an epoch, which are played and adapted to together."""
-    inner_lr: Annotated[float | None, _default("0.3; meta_rl only", "FLOAT")] = None
+    inner_lr: Annotated[float | None, _default("0.3; meta_rl only")] = None
     """Length of the gradient steps in a task; where it is learnt, at the start."""
-    outer_lr: Annotated[float | None, _default("1e-3; meta_rl only", "FLOAT")] = None
+    outer_lr: Annotated[float | None, _default("1e-3; meta_rl only")] = None
     """Learning rate of the shared weights at the start; --lr says the same."""
-    inner_steps: Annotated[int | None, _default("2; meta_rl only", "INT")] = None
+    inner_steps: Annotated[int | None, _default("2; meta_rl only")] = None
     """Gradient steps in a task, each on episodes of its own."""
-    outer_epochs: Annotated[int | None, _default("5; meta_rl only", "INT")] = None
+    outer_epochs: Annotated[int | None, _default("5; meta_rl only")] = None
     """Passes of the outer update over an epoch's episodes."""
-    tasks_per_minibatch: Annotated[int | None, _default("2; meta_rl only", "INT")] = None
+    tasks_per_minibatch: Annotated[int | None, _default("2; meta_rl only")] = None
     """Tasks in a minibatch of the outer update."""
-    first_order: Annotated[bool | None, _default("False; meta_rl only", "{True,False}")] = None
+    first_order: Annotated[bool | None, _default("False; meta_rl only")] = None
     """Leave out the derivative of the inner gradients."""
-    learn_inner_lr: Annotated[bool | None, _default("True; meta_rl only", "{True,False}")] = None
+    learn_inner_lr: Annotated[bool | None, _default("True; meta_rl only")] = None
     """Learn a rate of the inner steps for each weight (Meta-SGD)."""
-    trial_episodes: Annotated[int | None, _default("1; meta_rl only", "INT")] = None
+    trial_episodes: Annotated[int | None, _default("1; meta_rl only")] = None
     """With 2 or more: episodes of a trial, through which the state is kept; the policy then also
     sees its last action and reward, and where an episode ended."""
-    evaluation_interval: Annotated[int | None, _default("10; meta_rl only", "INT")] = None
+    evaluation_interval: Annotated[int | None, _default("10; meta_rl only")] = None
     """Epochs between evaluations on held-out tasks, which go to curve.csv and TensorBoard."""
 
 
@@ -205,7 +203,7 @@ class Evaluate:
 
     path: Annotated[Path, tyro.conf.Positional]
     """A policy.safetensors, or a run folder. That of a meta_rl run adapts to held-out tasks."""
-    episodes: Annotated[int | None, _default("10; not of a meta_rl run", "INT")] = None
+    episodes: Annotated[int | None, _default("10; not of a meta_rl run")] = None
     """Number of episodes; a meta_rl run plays one in each of its rows."""
     seed: int = EVALUATION_SEED
     """Seed of the first episode; the next ones count up."""
@@ -245,22 +243,22 @@ class Adapt:
     """Which tasks of the family --task counts."""
     method: Annotated[
         Method | None,
-        _default("test_time, of a meta_rl run gradient", "{standard,hybrid,test_time,gradient}"),
+        _default("test_time, of a meta_rl run gradient"),
     ] = None
     """standard: the last stretch. hybrid: with replay of those before. test_time: value ensemble,
     exploration by uncertainty, step size by difficulty. gradient: the gradient steps that a meta_rl
     run was trained for, at its inner rates, one between any two episodes."""
-    episodes: Annotated[int | None, _default("5, gradient: 4", "INT")] = None
+    episodes: Annotated[int | None, _default("5, gradient: 4")] = None
     """Episodes to adapt in."""
-    rows: Annotated[int | None, _default("1, gradient: as the run", "INT")] = None
+    rows: Annotated[int | None, _default("1, gradient: as the run")] = None
     """Copies of the task that are played side by side and learnt from together."""
-    adapt_every: Annotated[int | None, _default("500; not gradient", "INT")] = None
+    adapt_every: Annotated[int | None, _default("500; not gradient")] = None
     """Steps of every row between two updates."""
-    lr: Annotated[float | None, _default("1e-4; not gradient", "FLOAT")] = None
+    lr: Annotated[float | None, _default("1e-4; not gradient")] = None
     """Learning rate."""
-    steps: Annotated[int | None, _default("20; not gradient", "INT")] = None
+    steps: Annotated[int | None, _default("20; not gradient")] = None
     """Gradient steps of an update; standard and hybrid take as many for the values before it."""
-    max_kl: Annotated[float | None, _default("0.03; not gradient", "FLOAT")] = None
+    max_kl: Annotated[float | None, _default("0.03; not gradient")] = None
     """Largest KL divergence of the policy after an update from that before; with test_time, from
     those that acted."""
     max_episode_steps: int | None = None
@@ -268,7 +266,7 @@ class Adapt:
     seed: int = 0
     """Seed of the environment and of the actions."""
     out: Path = Path("adapted.safetensors")
-    """File of the adapted policy."""
+    """File of the adapted policy; an earlier one there is replaced."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,14 @@ def _in_terms_of(mode: str, given: dict[str, Any]) -> dict[str, Any]:
 def _continued(given: dict[str, Any], stored: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     """The settings of the run, with the steps or episodes and the device asked for now."""
     for name, value in given.items():
-        if name in (*LIMITS[stored["mode"]], "device"):
+        if name in LIMITS[stored["mode"]]:
+            if stored.get("anneal_lr") and stored[name] not in (None, value):
+                say(
+                    f"--{name} {value} instead of {stored[name]}: from here on the learning rate is "
+                    "that of a run of this length"
+                )
+            stored[name] = value
+        elif name == "device":
             stored[name] = value
         elif stored.get(name) != value:
             option = "lr" if name == "learning_rate" else name

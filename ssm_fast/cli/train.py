@@ -133,6 +133,8 @@ def _learn(
         return any(done[name] >= limits[name] for name in limits)
 
     if world.first(checkpoint is not None and is_done()):
+        if run is not None:
+            say(f"nothing is left to train: {done[unit]:,.0f} of {limit:,} {unit} are done")
         return
     arguments: dict[str, Any] = {"run": run, "resume": resume}
     if run is None:  # rank 0 shows the progress, and ends the training

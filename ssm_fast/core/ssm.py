@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ssm_fast.checks import check_count
 from ssm_fast.nn.ssm_layer import (
-    GAIN,
+    SPECTRAL_RADIUS,
     check_dtype,
     is_untouched,
     last_state,
@@ -87,10 +87,10 @@ class StateSpaceModel(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew (see the class docstring)."""
-        orthogonal_(self.A, GAIN)
+        orthogonal_(self.A, SPECTRAL_RADIUS)
         unit_variance_(self.B, 1.0)
         unit_variance_(self.D, 0.1)
-        for layer, std in ((self.C[0], (1.0 - GAIN**2) ** 0.5), (self.C[2], 0.1)):
+        for layer, std in ((self.C[0], (1.0 - SPECTRAL_RADIUS**2) ** 0.5), (self.C[2], 0.1)):
             if isinstance(layer, nn.Linear):
                 unit_variance_(layer.weight, std)
                 nn.init.zeros_(layer.bias)

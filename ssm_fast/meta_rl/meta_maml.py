@@ -84,7 +84,8 @@ class MetaMAML:
 
     Raises:
         ValueError: A number is out of its range, or the model has nothing to train.
-        TypeError: The model is no ``nn.Module``, or a count no integer.
+        TypeError: The model is no ``nn.Module`` or holds an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, which
+            have no vmap, or a count is no integer.
     """
 
     def __init__(
@@ -102,6 +103,13 @@ class MetaMAML:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        for name, module in model.named_modules():
+            if isinstance(module, nn.RNNBase):
+                where = f"{name!r} is one" if name else "it is one"
+                raise TypeError(
+                    f"model must hold no nn.{type(module).__name__}, which torch cannot vmap, but "
+                    f"{where}: ssm_fast.SSM takes its place"
+                )
         check_number("inner_lr", inner_lr, at_least=0.0)
         check_number("outer_lr", outer_lr, at_least=0.0)
         check_count("inner_steps", inner_steps)

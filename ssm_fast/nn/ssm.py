@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ssm_fast.checks import check_count
-from ssm_fast.nn.ssm_layer import Norm, SSMLayer, check_dtype, check_norm, last_state
+from ssm_fast.nn.ssm_layer import (
+    SPECTRAL_RADIUS,
+    Norm,
+    SSMLayer,
+    check_dtype,
+    check_norm,
+    last_state,
+)
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -45,14 +52,15 @@ class SSM(nn.Module):
         norm: LayerNorm of each layer: ``None``, ``"output"`` or ``"state"``.
         residual: Add a layer's input to its output where both have the same size.
         activation: ``"gelu"``, ``"silu"``, ``"tanh"``, ``"relu"`` or ``None``, between layers.
+        spectral_radius: Of every ``A`` at first, in [0, 1): what is left of a state after one step.
         bidirectional: Not offered; there so that code written for ``nn.GRU`` gets a clear error.
         proj_size: Not offered; likewise.
         device: Device of the parameters.
         dtype: Floating-point type of the parameters.
 
     Raises:
-        ValueError: If a size, ``dropout``, ``norm`` or ``activation`` is out of range, or
-            ``bidirectional`` or ``proj_size`` is asked for.
+        ValueError: If a size, ``dropout``, ``norm``, ``activation`` or ``spectral_radius`` is out of
+            range, or ``bidirectional`` or ``proj_size`` is asked for.
         TypeError: If a size is not an integer.
     """
 
@@ -69,6 +77,7 @@ class SSM(nn.Module):
         norm: Norm | None = None,
         residual: bool = False,
         activation: str | None = None,
+        spectral_radius: float = SPECTRAL_RADIUS,
         bidirectional: bool = False,
         proj_size: int = 0,
         device: torch.device | str | None = None,
@@ -106,6 +115,7 @@ class SSM(nn.Module):
         self.dropout = dropout
         self.norm = norm
         self.residual = residual
+        self.spectral_radius = spectral_radius
         self.activation = activation
         self.layers = nn.ModuleList(
             SSMLayer(
@@ -114,6 +124,7 @@ class SSM(nn.Module):
                 state_size,
                 bias,
                 norm,
+                spectral_radius=spectral_radius,
                 device=device,
                 dtype=dtype,
             )

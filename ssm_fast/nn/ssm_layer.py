@@ -22,7 +22,9 @@ from ssm_fast.ops.output_norm import fused_output
 
 Norm = Literal["output", "state"]
 
-GAIN = 0.9  # of the orthogonal A: every mode forgets by this factor a step, in a different plane
+SPECTRAL_RADIUS = (
+    0.9  # of A at first: every mode forgets by this factor a step, in a plane of its own
+)
 
 ROWS = 256  # from which on `linear` is faster than torch's product, whose call costs less
 
@@ -63,7 +65,7 @@ class SSMLayer(nn.Module):
     ``norm="output"`` normalises what comes out, ``y_t = LN(C s_t + D x_t)``; ``norm="state"``
     normalises inside the recurrence, ``s_t = LN(A (m_t s_{t-1}) + B x_t + bias)``.
 
-    A starts orthogonal with gain 0.9; B, C and D start (semi-)orthogonal, scaled so that white
+    A starts as an orthogonal matrix times ``spectral_radius``; B, C and D start (semi-)orthogonal, scaled so that white
     input of unit variance gives a drive ``B x``, and without a norm an output, of unit variance.
 
     Args:
@@ -72,6 +74,7 @@ class SSMLayer(nn.Module):
         state_size: Size of the state ``N``.
         bias: Whether the projection into the state has a bias ``[N]``.
         norm: Where the LayerNorm stands: ``None``, ``"output"`` or ``"state"``.
+        spectral_radius: Of ``A`` at first, in [0, 1): what is left of a state after one step.
         device: Device of the parameters.
         dtype: Floating-point type of the parameters.
 
@@ -84,7 +87,7 @@ class SSMLayer(nn.Module):
         norm: ``nn.LayerNorm`` over ``H`` (``"output"``) or ``N`` (``"state"``), or ``None``.
 
     Raises:
-        ValueError: If a size is less than 1 or ``norm`` is unknown.
+        ValueError: If a size is less than 1, ``norm`` is unknown or ``spectral_radius`` out of range.
         TypeError: If a size is not an integer.
     """
 
@@ -99,6 +102,7 @@ class SSMLayer(nn.Module):
         bias: bool = True,
         norm: Norm | None = None,
         *,
+        spectral_radius: float = SPECTRAL_RADIUS,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -107,6 +111,9 @@ class SSMLayer(nn.Module):
         self.hidden_size = check_count("hidden_size", hidden_size)
         self.state_size = check_count("state_size", state_size)
         check_norm(norm)
+        if not 0.0 <= spectral_radius < 1.0:
+            raise ValueError(f"spectral_radius must be in [0, 1), got {spectral_radius}")
+        self.spectral_radius = spectral_radius
         self.normalize_state = norm == "state"
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -129,10 +136,11 @@ class SSMLayer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters anew (see the class docstring)."""
-        # A unit-variance drive gives a state of variance 1 / (1 - GAIN^2), or 1 behind the norm;
+        # A unit-variance drive gives a state of variance 1 / (1 - radius^2), or 1 behind the norm;
         # the two summands of y share its unit variance equally.
-        state_std = 1.0 if self.normalize_state else 1.0 / math.sqrt(1.0 - GAIN**2)
-        orthogonal_(self.A, GAIN)
+        radius = self.spectral_radius
+        state_std = 1.0 if self.normalize_state else 1.0 / math.sqrt(1.0 - radius**2)
+        orthogonal_(self.A, radius)
         unit_variance_(self.B, 1.0)
         unit_variance_(self.C, math.sqrt(0.5) / state_std)
         unit_variance_(self.D, math.sqrt(0.5))

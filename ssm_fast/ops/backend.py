@@ -151,8 +151,11 @@ def check_dtype(
     if first.is_cuda or _interpreting:
         allowed = allowed | _HALF
     if first.dtype not in allowed:
+        remedy = (
+            ": on the CPU, keep the weights and use torch.autocast" if first.dtype in _HALF else ""
+        )
         raise TypeError(
-            f"{first_name} of {op} must be {' or '.join(allowed.values())}, got {first.dtype}"
+            f"{first_name} of {op} must be {' or '.join(allowed.values())}, got {first.dtype}{remedy}"
         )
     for name, tensor in tensors.items():
         if tensor is None or tensor is first:

@@ -677,6 +677,10 @@ class TestBadInput:
 
     def test_settings(self) -> None:
         model = make("standard")
+        with pytest.raises(TypeError, match=r"no nn\.GRU, .* but '1' is one: ssm_fast\.SSM takes"):
+            MetaMAML(nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 4)))
+        with pytest.raises(TypeError, match=r"no nn\.LSTM, .* but it is one"):
+            MetaMAML(nn.LSTM(3, 4))
         with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
             MetaMAML(lambda x: x)
         with pytest.raises(ValueError, match="inner_lr must be finite and at least"):

@@ -424,6 +424,17 @@ def test_arguments_are_never_modified() -> None:
     torch.testing.assert_close((x, h0, reset), before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("radius", [0.0, 0.5, 0.99])
+def test_spectral_radius(radius: float) -> None:
+    torch.manual_seed(0)
+    module = SSM(64, 64, 2, spectral_radius=radius)
+    for layer in module.layers:
+        torch.testing.assert_close(layer.A.mT @ layer.A, radius**2 * torch.eye(64))
+    with torch.no_grad():
+        y, _ = module.layers[0](torch.randn(16, 2000, 64))  # [16, 2000, 64]
+    assert float(y[:, 1000:].var()) == pytest.approx(1.0, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
@@ -436,6 +447,8 @@ def test_arguments_are_never_modified() -> None:
         ({"activation": "swish"}, ValueError, "activation must be None or one of .*, got 'swish'"),
         ({"bidirectional": True}, ValueError, "bidirectional must be False"),
         ({"proj_size": 3}, ValueError, "proj_size must be 0, got 3"),
+        ({"spectral_radius": 1.0}, ValueError, r"spectral_radius must be in \[0, 1\), got 1.0"),
+        ({"spectral_radius": float("nan")}, ValueError, "spectral_radius must be"),
     ],
 )
 def test_bad_construction(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -497,6 +510,12 @@ def test_bad_packed_input() -> None:
         module(packed, h0)
     with pytest.raises(ValueError, match=r"input.data must have shape"):
         module(pack([x[0, :, :2]], sort=True))
+
+
+def test_half_precision_on_the_cpu_says_what_to_do() -> None:
+    layer = SSM(3, 4).bfloat16()
+    with pytest.raises(TypeError, match=r"on the CPU, keep the weights and use torch\.autocast"):
+        layer(torch.randn(5, 2, 3, dtype=torch.bfloat16))
 
 
 def test_a_pair_of_states_and_an_array_are_refused_by_name() -> None:
