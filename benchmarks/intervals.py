@@ -6,7 +6,6 @@ import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from rliable import library, metrics
 
 REPETITIONS = 2000
 
@@ -17,6 +16,8 @@ def interval(scores: NDArray[np.float64], task_bootstrap: bool = False) -> dict[
     (Agarwal et al. 2021, arXiv 2108.13264.) `task_bootstrap` draws the tasks anew, too: they stand for
     others of their family.
     """
+    from rliable import library, metrics  # of the extra `bench`
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of arch, about rliable's argument
         points, limits = library.get_interval_estimates(

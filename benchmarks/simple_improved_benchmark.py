@@ -10,6 +10,8 @@ all files of the environment and the number of steps. A return is that of a fina
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -22,12 +24,15 @@ import torch
 import tyro
 from baseline_policies import GRUPolicy, MLPPolicy
 from contest import commit
+from imageio_ffmpeg import get_ffmpeg_exe
 from intervals import interval
 
+import ssm_fast
 from ssm_fast.cli.presets import load_preset
 from ssm_fast.cli.settings import MODEL_OPTIONS, TRAINER_OPTIONS
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import Environment, evaluate
+from ssm_fast.env_runner.film import film, usable_backend
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
 from ssm_fast.policy import Policy
 
@@ -35,6 +40,7 @@ mpl.use("agg")
 from matplotlib import pyplot as plt
 
 ROWS = 8  # of a preset that does not say
+PICTURES, FIRST_PICTURE, BETWEEN_PICTURES = 6, 20, 2  # of a strip, in steps
 EVALUATION_EPISODES, EVALUATION_SEED = 10, 3_000_000_000
 POLICIES: dict[str, tuple[str, type[ImprovedSSM], dict[str, Any]]] = {
     "ssm": ("SSM", ImprovedSSM, {}),
@@ -73,6 +79,9 @@ class Options:
     """The folder of the runs' files, the table and the plot."""
     models: Path = Path("build/improved")
     """The folder of the trained SSM policies."""
+    videos: bool = False
+    """Also film an episode of every SSM policy in that folder, and make a strip of pictures of the first
+    one, beside the table."""
     only_summary: bool = False
     """Run nothing."""
     threads: int = 1
@@ -96,6 +105,8 @@ def main(options: Options) -> None:
             path.write_text(json.dumps(result) + "\n")
             say(f"{path}: {np.mean(result['returns']):.1f}")
     summarise(options, label, steps)
+    if options.videos:
+        film_policies(options, label)
 
 
 def steps_of(options: Options) -> int:
@@ -225,6 +236,30 @@ def draw(axes: Any, name: str, runs: list[dict[str, Any]]) -> None:
     (line,) = axes.plot(steps, curves.mean(0), label=name)
     for curve in curves:
         axes.plot(steps, curve, color=line.get_color(), alpha=0.3, linewidth=0.7)
+
+
+# What they look like
+
+
+def film_policies(options: Options, label: str) -> None:
+    """An .mp4 beside each policy's file that has none yet."""
+    backend = usable_backend(options.env)
+    if backend is not None:
+        os.environ["MUJOCO_GL"] = backend
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # of CartPole and the like: no window
+    paths = sorted(options.models.glob(f"{label}-ssm-seed*.safetensors"))
+    for path in paths:
+        video = path.with_suffix(".mp4")
+        if not video.exists():
+            filmed = film(ssm_fast.load_policy(path), options.env, video, seed=EVALUATION_SEED)
+            say(f"{video}: return {filmed.episode_return:.1f}")
+    if paths:
+        chosen = (
+            rf"select=gte(n\,{FIRST_PICTURE})*not(mod(n\,{BETWEEN_PICTURES})),tile={PICTURES}x1"
+        )
+        strip = options.out / f"{label}-strip.png"
+        command = [get_ffmpeg_exe(), "-y", "-v", "error", "-i", paths[0].with_suffix(".mp4")]
+        subprocess.run([*command, "-vf", chosen, "-frames:v", "1", strip], check=True)
 
 
 def say(text: str) -> None:

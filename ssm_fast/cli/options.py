@@ -100,7 +100,8 @@ class Train:
     steps: Annotated[int | None, _default("improved: 1000000, where --episodes is not given")] = (
         None
     )
-    """Stop after so many environment steps."""
+    """Stop after so many environment steps, rounded up to whole rollouts. Of improved, up to 2,048
+    come on top, which give the observations their first statistics."""
     seed: Annotated[int | None, _default("0")] = None
     """Seed of the weights, the environments and the actions."""
     out: Annotated[

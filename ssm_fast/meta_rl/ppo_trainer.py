@@ -319,8 +319,9 @@ class PPOTrainer:
         Args:
             env: The environments, of several processes those of this one. A single one is stepped
                 alone; a batch learns faster.
-            total_timesteps: Steps over all environments, rounded up to whole rollouts. A second
-                call adds as many, with a learning-rate schedule of its own.
+            total_timesteps: Steps over all environments, rounded up to whole rollouts; those of the
+                warm-up, which gives `obs_norm` its first statistics, come on top. A second call adds
+                as many, with a learning-rate schedule of its own.
             log_interval: Iterations between lines of the log (logger `ssm_fast.meta_rl.ppo_trainer`,
                 level INFO).
             callback: Called with the metrics after each iteration; training stops after the one for
