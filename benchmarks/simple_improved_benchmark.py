@@ -28,6 +28,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from intervals import interval
 
 import ssm_fast
+from ssm_fast.cli.environments import route_mujoco_warnings
 from ssm_fast.cli.presets import load_preset
 from ssm_fast.cli.settings import MODEL_OPTIONS, TRAINER_OPTIONS
 from ssm_fast.core import ImprovedSSM
@@ -243,6 +244,7 @@ def draw(axes: Any, name: str, runs: list[dict[str, Any]]) -> None:
 
 def film_policies(options: Options, label: str) -> None:
     """An .mp4 beside each policy's file that has none yet."""
+    route_mujoco_warnings(options.env)
     backend = usable_backend(options.env)
     if backend is not None:
         os.environ["MUJOCO_GL"] = backend
@@ -254,12 +256,11 @@ def film_policies(options: Options, label: str) -> None:
             filmed = film(ssm_fast.load_policy(path), options.env, video, seed=EVALUATION_SEED)
             say(f"{video}: return {filmed.episode_return:.1f}")
     if paths:
-        chosen = (
-            rf"select=gte(n\,{FIRST_PICTURE})*not(mod(n\,{BETWEEN_PICTURES})),tile={PICTURES}x1"
-        )
+        chosen = rf"select=gte(n\,{FIRST_PICTURE})*not(mod(n\,{BETWEEN_PICTURES}))"
+        joined = f"{chosen},scale=320:-2,tile={PICTURES}x1"
         strip = options.out / f"{label}-strip.png"
         command = [get_ffmpeg_exe(), "-y", "-v", "error", "-i", paths[0].with_suffix(".mp4")]
-        subprocess.run([*command, "-vf", chosen, "-frames:v", "1", strip], check=True)
+        subprocess.run([*command, "-vf", joined, "-frames:v", "1", strip], check=True)
 
 
 def say(text: str) -> None:
