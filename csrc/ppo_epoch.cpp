@@ -1,10 +1,16 @@
 #include "ppo_epoch.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 namespace ssm_fast {
 namespace {
+
+constexpr Index kRowsOfThread = 32;  // of a minibatch, that are worth a thread
+template <class T>
+constexpr T kHalfLogTwoPi = T(0.91893853320467274);
 
 // What a minibatch is made of, [rows, ...] each, and the gradients of its loss.
 template <class T>
@@ -14,34 +20,50 @@ struct Minibatch {
   std::uint8_t* reset;
 };
 
+// What the loss takes from all of a minibatch.
+struct Whole {
+  Index rows;
+  double mean, deviation;  // of the advantages
+};
+
+// Sums over the rows of a part of one.
+struct Sums {
+  double policy_loss, squares, divergence;
+  Index clips;
+};
+
+// Learns from a part of each minibatch, into a gradient of its own.
 template <class T>
-class Epoch {
+class Learner {
  public:
-  Epoch(SequenceGradient<T>& gradient, const RolloutSequences<T>& rollout, Index minibatch, const PpoLoss& loss,
-        const T* log_std, T* log_std_gradient)
+  Learner(SequenceGradient<T>& gradient, const RolloutSequences<T>& rollout, Index sequences, const PpoLoss& loss,
+          const T* log_std, T* log_std_gradient)
       : gradient_(gradient),
         rollout_(rollout),
         loss_(loss),
         log_std_(log_std),
         log_std_gradient_(log_std_gradient),
-        reset_(std::size_t(minibatch * rollout.L)) {
+        reset_(std::size_t(sequences * rollout.L)) {
     const auto [I, H, N, L, K, W] = gradient.sizes();
-    const Index rows = minibatch * rollout.L;
+    const Index rows = sequences * rollout.L;
     arrays_.place([&](auto take) {
       batch_ = {take(rows * I), take(rows * K),          take(rows),     take(rows), take(rows),
-                take(rows),     take(minibatch * L * N), take(rows * K), take(rows), reset_.data()};
+                take(rows),     take(sequences * L * N), take(rows * K), take(rows), reset_.data()};
       inverse_std_ = take(K);
     });
   }
 
-  // Sets the gradient of everything to that of the loss of some sequences, and their figures but for its norm.
-  void learn(const std::int64_t* sequences, Index count, double* figures) {
+  // Sets the gradient of everything to that of the part's share in the loss.
+  Sums learn(const std::int64_t* sequences, Index count, const Whole& whole) {
     gather(sequences, count);
     const Index rows = count * rollout_.L;
-    standardize(batch_.advantages, rows);
+    for (Index i = 0; i < rows; ++i) {
+      batch_.advantages[i] = T((double(batch_.advantages[i]) - whole.mean) / whole.deviation);
+    }
     gradient_.forward(batch_.x, batch_.state, batch_.reset, batch_.mean, batch_.value, count, rollout_.L);
-    differentiate(rows, figures);
+    const Sums sums = differentiate(rows, whole.rows);
     gradient_.backward(batch_.mean, batch_.value);
+    return sums;
   }
 
  private:
@@ -63,25 +85,17 @@ class Epoch {
     for (Index l = 0; l < L; ++l) copy(batch_.state + l * count * N, r.state + l * r.S * N, N);
   }
 
-  static void standardize(T* x, Index rows) {
-    double total = 0, squares = 0;
-    for (Index i = 0; i < rows; ++i) total += double(x[i]);
-    const double mean = total / double(rows);
-    for (Index i = 0; i < rows; ++i) squares += (double(x[i]) - mean) * (double(x[i]) - mean);
-    const double deviation = std::sqrt(squares / double(rows)) + 1e-8;
-    for (Index i = 0; i < rows; ++i) x[i] = T((double(x[i]) - mean) / deviation);
-  }
-
   // Turns mean and value into the gradients of the loss with respect to them, and writes that of log_std.
-  void differentiate(Index rows, double* figures) {
+  Sums differentiate(Index rows, Index rows_of_whole) {
     const Index K = gradient_.sizes().K;
     const T low = T(1 - loss_.clip_epsilon), high = T(1 + loss_.clip_epsilon), range = T(loss_.clip_epsilon);
-    const T per_row = T(1) / T(rows), of_value = T(2 * loss_.value_coef) * per_row;
+    const T per_row = T(1) / T(rows_of_whole), of_value = T(2 * loss_.value_coef) * per_row;
+    const T of_entropy = T(-loss_.entropy_coef * (double(rows) / double(rows_of_whole)));
     T constant = 0;  // of the log-probabilities
     for (Index k = 0; k < K; ++k) {
       inverse_std_[k] = std::exp(-log_std_[k]);
-      constant += log_std_[k] + T(0.91893853320467274);  // log(2 pi) / 2
-      log_std_gradient_[k] = T(-loss_.entropy_coef);
+      constant += log_std_[k] + kHalfLogTwoPi<T>;
+      log_std_gradient_[k] = of_entropy;
     }
     double policy = 0, squares = 0, divergence = 0;
     Index clips = 0;
@@ -118,11 +132,7 @@ class Epoch {
       divergence += double(ratio - T(1) - log_ratio);
       clips += ratio != clipped;
     }
-    figures[0] = policy / double(rows);
-    figures[1] = squares / double(rows);
-    figures[2] = double(constant) + 0.5 * double(K);
-    figures[3] = divergence / double(rows);
-    figures[4] = double(clips) / double(rows);
+    return {policy, squares, divergence, clips};
   }
 
   SequenceGradient<T>& gradient_;
@@ -136,28 +146,145 @@ class Epoch {
   T* inverse_std_ = nullptr;
 };
 
-// Clips the gradient to the largest norm and takes a step; returns its norm before, and stays where that is not finite.
+// Threads learn from parts of the same minibatch, add up their gradients and take the step, each in a stretch of the
+// vector.
 template <class T>
-double take_step(const AdamState<T>& state, Index steps) {
-  Adam<T> p{};
-  p.w = state.vector, p.m = state.m, p.v = state.v;
-  p.grad = state.gradient, p.pace = state.pace;
-  for (const auto& [values, elements] : state.values) p.P += elements;
-  const double norm = std::sqrt(SSM_FAST_CALL(squared_norm(state.gradient, p.P)));
-  if (!std::isfinite(norm)) return norm;
-  const double scale = state.max_norm / (norm + 1e-6);
-  p.scale = T(scale < 1 ? scale : 1);
-  p.beta1 = T(state.beta1), p.beta2 = T(state.beta2), p.eps = T(state.eps);
-  p.rate = T(state.learning_rate / (1 - std::pow(state.beta1, double(steps))));
-  p.root = T(std::sqrt(1 - std::pow(state.beta2, double(steps))));
-  SSM_FAST_CALL(adam(p));
-  const T* next = state.vector;
-  for (const auto& [values, elements] : state.values) {
-    std::memcpy(values, next, std::size_t(elements) * sizeof(T));
-    next += elements;
+class Epoch {
+ public:
+  Epoch(SequenceGradient<T>& gradient, const RolloutSequences<T>& rollout, Index sequences, const PpoLoss& loss,
+        const T* log_std, T* log_std_gradient, const AdamState<T>& adam)
+      : rollout_(rollout), log_std_(log_std), K_(gradient.sizes().K), adam_(adam) {
+    for (const auto& [values, elements] : adam.values) P_ += elements;
+    const Index rows = sequences * rollout.L;
+    parts_ = threads_for(double(rows) * double(P_), std::min(sequences, rows / kRowsOfThread));
+    const Index most = (sequences + parts_ - 1) / parts_;
+    sums_.resize(std::size_t(parts_)), squares_.resize(std::size_t(parts_));
+    others_.resize(std::size_t(parts_ - 1) * std::size_t(P_));
+    gradients_.reserve(std::size_t(parts_ - 1));
+    learners_.push_back(std::make_unique<Learner<T>>(gradient, rollout, most, loss, log_std, log_std_gradient));
+    for (int part = 1; part < parts_; ++part) {
+      T* own = gradient_of(part);
+      gradients_.push_back(gradient.with_gradients(adam.gradient, own));
+      learners_.push_back(std::make_unique<Learner<T>>(gradients_.back(), rollout, most, loss, log_std,
+                                                       own + (log_std_gradient - adam.gradient)));
+    }
   }
-  return norm;
-}
+
+  Index run(const std::int64_t* order, Index count, Index minibatch, double* figures) {
+    taken_ = 0;
+#pragma omp parallel num_threads(parts_)
+    work(order, count, minibatch, figures);
+    return taken_;
+  }
+
+ private:
+  // What one thread does. All of them come to the same decisions, from what they have together.
+  void work(const std::int64_t* order, Index count, Index minibatch, double* figures) {
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const auto each_part = [&](auto function) {
+      for (int part = thread; part < parts_; part += threads) function(part);
+#pragma omp barrier
+    };
+    for (Index first = 0; first < count; first += minibatch, order += minibatch, figures += kFigures) {
+      const Index sequences = std::min(minibatch, count - first);
+      const Whole whole = whole_of(order, sequences);
+      // Where a part begins; the first is never empty.
+      const auto begin = [&](Index part) { return (sequences * part + parts_ - 1) / parts_; };
+      each_part([&](int part) {
+        const Index from = begin(part), to = begin(part + 1);
+        sums_[std::size_t(part)] =
+            from < to ? learners_[std::size_t(part)]->learn(order + from, to - from, whole) : Sums{};
+      });
+      each_part([&](int part) {
+        const Index from = stretch(part), elements = stretch(part + 1) - from;
+        for (int other = 1; other < parts_; ++other) {
+          if (begin(other) < begin(other + 1)) add_to(adam_.gradient + from, gradient_of(other) + from, elements);
+        }
+        squares_[std::size_t(part)] = SSM_FAST_CALL(squared_norm(adam_.gradient + from, elements));
+        if (part == 0) write_figures(whole.rows, figures);  // before the step changes log_std
+      });
+      double squares = 0;
+      for (const double of_part : squares_) squares += of_part;
+      const double norm = std::sqrt(squares);
+      if (thread == 0) figures[kFigures - 1] = norm;
+      if (!std::isfinite(norm)) return;
+      const Index step = adam_.steps + first / minibatch + 1;
+      each_part([&](int part) { take_step(stretch(part), stretch(part + 1), norm, step); });
+      if (thread == 0) ++taken_;
+    }
+  }
+
+  // Where a part of the vector begins.
+  Index stretch(Index part) const { return part == parts_ ? P_ : P_ * part / parts_ / kLine * kLine; }
+
+  T* gradient_of(int part) { return others_.data() + Index(part - 1) * P_; }  // of any but the first
+
+  Whole whole_of(const std::int64_t* sequences, Index count) const {
+    const auto sum = [&](auto term) {
+      double total = 0;
+      for (Index i = 0; i < count; ++i) {
+        const T* x = rollout_.advantages + sequences[i] * rollout_.L;
+        for (Index t = 0; t < rollout_.L; ++t) total += term(double(x[t]));
+      }
+      return total;
+    };
+    const Index rows = count * rollout_.L;
+    const double mean = sum([](double x) { return x; }) / double(rows);
+    const double squares = sum([mean](double x) { return (x - mean) * (x - mean); });
+    return {rows, mean, std::sqrt(squares / double(rows)) + 1e-8};
+  }
+
+  // All but the norm.
+  void write_figures(Index rows, double* figures) const {
+    Sums total{};
+    for (const Sums& part : sums_) {
+      total.policy_loss += part.policy_loss, total.squares += part.squares;
+      total.divergence += part.divergence, total.clips += part.clips;
+    }
+    double entropy = 0.5 * double(K_);
+    for (Index k = 0; k < K_; ++k) entropy += double(log_std_[k] + kHalfLogTwoPi<T>);
+    figures[0] = total.policy_loss / double(rows);
+    figures[1] = total.squares / double(rows);
+    figures[2] = entropy;
+    figures[3] = total.divergence / double(rows);
+    figures[4] = double(total.clips) / double(rows);
+  }
+
+  // The step number `step` of some entries, along the gradient clipped to the largest norm.
+  void take_step(Index from, Index to, double norm, Index step) const {
+    Adam<T> p{};
+    p.w = adam_.vector + from, p.m = adam_.m + from, p.v = adam_.v + from;
+    p.grad = adam_.gradient + from, p.pace = adam_.pace + from;
+    p.P = to - from;
+    p.scale = T(std::min(1.0, adam_.max_norm / (norm + 1e-6)));
+    p.beta1 = T(adam_.beta1), p.beta2 = T(adam_.beta2), p.eps = T(adam_.eps);
+    p.rate = T(adam_.learning_rate / (1 - std::pow(adam_.beta1, double(step))));
+    p.root = T(std::sqrt(1 - std::pow(adam_.beta2, double(step))));
+    SSM_FAST_CALL(adam(p));
+    Index first = 0;  // entry of a parameter
+    for (const auto& [values, elements] : adam_.values) {
+      const Index begin = std::max(from, first), end = std::min(to, first + elements);
+      if (begin < end) {
+        std::memcpy(values + (begin - first), adam_.vector + begin, std::size_t(end - begin) * sizeof(T));
+      }
+      first += elements;
+    }
+  }
+
+  static constexpr Index kLine = 64 / Index(sizeof(T));
+
+  const RolloutSequences<T>& rollout_;
+  const T* log_std_;
+  const Index K_;
+  const AdamState<T>& adam_;
+  int parts_ = 1;
+  Index P_ = 0, taken_ = 0;
+  std::vector<T> others_;  // the gradients of all parts but the first, [parts - 1, P]
+  std::vector<SequenceGradient<T>> gradients_;
+  std::vector<std::unique_ptr<Learner<T>>> learners_;
+  std::vector<Sums> sums_;
+  std::vector<double> squares_;
+};
 
 }  // namespace
 
@@ -165,15 +292,8 @@ template <class T>
 Index ppo_epoch(SequenceGradient<T>& gradient, const RolloutSequences<T>& rollout, const std::int64_t* order,
                 Index count, Index minibatch, const PpoLoss& loss, const T* log_std, T* log_std_gradient,
                 const AdamState<T>& adam, double* figures) {
-  Epoch<T> epoch(gradient, rollout, minibatch < count ? minibatch : count, loss, log_std, log_std_gradient);
-  Index steps = 0;
-  for (Index first = 0; first < count; first += minibatch, figures += kFigures) {
-    epoch.learn(order + first, minibatch < count - first ? minibatch : count - first, figures);
-    figures[kFigures - 1] = take_step(adam, adam.steps + steps + 1);
-    if (!std::isfinite(figures[kFigures - 1])) break;
-    ++steps;
-  }
-  return steps;
+  Epoch<T> epoch(gradient, rollout, std::min(minibatch, count), loss, log_std, log_std_gradient, adam);
+  return epoch.run(order, count, minibatch, figures);
 }
 
 template Index ppo_epoch(SequenceGradient<float>&, const RolloutSequences<float>&, const std::int64_t*, Index, Index,

@@ -38,7 +38,8 @@ constexpr Index kFigures =
     6;  // of a minibatch: policy loss, value loss, entropy, KL divergence, clipped, gradient norm
 
 // Learns from the sequences `order` names, `minibatch` of them at a time, and writes the figures [minibatches, 6].
-// Returns how many steps were taken: a gradient that is not finite ends the epoch before its own.
+// Returns how many steps were taken: a gradient that is not finite ends the epoch before its own. Of a minibatch that
+// is large enough each thread takes some sequences, so that the last bits depend on the number of threads.
 template <class T>
 Index ppo_epoch(SequenceGradient<T>& gradient, const RolloutSequences<T>& rollout, const std::int64_t* order,
                 Index count, Index minibatch, const PpoLoss& loss, const T* log_std, T* log_std_gradient,

@@ -14,6 +14,15 @@ SequenceGradient<T>::SequenceGradient(std::vector<T*> weights, std::vector<T*> g
       eps_(eps),
       layers_(std::size_t(sizes.L)) {}
 
+template <class T>
+SequenceGradient<T> SequenceGradient<T>::with_gradients(const T* from, T* to) const {
+  std::vector<T*> gradients = gradients_;
+  for (T*& gradient : gradients) {
+    if (gradient) gradient = to + (gradient - from);
+  }
+  return {weights_, gradients, sizes_, residual_, eps_};
+}
+
 // Room for that many rows.
 template <class T>
 void SequenceGradient<T>::reserve(Index rows) {

@@ -22,6 +22,9 @@ class SequenceGradient {
   // C, D and weight and bias of its norm.
   SequenceGradient(std::vector<T*> weights, std::vector<T*> gradients, Sizes sizes, bool residual, T eps);
 
+  // Another one of the same weights, whose gradients lie as these do, but from `to` on instead of `from`.
+  SequenceGradient with_gradients(const T* from, T* to) const;
+
   const Sizes& sizes() const { return sizes_; }
 
   // mean [S T, K] and value [S T] from x [S, T, I], state [L, S, N] and reset [S, T], all contiguous. What came in

@@ -131,26 +131,62 @@ class TestPpoEpoch:
             weights.append(_weights(trainer).double())
         assert (weights[0] - weights[1]).norm() <= 1e-5 * weights[1].norm()
 
-    def test_same_bits_for_any_number_of_threads(self) -> None:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("critic_dim", [None, 33])
+    def test_several_threads(self, dtype: torch.dtype, critic_dim: int | None) -> None:
+        """They equal one to rounding, and themselves bitwise."""
         before = torch.get_num_threads()
         generator = torch.Generator().manual_seed(2)
-        x = torch.randn(60, 8, I, generator=generator)
-        actions, flat = x[..., :K], torch.randn(5, 60, 8, generator=generator)
+        x = torch.randn(61, 8, I, generator=generator, dtype=dtype)
+        actions, flat = x[..., :K], torch.randn(5, 61, 8, generator=generator, dtype=dtype)
         sequences = [x, actions, flat[0] - 3.0, flat[1] > 1.0, *flat[2:]]
-        states, order = torch.zeros(2, 60, 5), torch.arange(60)
-        model, found = ImprovedSSM(I, K, 5, 96), []  # wide enough for a second thread
+        states = torch.randn(2, 61, 5, generator=generator, dtype=dtype)
+        order = torch.randperm(61, generator=generator)
+        model = ImprovedSSM(I, K, 5, 96, critic_dim=critic_dim).to(dtype)
+        found = []
         try:
-            for count in (1, 2):
+            for count in (1, 2, 2, 3):
                 torch.set_num_threads(count)
-                trainer = _trainer(copy.deepcopy(model))
+                trainer = _trainer(copy.deepcopy(model), learning_rate=1e-3, entropy_coef=0.1)
                 trainer._gradient = SequenceGradient.of(trainer.model, x, states)
                 native = trainer._native_epoch()
                 assert native is not None
-                found.append((native(sequences, states, order, 30), _weights(trainer)))
+                figures = native(
+                    sequences, states, order, 20
+                )  # the last minibatch has one sequence
+                found.append((figures, _weights(trainer)))
         finally:
             torch.set_num_threads(before)
-        for one, other in zip(*found, strict=True):
-            assert torch.equal(one, other)
+        one, two, again, three = found
+        assert not torch.equal(one[1], _weights(_trainer(model)))
+        for i in range(2):
+            assert torch.equal(two[i], again[i])
+            assert not torch.equal(one[i], two[i]), "the threads had nothing to do"
+            tolerance = 1e-9 if dtype == torch.float64 else 1e-4
+            for other in (two, three):
+                torch.testing.assert_close(other[i], one[i], rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("bad", [3, 55])
+    def test_a_gradient_that_is_not_finite_of_several_threads(self, bad: int) -> None:
+        before = torch.get_num_threads()
+        x = torch.randn(60, 8, I, generator=torch.Generator().manual_seed(2))
+        flat = torch.zeros(60, 8)
+        log_probs = torch.full((60, 8), -3.0)
+        log_probs[bad, 4] = float("nan")
+        sequences = [x, x[..., :K], log_probs, flat > 0, flat, flat, x[..., 0]]
+        trainer = _trainer(ImprovedSSM(I, K, 5, 96))
+        trainer._gradient = SequenceGradient.of(trainer.model, x, torch.zeros(2, 60, 5))
+        native = trainer._native_epoch()
+        assert native is not None
+        try:
+            torch.set_num_threads(2)
+            figures = native(sequences, torch.zeros(2, 60, 5), torch.arange(60), 20)
+        finally:
+            torch.set_num_threads(before)
+        assert len(figures) == bad // 20 + 1
+        assert bool(torch.isfinite(figures[:-1]).all())
+        assert bool(figures[-1, -1].isnan())
+        assert bool(torch.isfinite(_weights(trainer)).all())
 
     @pytest.mark.parametrize("in_calls", [False, True])
     def test_a_gradient_that_is_not_finite(
