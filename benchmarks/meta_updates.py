@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from fresh_process import added_memory, in_fresh_process
 from references import dense_scan_loop
-from second_order import _status
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
@@ -19,7 +17,6 @@ from ssm_fast.meta_rl.meta_maml import MetaMAML
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from multiprocessing.connection import Connection
 
 INNER_LR, OUTER_LR = 0.01, 1e-3
 SIZES = {"G": 20, "B": 20, "T": 100, "N": 64, "I": 17, "O": 6, "H": 128}
@@ -213,21 +210,10 @@ def _matrices(
 
 
 def peak_memory(kind: str, name: str, **sizes: int) -> float:
-    """MiB that an update adds to the resident set of a fresh process at its peak (Linux)."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(sender, kind, name, sizes))
-    child.start()
-    sender.close()  # a child that dies is then an error here, not a wait for ever
-    peak = receiver.recv()
-    child.join()
-    return peak
+    """MiB that an update adds to a fresh process."""
+    return in_fresh_process(_memory_of, kind, name, sizes)
 
 
-def _measure(sender: Connection, kind: str, name: str, sizes: dict[str, int]) -> None:
+def _memory_of(kind: str, name: str, sizes: dict[str, int]) -> float:
     make_update(kind, name, **(sizes | {"G": 2, "B": 2, "T": 4}))()  # what every process pays once
-    run = make_update(kind, name, **sizes)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    run()
-    sender.send((_status("VmHWM") - before) / 1024)
+    return added_memory(make_update(kind, name, **sizes))

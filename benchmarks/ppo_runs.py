@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from fresh_process import in_fresh_process
 
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
-
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
 ENV = "HalfCheetah-v5"
 ENVS, STEPS, EPOCHS = 8, 256, 10
@@ -72,17 +69,11 @@ RUNS = {
 
 def seconds_of(name: str, iterations: int) -> float:
     """What a run takes in a fresh process, where no other has left threads behind."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(sender, name, iterations))
-    child.start()
-    sender.close()  # a child that dies is then an error here, not a wait for ever
-    seconds = receiver.recv()
-    child.join()
+    seconds: float = in_fresh_process(_seconds_of, name, iterations)
     return seconds
 
 
-def _measure(sender: Connection, name: str, iterations: int) -> None:
+def _seconds_of(name: str, iterations: int) -> float:
     warnings.simplefilter("ignore")  # the peers warn of their own dependencies
     function, argument = RUNS[name]
-    sender.send(function(argument, iterations))
+    return function(argument, iterations)

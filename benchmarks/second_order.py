@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from fresh_process import added_memory, in_fresh_process
 from references import dense_scan_loop, norm_scan_loop
 
 from ssm_fast.ops import dense_scan, norm_scan
@@ -40,24 +38,10 @@ def gradients(op: str, *, loop: bool, B: int, T: int, N: int) -> Callable[[], tu
 
 
 def peak_memory(op: str, *, loop: bool, B: int, T: int, N: int) -> float:
-    """MiB that the call adds to the resident set of a fresh process at its peak (Linux)."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(sender, op, loop, B, T, N))
-    child.start()
-    peak = receiver.recv()
-    child.join()
-    return peak
+    """MiB that the call adds to a fresh process."""
+    return in_fresh_process(_memory_of, op, loop, B, T, N)
 
 
-def _measure(sender, op: str, loop: bool, B: int, T: int, N: int) -> None:
+def _memory_of(op: str, loop: bool, B: int, T: int, N: int) -> float:
     gradients(op, loop=loop, B=2, T=4, N=8)()  # what every process pays once
-    run = gradients(op, loop=loop, B=B, T=T, N=N)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    run()
-    sender.send((_status("VmHWM") - before) / 1024)
-
-
-def _status(field: str) -> int:
-    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return added_memory(gradients(op, loop=loop, B=B, T=T, N=N))

@@ -141,7 +141,7 @@ def run(options: Options, policy: str, seed: int, steps: int, model_path: Path) 
             normalize_observations=True,
             **model_options | arguments,
         )
-        trainer = PPOTrainer(model, seed=seed, **trainer_options)
+        trainer = PPOTrainer(model, seed=seed, num_threads=options.threads, **trainer_options)
 
         def show(metrics: dict[str, float]) -> None:
             if metrics["iteration"] % 50 == 0:

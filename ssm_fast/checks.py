@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable
+from typing import Protocol
 
 
 def check_number(
@@ -50,6 +51,34 @@ def check_count(name: str, value: int, at_least: int = 1) -> int:
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     return int(value)
+
+
+class HasSpaces(Protocol):
+    """What an environment says of its spaces, and a policy of those that it is for."""
+
+    @property
+    def env_name(self) -> str: ...  # noqa: D102
+    @property
+    def input_dim(self) -> int: ...  # noqa: D102
+    @property
+    def action_dim(self) -> int: ...  # noqa: D102
+    @property
+    def discrete(self) -> bool: ...  # noqa: D102
+
+
+def describe_spaces(input_dim: int, action_dim: int, discrete: bool) -> str:
+    """What a policy sees and does, such as "17 observations and 6 continuous actions"."""
+    observations = f"{input_dim} observation{'s' if input_dim != 1 else ''}"
+    kind = "discrete" if discrete else "continuous"
+    return f"{observations} and {action_dim} {kind} action{'s' if action_dim != 1 else ''}"
+
+
+def check_spaces(env: HasSpaces, input_dim: int, action_dim: int, discrete: bool) -> None:
+    """Raises ValueError where the spaces of an environment are not those of a model."""
+    own = describe_spaces(env.input_dim, env.action_dim, env.discrete)
+    wanted = describe_spaces(input_dim, action_dim, discrete)
+    if own != wanted:
+        raise ValueError(f"{env.env_name} has {own}, the model is for {wanted}")
 
 
 def _bounds(at_least: float, above: float, at_most: float) -> list[str]:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ssm_fast.checkpoint import Model, load_checkpoint
+from ssm_fast.checks import describe_spaces
 from ssm_fast.core import ImprovedSSM
 
 
@@ -46,7 +47,7 @@ class Policy:
 
     def __repr__(self) -> str:
         name, model = type(self).__name__, type(self.model).__name__
-        return f"{name}({model}, {describe_sizes(self.model)})"
+        return f"{name}({model}, {describe_spaces(*spaces_of(self.model))})"
 
     def predict(
         self,
@@ -66,7 +67,7 @@ class Policy:
                 global generator).
 
         Returns:
-            - The action: ``[K]`` or ``[B, K]`` in the model's dtype, clipped to the bounds; of a
+            - The action: ``[K]`` or ``[B, K]`` in the model's dtype (float32 for bfloat16), clipped to the bounds; of a
                 discrete space int64, a NumPy scalar or ``[B]``.
             - The next state, ``[L, B, N]`` (`StateSpaceModel`: ``[B, N]``), ``B`` 1 for a single
                 observation.
@@ -95,10 +96,10 @@ class Policy:
             reset = torch.tensor(starts.reshape(-1) != 0, device=x.device)  # [B]
         with torch.inference_mode():
             action, h = self._act(x, h, reset, deterministic)
-        actions = action.cpu().numpy()  # [B, K] or [B]
+        actions = _array(action)  # [B, K] or [B]
         if self.action_low is not None or self.action_high is not None:
             actions = np.clip(actions, self.action_low, self.action_high)
-        return actions[0] if single else actions, h.cpu().numpy()
+        return actions[0] if single else actions, _array(h)
 
     def _act(
         self, x: Tensor, h: Tensor | None, reset: Tensor | None, deterministic: bool
@@ -136,13 +137,16 @@ class Policy:
         return bounds
 
 
-def describe_sizes(model: Model) -> str:
-    """What a policy sees and does, such as "17 observations and 6 continuous actions"."""
+def _array(x: Tensor) -> NDArray[Any]:
+    """A NumPy array, which has no bfloat16."""
+    return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
+
+
+def spaces_of(model: Model) -> tuple[int, int, bool]:
+    """The sizes of observations and actions, and whether these are discrete."""
     if isinstance(model, ImprovedSSM):
-        actions, kind = model.action_dim, "discrete" if model.discrete else "continuous"
-    else:
-        actions, kind = model.output_dim, "discrete"
-    return f"{model.input_dim} observations and {actions} {kind} actions"
+        return model.input_dim, model.action_dim, model.discrete
+    return model.input_dim, model.output_dim, True
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:

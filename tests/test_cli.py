@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -484,9 +485,10 @@ class TestAdapt:
         assert "--video: there is no folder nowhere" in capsys.readouterr().err
         assert cli.main([*play, "--video", "one.gif"]) == 2
         assert "--video: a film must be an .mp4 file" in capsys.readouterr().err
-        save_model("other.safetensors", new, {"env_id": FAMILY, "task": '{"length": "long"}'})
-        assert cli.main(["evaluate", "other.safetensors"]) == 2
-        assert "names a task that is none of" in capsys.readouterr().err
+        for bad in ('{"length": "long"}', "[" * 100_000, f'{{"length": 1{"0" * 400}}}'):
+            save_model("other.safetensors", new, {"env_id": FAMILY, "task": bad})
+            assert cli.main(["evaluate", "other.safetensors"]) == 2
+            assert "names a task that is none of" in capsys.readouterr().err
 
     def test_any_environment(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*PPO, "--steps", "160", "--out", "run"]) == 0
@@ -573,6 +575,7 @@ class TestAdapt:
         [
             ("policy.safetensors", "--out must be another file than policy.safetensors"),
             ("nowhere/adapted.safetensors", "--out: there is no folder nowhere"),
+            (".", "--out must be a file, . is a folder"),
         ],
     )
     def test_where_to_write(self, out: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -597,7 +600,7 @@ class TestAdapt:
             (["--env", "ssm_fast/CartPoleFamily-v0", "--task", "40"], "--task must lie in [0, 40)"),
             (
                 ["--env", "Pendulum-v1"],
-                "2 discrete actions, Pendulum-v1 has 3 observations and 1 continuous actions",
+                "Pendulum-v1 has 3 observations and 1 continuous action, the model is for 4",
             ),
             (["--env", "Endless-v0"], "--max_episode_steps is needed"),
             (["--env", "Nope-v0"], "'Nope-v0' cannot be made"),
@@ -605,6 +608,14 @@ class TestAdapt:
             (["--env", "CartPole-v1", "--rows", "0"], "--rows must be at least 1"),
             (["--env", "CartPole-v1", "--lr", "0"], "adaptation_lr must be finite"),
             (["--env", "CartPole-v1", "--seed", "-1"], "--seed must be at least 0"),
+            (
+                ["--env", "CartPole-v1", "--experience_weight", "0.3"],
+                "is not an option of --method",
+            ),
+            (
+                ["--env", "CartPole-v1", "--method", "hybrid", "--experience_weight", "2"],
+                "experience_weight must be finite and in [0, 1], got 2.0",
+            ),
             ([], "does not say which environment it is for: give --env"),
         ],
     )
@@ -680,6 +691,22 @@ class TestErrors:
         assert option[0] in error
         assert "None" not in error
 
+    def test_without_a_time_limit(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The evaluation of a policy that never fails has to end, too."""
+        monkeypatch.setattr("ssm_fast.cli.train.LONGEST_EVALUATION", 30)
+        args = [*PPO, "--steps", "80", "--checkpoint_interval", "1", "--out", "out"]
+        args[args.index("Pendulum-v1")] = "Endless-v0"
+        assert cli.main(args) == 0
+        assert "Endless-v0 has no time limit: the evaluation ends" in capsys.readouterr().out
+        assert len(json.loads(Path("out/evaluation.json").read_text())["returns"]) == 10
+        assert cli.main(["evaluate", "out"]) == 2
+        assert "--max_episode_steps is needed: Endless-v0" in capsys.readouterr().err
+        play = ["evaluate", "out", "--max-episode-steps", "20", "--episodes", "2"]
+        assert cli.main(play) == 0
+        assert "evaluation of 2 episodes of Endless-v0" in capsys.readouterr().out
+
     def test_an_unwritable_folder(self, capsys: pytest.CaptureFixture[str]) -> None:
         Path("file").write_text("")
         assert cli.main([*REINFORCE, "--out", "file/run"]) == 2
@@ -692,7 +719,7 @@ class TestErrors:
             (["garbage.safetensors"], "'garbage.safetensors': truncated, or not"),
             (["empty"], "empty is no run folder"),
             (["nowhere.safetensors"], "give --env"),
-            (["nowhere.safetensors", "--env", "Acrobot-v1"], "the policy is for 4 observations"),
+            (["nowhere.safetensors", "--env", "Acrobot-v1"], "the model is for 4 observations"),
             (["nowhere.safetensors", "--env", "Pendulum-v1"], "Pendulum-v1 has 3 observations"),
             (["nowhere.safetensors", "--env", "Nope-v0"], "'Nope-v0' cannot be made"),
             (["nowhere.safetensors", "--env", "CartPole-v1", "--episodes", "0"], "episodes"),
@@ -866,6 +893,50 @@ class TestResume:
         assert first_line.endswith("from here on the learning rate is that of a run of this length")
         assert sum(row["episodes"] for row in _rows("out")) == 20
         assert json.loads(Path("out/config.json").read_text())["episodes"] == 20
+
+    def test_with_the_other_limit(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*PPO, "--episodes", "2", "--out", "out"]) == 0
+        assert list(Path("out/checkpoints").iterdir()), "saved where the episodes ended it"
+        capsys.readouterr()
+        assert cli.main(["train", "--resume", "--steps", "1000", "--out", "out"]) == 0
+        assert json.loads(Path("out/evaluation.json").read_text())["timesteps"] >= 1000
+        settings = json.loads(Path("out/config.json").read_text())
+        assert (settings["episodes"], settings["steps"]) == (None, 1000)
+
+    def test_two_limits(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*REINFORCE, "--steps", "100", "--out", "out"]) == 0
+        assert "it ends after 12 episodes or 100 steps, whatever comes first" in (
+            capsys.readouterr().out
+        )
+        assert cli.main(["train", "--resume", "--out", "out"]) == 0
+        out = capsys.readouterr().out
+        assert re.search(
+            r"^nothing is left to train: \d+ of 100 steps are done$", out, re.MULTILINE
+        )
+
+    def test_before_the_first_checkpoint(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def interrupt(self: RunDirectory, row: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(RunDirectory, "append_row", interrupt)
+        assert cli.main([*PPO, "--steps", "800", "--out", "out"]) == 130
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            "ssm-fast: interrupted; there was no checkpoint yet: remove out and start again"
+        )
+
+    def test_a_mistake_leaves_the_run(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Also one whose curve has been lost."""
+        assert cli.main([*REINFORCE, "--out", "out"]) == 0
+        Path("out/curve.csv").unlink()
+        checkpoint = max(Path("out/checkpoints").iterdir())
+        state = torch.load(checkpoint / "training.pt", weights_only=True)
+        shutil.rmtree(checkpoint)
+        RunDirectory("out", resume=True).save_checkpoint(3, state | {"version": -1})
+        assert cli.main(["train", "--resume", "--episodes", "20", "--out", "out"]) == 2
+        assert "version must be" in capsys.readouterr().err
+        assert Path("out/config.json").exists()
 
     def test_without_a_run_starts_one(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*REINFORCE, "--resume", "--out", "out"]) == 0

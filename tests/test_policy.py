@@ -197,6 +197,16 @@ def test_bad_calls() -> None:
             policy.predict(given)
 
 
+@every_model
+def test_bfloat16_which_numpy_does_not_have(name: str, tmp_path: Path) -> None:
+    MODELS[name]().to(torch.bfloat16).save(tmp_path / "m.safetensors")
+    policy = load_policy(tmp_path / "m.safetensors")
+    action, state = policy.predict(observations(1, 4)[0])
+    action, state = policy.predict(observations(1, 4)[0], state)
+    assert action.dtype == (np.float32 if name == "box" else np.int64)
+    assert state.dtype == np.float32
+
+
 def test_a_bound_beyond_any_float_in_the_header(tmp_path: Path) -> None:
     improved().save(tmp_path / "policy.safetensors", {"action_low": f"[1{'0' * 399}]"})
     with pytest.raises(ValueError, match="action bounds in the header"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,7 +81,7 @@ class HybridAdapter(StandardAdapter):
         reward_scale: What replayed rewards are divided by.
 
     Raises:
-        TypeError: An argument is of another class.
+        TypeError: An argument is of another class, or the model's ``forward`` has no ``x`` and ``reset``.
         ValueError: The model has nothing to train, or a weight of it is not finite.
     """
 
@@ -96,6 +97,11 @@ class HybridAdapter(StandardAdapter):
         if not isinstance(config, HybridAdaptationConfig):
             raise TypeError(f"config must be a HybridAdaptationConfig, got {type(config).__name__}")
         super().__init__(model, config)
+        if not _takes_resets(model):
+            raise TypeError(
+                f"forward of {type(model).__name__} must have the arguments x and reset: sequences "
+                "from the buffer hold episodes that begin anywhere"
+            )
         if experience_buffer is None:
             device = next(self.model.parameters()).device
             experience_buffer = ExperienceBuffer(10_000, device)
@@ -207,3 +213,9 @@ class HybridAdapter(StandardAdapter):
         """As long as asked for, or as the pieces in the buffer allow."""
         length = min(self.config.sequence_length, self.experience_buffer.longest_sequence())
         return self.experience_buffer.sample_sequences(self.config.experience_batch_size, length)
+
+
+def _takes_resets(model: nn.Module) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return anything or {"x", "reset"} <= {p.name for p in parameters}

@@ -22,17 +22,11 @@ from ssm_fast.adaptation.policy_objective import (
 )
 from ssm_fast.adaptation.standard_adapter import StandardAdapter
 from ssm_fast.adaptation.value_ensemble import critic_scale, is_constant
-from ssm_fast.checks import check_count
+from ssm_fast.checks import check_count, check_spaces
 from ssm_fast.core.improved_ssm import ImprovedSSM, choose_action
 
 if TYPE_CHECKING:
-    import gymnasium
-
-    from ssm_fast.env_runner.environment import Environment
-
-    AnyEnvironment = (
-        Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any]
-    )
+    from ssm_fast.env_runner.environment import AnyEnvironment
 
 _LEAST_EXPLAINED = 0.01  # of the returns' variance, by a critic that tells its unit
 _RECORDED = tuple(field.name for field in fields(Experience) if field.name != "initial_state")
@@ -71,7 +65,7 @@ class Player:
         check_count("num_episodes", num_episodes)
         check_count("seed", seed, 0)
         self.env = source if isinstance(source, Environment) else Environment.wrap(source)
-        check_fit(self.env, model)
+        check_spaces(self.env, model.input_dim, model.action_dim, model.discrete)
         B = self.env.batch_size
         self.num_episodes = num_episodes
         self.returns: list[list[float]] = [[] for _ in range(B)]
@@ -300,23 +294,6 @@ def policy_of(adapter: StandardAdapter) -> ImprovedSSM:
     if isinstance(adapter.model, ImprovedSSM):
         return adapter.model
     raise TypeError(f"model must be an ImprovedSSM, got {type(adapter.model).__name__}")
-
-
-def check_fit(env: Environment, model: ImprovedSSM) -> None:
-    """Raises ValueError where the spaces are not those of the model."""
-    for name, size, expected in (
-        ("observations", env.input_dim, model.input_dim),
-        ("actions", env.action_dim, model.action_dim),
-    ):
-        if size != expected:
-            raise ValueError(
-                f"{name} of {env.env_name} must have size {expected} as in the model, got {size}"
-            )
-    if env.discrete != model.discrete:
-        kind = "discrete" if env.discrete else "continuous"
-        raise ValueError(
-            f"{env.env_name} has {kind} actions: the model needs discrete={env.discrete}"
-        )
 
 
 @torch.no_grad()

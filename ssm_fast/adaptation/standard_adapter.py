@@ -189,11 +189,11 @@ class StandardAdapter:
         return self._weights.vector.detach().clone(), optimizer, average
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this adapter."""
+        """Go back to a snapshot of this adapter, which stays as it is and good for another time."""
         weights, optimizer, average = snapshot
         self._set(weights)
-        self._optimizer.load_state_dict(optimizer)
-        self._average = average
+        self._optimizer.load_state_dict(copy.deepcopy(optimizer))
+        self._average = None if average is None else average.clone()
 
     def _reset_optimizer(self) -> None:
         self._weights.read()

@@ -33,7 +33,7 @@ from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.experience.experience_buffer import ExperienceBuffer
 
 if TYPE_CHECKING:
-    from ssm_fast.adaptation.online import AnyEnvironment
+    from ssm_fast.env_runner.environment import AnyEnvironment
 
 _FITS = 2  # of the value heads: the later one bootstraps with the first
 _FIELDS = (

@@ -13,7 +13,7 @@ from ssm_fast.app.visitors import StoredPolicy, Visitor
 from ssm_fast.cli.adapt import AdaptationReport, adapt_policy
 from ssm_fast.cli.environments import FAMILY_OF
 from ssm_fast.cli.messages import check_option
-from ssm_fast.cli.options import ADAPT_DEFAULTS, DEFAULTS, Adapt
+from ssm_fast.cli.options import ADAPT_DEFAULTS, DEFAULTS, HYBRID_DEFAULTS, Adapt
 from ssm_fast.env_runner import Task, get_family
 
 KIND = "adapting"
@@ -31,8 +31,13 @@ BOUNDS = {
     "seed": (0, 2**31 - 1),
 }
 _ROWS = 8  # with fewer, what is learnt in a few episodes cannot be told from noise
-_DEFAULTS: dict[str, Any] = {**ADAPT_DEFAULTS, "rows": _ROWS, "adapt_every": 200, "seed": 0}
-_DEFAULTS_OF_GRADIENT = {"episodes": 4, "rows": DEFAULTS["meta_rl"]["batch_size"], "seed": 0}
+_OURS: dict[str, Any] = {"rows": _ROWS, "adapt_every": 200, "seed": 0}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "test_time": ADAPT_DEFAULTS | _OURS,
+    "standard": ADAPT_DEFAULTS | _OURS,
+    "hybrid": HYBRID_DEFAULTS | _OURS,
+    "gradient": {"episodes": 4, "rows": DEFAULTS["meta_rl"]["batch_size"], "seed": 0},
+}
 USUAL_TASK = ""  # what the environment plays anyway
 _LONGEST_DESCRIPTION = 5  # numbers of a task that are still read
 
@@ -121,7 +126,7 @@ def options_of(
             f"{policy.name} is a {policy.model}, which has no critic: "
             "adapt one that improved or meta_rl has trained"
         )
-    given = _defaults_of(method)
+    given = dict(_DEFAULTS[method])
     given |= {name: x for name, x in form.items() if name in given and x is not None}
     for name, value in given.items():
         if name in BOUNDS:
@@ -138,11 +143,7 @@ def options_of(
 
 def default_of(method: str, name: str) -> float | None:
     """What an option comes to where it is not given; None if the method has no such option."""
-    return _defaults_of(method).get(name)
-
-
-def _defaults_of(method: str) -> dict[str, Any]:
-    return dict(_DEFAULTS_OF_GRADIENT if method == "gradient" else _DEFAULTS)
+    return _DEFAULTS[method].get(name)
 
 
 def work(send: Send, options: Adapt) -> None:
@@ -164,6 +165,16 @@ def task_choices(env_id: str) -> list[tuple[str, str]]:
             for i, task in enumerate(tasks)
         ]
     return choices
+
+
+def choice_of(env_id: str, task: Task) -> str | None:
+    """What `task_choices` has for a task; None where it is none of them."""
+    family = get_family(env_id)
+    for split in ("test", "out_of_range"):
+        tasks = getattr(family, f"{split}_tasks")
+        if task in tasks:
+            return f"{split} {tasks.index(task)}"
+    return None
 
 
 def place(task: str, env_id: str) -> str:

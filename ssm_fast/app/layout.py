@@ -58,9 +58,10 @@ _ADAPTING_OPTIONS = {
     "lr": "Learning rate",
     "steps": "Gradient steps in an update",
     "max_kl": "Largest KL divergence",
+    "experience_weight": "Weight of the replay",
     "seed": "Seed",
 }
-_FRACTIONS = ("lr", "gamma", "inner_lr", "max_kl")
+_FRACTIONS = ("lr", "gamma", "inner_lr", "max_kl", "experience_weight")
 
 Components = list[Any]
 V = TypeVar("V", bound=View)

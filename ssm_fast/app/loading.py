@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ssm_fast.app.adapting import USUAL_TASK, choice_of, place
 from ssm_fast.app.status import Status, View, with_errors_as_sentences
 from ssm_fast.app.training import checked_env_id
 from ssm_fast.app.visitors import Visitor
 from ssm_fast.checkpoint import read_metadata
-from ssm_fast.cli.environments import environment_of
+from ssm_fast.cli.environments import environment_of, stored_task
 
 LARGEST_UPLOAD = 64 * 2**20  # bytes; the largest model that can be trained here has about 10
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -80,6 +81,11 @@ def _loaded(
     if not named and not (env_id or "").strip():
         raise ValueError(f"{path} does not say which environment it is for: type its id below")
     chosen = checked_env_id(environment_of(path, None if named else checked_env_id(env_id)))
-    policy = visitor.add_policy(path, name, chosen, run=run)
-    text = f"Loaded {policy.name}: {policy.model}, {policy.parameters:,} weights, for {chosen}."
+    stored = stored_task(path, chosen)
+    task = USUAL_TASK if stored is None else choice_of(chosen, stored)
+    policy = visitor.add_policy(path, name, chosen, task=task or USUAL_TASK, run=run)
+    where = f"{chosen}, {place(task, chosen)}" if task else chosen
+    text = f"Loaded {policy.name}: {policy.model}, {policy.parameters:,} weights, for {where}."
+    if task is None:
+        text += " It was adapted to a task that cannot be chosen here."
     return LoadView(Status(text, "done"), policy.name)

@@ -20,9 +20,9 @@ from ssm_fast.adaptation import (
 )
 from ssm_fast.adaptation.online import adapt_to_environment, episode_means, play_episodes
 from ssm_fast.checkpoint import load_model, read_metadata, save_model
+from ssm_fast.checks import check_spaces
 from ssm_fast.cli.environments import (
     FAMILY_OF,
-    check_fits,
     environment_of,
     policy_file,
     route_mujoco_warnings,
@@ -30,13 +30,14 @@ from ssm_fast.cli.environments import (
 )
 from ssm_fast.cli.evaluate import trained_meta_rl
 from ssm_fast.cli.messages import check_option, say
-from ssm_fast.cli.options import ADAPT_DEFAULTS, EVALUATION_SEED, Adapt, Method
+from ssm_fast.cli.options import ADAPT_DEFAULTS, EVALUATION_SEED, HYBRID_DEFAULTS, Adapt, Method
 from ssm_fast.cli.settings import stored_settings
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner import Environment, Task
 from ssm_fast.experience.experience_buffer import ExperienceBuffer
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.policy import spaces_of
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def adapt_policy(
         )
     if options.out.resolve() == path.resolve():
         raise ValueError(f"--out must be another file than {path}")
+    if options.out.is_dir():
+        raise ValueError(f"--out must be a file, {options.out} is a folder")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: there is no folder {options.out.parent}")
     env_id = environment_of(path, options.env)
@@ -112,7 +115,7 @@ def adapt_policy(
     torch.set_num_threads(1)
     task = None if options.task is None else task_of(env_id, options.split, options.task)
     with _environment(env_id, task, chosen) as env:
-        check_fits(model, env)
+        check_spaces(env, *spaces_of(model))
         if run is not None:
             trainer = trained_meta_rl(run, settings, env)
             on_stage("playing with and without gradient steps")
@@ -166,10 +169,10 @@ def _meta_rl_run(path: Path) -> tuple[RunDirectory, dict[str, Any]]:
 
 def _chosen(options: Adapt, settings: dict[str, Any]) -> dict[str, Any]:
     """The numbers that the method takes, given or by default, and the seed."""
-    defaults: dict[str, Any] = ADAPT_DEFAULTS
+    defaults: dict[str, Any] = HYBRID_DEFAULTS if options.method == "hybrid" else ADAPT_DEFAULTS
     if options.method == "gradient":
         defaults = {"episodes": 4, "rows": settings["batch_size"]}
-    given = {name: getattr(options, name) for name in ADAPT_DEFAULTS}
+    given = {name: getattr(options, name) for name in HYBRID_DEFAULTS}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given.keys() - defaults:
         raise ValueError(f"--{name} is not an option of --method {options.method}")
@@ -266,5 +269,6 @@ def _adapter(method: str, model: ImprovedSSM, chosen: dict[str, Any]) -> Standar
     }
     if method == "hybrid":
         memory = ExperienceBuffer(10_000 * chosen["rows"], seed=chosen["seed"])
-        return HybridAdapter(model, HybridAdaptationConfig(**shared), memory)
+        config = HybridAdaptationConfig(**shared, experience_weight=chosen["experience_weight"])
+        return HybridAdapter(model, config, memory)
     return StandardAdapter(model, StandardAdaptationConfig(**shared))

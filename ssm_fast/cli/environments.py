@@ -9,13 +9,13 @@ from pathlib import Path
 
 import gymnasium
 
-from ssm_fast.checkpoint import Model, read_metadata
-from ssm_fast.env_runner import Environment, Task, get_family
-from ssm_fast.policy import describe_sizes
+from ssm_fast.checkpoint import read_metadata
+from ssm_fast.env_runner import Task, get_family
 
 # Environments of one task that a family varies.
 FAMILY_OF = {
     "CartPole-v1": "ssm_fast/CartPoleFamily-v0",
+    "Acrobot-v1": "ssm_fast/AcrobotFamily-v0",
     "HalfCheetah-v5": "ssm_fast/HalfCheetahBody-v0",
     "Walker2d-v5": "ssm_fast/Walker2dBody-v0",
     "Ant-v5": "ssm_fast/AntDir-v0",
@@ -46,15 +46,6 @@ def environment_of(path: Path, env_id: str | None) -> str:
     return metadata["env_id"]
 
 
-def check_fits(model: Model, env: Environment) -> None:
-    """Raises where a policy cannot play in an environment, in the words of both."""
-    kind = "discrete" if env.discrete else "continuous"
-    takes = describe_sizes(model)
-    has = f"{env.input_dim} observations and {env.action_dim} {kind} actions"
-    if takes != has:
-        raise ValueError(f"the policy is for {takes}, {env.env_name} has {has}")
-
-
 def task_of(env_id: str, split: str, number: int) -> Task:
     """A task of the sets of a family, by its number."""
     tasks = getattr(get_family(env_id), f"{split}_tasks")
@@ -71,7 +62,7 @@ def stored_task(path: Path, env_id: str) -> Task | None:
         return None
     try:
         task: Task = get_family(env_id).task_type(**json.loads(metadata["task"]))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} names a task that is none of {env_id}: {error}") from error
     return task
 

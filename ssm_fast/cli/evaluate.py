@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 import ssm_fast
+from ssm_fast.checks import check_spaces
 from ssm_fast.cli.environments import (
     FAMILY_OF,
-    check_fits,
     environment_of,
     policy_file,
     refuse_import,
@@ -36,7 +36,7 @@ from ssm_fast.env_runner.film import NoOpenGL, check_film, film, usable_backend
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import load_checkpoint
-from ssm_fast.policy import Policy
+from ssm_fast.policy import Policy, spaces_of
 
 
 def run_evaluation(options: Evaluate) -> None:
@@ -63,9 +63,19 @@ def run_evaluation(options: Evaluate) -> None:
     if options.video is not None:
         _check_film(options.video, env_id)
     policy = ssm_fast.load_policy(path)
-    with Environment(env_id) as env:
-        check_fits(policy.model, env)
-    result = evaluate(policy, env_id, episodes, options.seed, options.deterministic, task=task)
+    with Environment(env_id, max_episode_steps=options.max_episode_steps) as env:
+        check_spaces(env, *spaces_of(policy.model))
+        if env.max_episode_steps is None:
+            raise ValueError(f"--max_episode_steps is needed: {env_id} has no time limit")
+    result = evaluate(
+        policy,
+        env_id,
+        episodes,
+        options.seed,
+        options.deterministic,
+        options.max_episode_steps,
+        task=task,
+    )
     say(describe(env_id, result, options.deterministic))
     if options.video is not None:
         _film(options, policy, env_id, task)
@@ -111,6 +121,8 @@ def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
         raise ValueError(f"--task must not be given: {run.path} adapts to all held-out tasks")
     if options.episodes is not None:
         raise ValueError(f"--episodes must not be given: {run.path} plays one in each of its rows")
+    if options.max_episode_steps is not None:
+        raise ValueError(f"--max_episode_steps must not be given: {run.path} plays its own rounds")
     if options.video is not None:
         raise ValueError(f"--video must not be given: {run.path} has no policy of one task to film")
     refuse_import(settings["env"], run.config_path)

@@ -15,6 +15,7 @@ from ssm_fast.cli.presets import preset_names
 # Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.
 EVALUATION_SEED = 3_000_000_000
 EVALUATION_EPISODES = 10
+LONGEST_EVALUATION = 10_000  # steps of an episode that has no time limit
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 MOST_THREADS = 1024
 
@@ -56,6 +57,7 @@ ADAPT_DEFAULTS: dict[str, Any] = {
     "steps": 20,
     "max_kl": 0.03,
 }
+HYBRID_DEFAULTS: dict[str, Any] = ADAPT_DEFAULTS | {"experience_weight": 0.5}
 
 
 def _default(text: str, metavar: str | None = None) -> Any:
@@ -215,6 +217,8 @@ class Evaluate:
     was adapted to, or else what the environment plays anyway."""
     split: Literal["train", "test", "out_of_range"] = "test"
     """Which tasks of the family --task counts."""
+    max_episode_steps: int | None = None
+    """Truncate episodes here; by default where the environment does. Not of a meta_rl run."""
     deterministic: bool = True
     """Play the mode of the policy, not samples. A meta_rl run, which learns from samples, tells what
     these earn, and what the modes do."""
@@ -262,6 +266,8 @@ class Adapt:
     max_kl: Annotated[float | None, _default("0.03; not gradient")] = None
     """Largest KL divergence of the policy after an update from that before; with test_time, from
     those that acted."""
+    experience_weight: Annotated[float | None, _default("0.5; hybrid only")] = None
+    """Weight of the replay in the loss, in [0, 1]; the last stretch has the rest."""
     max_episode_steps: int | None = None
     """Truncate episodes here; by default where the environment does."""
     seed: int = 0

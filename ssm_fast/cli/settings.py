@@ -132,9 +132,11 @@ def _in_terms_of(mode: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _continued(given: dict[str, Any], stored: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     """The settings of the run, with the steps or episodes and the device asked for now."""
+    if stored["mode"] == "improved" and len(given.keys() & {"steps", "episodes"}) == 1:
+        given = {"steps": None, "episodes": None} | given  # one limit is there, as at a start
     for name, value in given.items():
         if name in LIMITS[stored["mode"]]:
-            if stored.get("anneal_lr") and stored[name] not in (None, value):
+            if value is not None and stored.get("anneal_lr") and stored[name] not in (None, value):
                 say(
                     f"--{name} {value} instead of {stored[name]}: from here on the learning rate is "
                     "that of a run of this length"
@@ -170,7 +172,12 @@ def stored_settings(run: RunDirectory) -> dict[str, Any]:
                 )
         elif type(value) is not kind:
             raise ValueError(f"{run.config_path}: {name} must be {kind.__name__}, got {value!r}")
-    return {name: stored.get(name) for name in ("mode", *_options_of(mode))}
+    defaults = {
+        **_defaults_in(_MODELS[mode], MODEL_OPTIONS[mode]),
+        **_defaults_in(_TRAINERS[mode], TRAINER_OPTIONS[mode]),
+    }
+    given = {name: stored.get(name) for name in ("mode", *_options_of(mode))}
+    return {name: defaults.get(name) if x is None else x for name, x in given.items()}
 
 
 def _options_of(mode: str) -> tuple[str, ...]:
@@ -208,8 +215,16 @@ def make_trainer(
     world: World | None = None,
 ) -> Trainer:
     """The model and trainer of the settings; what is None is left to their defaults."""
-    world = world or World()
+    try:
+        return _make_trainer(settings, env, world or World())
+    except (RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond the memory
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the model of this size cannot be made: {reason}") from error
 
+
+def _make_trainer(
+    settings: dict[str, Any], env: Environment | TrialEnvironment, world: World
+) -> Trainer:
     def chosen(names: tuple[str, ...]) -> dict[str, Any]:
         return {name: settings[name] for name in names if settings[name] is not None}
 

@@ -22,6 +22,7 @@ from ssm_fast.cli.options import (
     EVALUATION_EPISODES,
     EVALUATION_SEED,
     LARGEST_SEED,
+    LONGEST_EVALUATION,
     MOST_THREADS,
     Train,
 )
@@ -61,7 +62,7 @@ def run_training(options: Train, world: World) -> None:
         with world.together():
             env: Environment | TrialEnvironment = make_environment(settings, world)
             open_things.callback(env.close)
-            trainer = _make_trainer(settings, env, world)
+            trainer = make_trainer(settings, env, world)
         total = total_of(settings, env, trainer)
         run: RunDirectory | None = None
         with world.together():
@@ -69,7 +70,7 @@ def run_training(options: Train, world: World) -> None:
                 run = open_things.enter_context(RunDirectory(out, resume=options.resume))
                 run.write_config({**settings, "versions": versions()})
                 say(f"training in {env_id} ({mode}, seed {seed}); run folder {run.path}")
-        with _can_be_resumed(out, env_id, run):
+        with _can_be_resumed(out, env_id, run, options.resume):
             _learn(trainer, env, settings, total, run, options.resume, world)
         if run is not None:
             # The weights of the last checkpoint, or newer ones where --episodes ended the run.
@@ -78,29 +79,21 @@ def run_training(options: Train, world: World) -> None:
         _report(trainer, env, run, start)
 
 
-def _make_trainer(
-    settings: dict[str, Any], env: Environment | TrialEnvironment, world: World
-) -> Trainer:
-    try:
-        return make_trainer(settings, env, world)
-    except (RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond the memory
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"the model of this size cannot be made: {reason}") from error
-
-
 @contextmanager
-def _can_be_resumed(out: Path, env_id: str, run: RunDirectory | None) -> Iterator[None]:
+def _can_be_resumed(
+    out: Path, env_id: str, run: RunDirectory | None, resumed: bool
+) -> Iterator[None]:
     """Leaves a run folder that can be used on, whatever ends the training, and says how."""
     try:
         yield
     except ValueError:
-        if run is not None and not run.read_rows():
+        if run is not None and not resumed and not run.read_rows():
             run.config_path.unlink()  # nothing was learnt: the folder stays free
         raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(out, env_id)}") from None
+        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(out, env_id, run)}") from None
     except (FloatingPointError, LostRank) as error:
-        raise type(error)(f"{error}; {_how_to_resume(out, env_id)}") from error
+        raise type(error)(f"{error}; {_how_to_resume(out, env_id, run)}") from error
 
 
 def _learn(
@@ -129,12 +122,17 @@ def _learn(
             done["epochs"], done["steps"] = float(trainer.iteration), float(trainer.timesteps)
     world.synchronize(trainer)
 
-    def is_done() -> bool:
-        return any(done[name] >= limits[name] for name in limits)
+    def reached() -> str | None:
+        return next((name for name in limits if done[name] >= limits[name]), None)
 
-    if world.first(checkpoint is not None and is_done()):
+    if run is not None and len(limits) > 1:
+        ends = " or ".join(f"{value:,} {name}" for name, value in limits.items())
+        say(f"it ends after {ends}, whatever comes first")
+    at_end = world.first(None if checkpoint is None else reached())
+    if at_end is not None:
         if run is not None:
-            say(f"nothing is left to train: {done[unit]:,.0f} of {limit:,} {unit} are done")
+            counts = f"{done[at_end]:,.0f} of {limits[at_end]:,} {at_end}"
+            say(f"nothing is left to train: {counts} are done")
         return
     arguments: dict[str, Any] = {"run": run, "resume": resume}
     if run is None:  # rank 0 shows the progress, and ends the training
@@ -148,7 +146,7 @@ def _learn(
             done["episodes"] += metrics["episodes"]
             done["steps"] = metrics["timesteps"]
             show(done[unit], metrics)
-            return not is_done()
+            return reached() is None
 
         _train(trainer, env, total, {"callback": after_iteration, **arguments})
 
@@ -190,7 +188,14 @@ def _report(
         return
     if not isinstance(trainer, MetaRLTrainer):
         policy = ssm_fast.load_policy(run.model_path)
-        result = evaluate(policy, env.env_name, EVALUATION_EPISODES, EVALUATION_SEED)
+        limit = None if env.max_episode_steps else LONGEST_EVALUATION
+        if limit is not None:
+            say(
+                f"{env.env_name} has no time limit: the evaluation ends episodes after {limit:,} steps"
+            )
+        result = evaluate(
+            policy, env.env_name, EVALUATION_EPISODES, EVALUATION_SEED, max_episode_steps=limit
+        )
         report = {
             "deterministic": True,
             "returns": result.returns.tolist(),
@@ -213,7 +218,9 @@ def _report(
         say(line)
 
 
-def _how_to_resume(out: Path, env_id: str) -> str:
+def _how_to_resume(out: Path, env_id: str, run: RunDirectory | None) -> str:
+    if run is not None and not run.has_checkpoints():
+        return f"there was no checkpoint yet: remove {out} and start again"
     command = f"ssm-fast train --resume --out {shlex.quote(str(out))}"
     if ":" in env_id:  # never imported on the word of config.json
         command += f" --env {shlex.quote(env_id)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssm_fast.env_runner import positions as positions  # registers its environments
+from ssm_fast.env_runner.acrobot_family import AcrobotTask, AcrobotVectorEnv
 from ssm_fast.env_runner.cartpole_family import CartPoleTask, CartPoleVectorEnv
 from ssm_fast.env_runner.environment import Environment, MetaEnvironment
 from ssm_fast.env_runner.evaluation import Evaluation, evaluate
@@ -18,6 +19,8 @@ from ssm_fast.env_runner.trial_environment import TrialEnvironment
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv
 
 __all__ = [
+    "AcrobotTask",
+    "AcrobotVectorEnv",
     "AntDirTask",
     "CartPoleTask",
     "CartPoleVectorEnv",

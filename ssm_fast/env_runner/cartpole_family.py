@@ -12,7 +12,13 @@ from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from numpy.typing import NDArray
 
 from ssm_fast.checks import check_count
-from ssm_fast.env_runner.same_step import Info, Outcome, SameStepVectorEnv
+from ssm_fast.env_runner.same_step import (
+    Info,
+    Outcome,
+    SameStepVectorEnv,
+    check_discrete_actions,
+    why_not_in_arrays,
+)
 from ssm_fast.env_runner.task_families import PlaysTask, Task, TaskFamily, register_family
 
 HORIZON = 500
@@ -184,14 +190,7 @@ class CartPoleVectorEnv(SameStepVectorEnv):
         self._state[:, i] = generator.uniform(low=-0.05, high=0.05, size=(4,))
 
     def _check_actions(self, actions: NDArray[Any]) -> None:
-        if actions.shape != (self.num_envs,):
-            raise ValueError(
-                f"actions must have shape [B] = [{self.num_envs}], got {list(actions.shape)}"
-            )
-        if actions.dtype.kind not in "iu":
-            raise TypeError(f"actions must be integers, got {actions.dtype}")
-        if ((actions != 0) & (actions != 1)).any():
-            raise ValueError(f"actions must be 0 or 1, got {actions.tolist()}")
+        check_discrete_actions(actions, self.num_envs, 2)
 
     def _advance(self, actions: NDArray[Any]) -> Outcome:
         """Follows `CartPoleEnv.step` operation by operation."""
@@ -223,12 +222,4 @@ class CartPoleVectorEnv(SameStepVectorEnv):
 
 def unsupported(env_name: str, **env_kwargs: Any) -> str | None:
     """Says why `CartPoleVectorEnv` does not run this environment; `None` if it does."""
-    spec = gymnasium.registry.get(env_name)
-    if spec is None:
-        return "the id is not registered"
-    if spec.entry_point not in _CLASSES:
-        return "it is no family of CartPoles"
-    if spec.additional_wrappers:
-        return "its registration adds wrappers"
-    foreign = sorted({**spec.kwargs, **env_kwargs}.keys() - {"task", "max_episode_steps"})
-    return f"it does not take {', '.join(foreign)}" if foreign else None
+    return why_not_in_arrays(env_name, _CLASSES, "family of CartPoles", env_kwargs)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import gymnasium
 import numpy as np
@@ -18,7 +18,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from ssm_fast.checks import check_count
-from ssm_fast.env_runner import cartpole_family, vector_physics
+from ssm_fast.env_runner import acrobot_family, cartpole_family, vector_physics
+from ssm_fast.env_runner.acrobot_family import AcrobotVectorEnv
 from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
 from ssm_fast.env_runner.same_step import SameStepVectorEnv
 from ssm_fast.env_runner.task_families import Task, TaskFamily, get_family
@@ -52,7 +53,7 @@ class Environment:
 
     - `"vector"`: all rows at once, on C++ threads (`MujocoVectorEnv`: HalfCheetah, Hopper,
       Walker2d, Swimmer, Ant and Humanoid v5 and their task families, from mujoco 3.17 on) or as
-      arrays (`CartPoleVectorEnv`: the CartPole families). It does not render.
+      arrays (`CartPoleVectorEnv`, `AcrobotVectorEnv`: the families of classic control). It does not render.
     - `"gymnasium"`: Gymnasium's own environments, one after the other. Every id has it.
 
     Args:
@@ -105,8 +106,9 @@ class Environment:
             vector: SameStepVectorEnv | None = None
             try:
                 if physics != "gymnasium" and reason is None:
-                    if cartpole_family.unsupported(env_name) is None:
-                        vector = CartPoleVectorEnv(env_name, batch_size, **env_kwargs)
+                    in_arrays = _class_in_arrays(env_name)
+                    if in_arrays is not None:
+                        vector = in_arrays(env_name, batch_size, **env_kwargs)
                     else:
                         vector = MujocoVectorEnv(
                             env_name, batch_size, num_threads=num_threads, **env_kwargs
@@ -608,10 +610,31 @@ class RowInfo(Sequence[dict[str, Any]]):
         }
 
 
+AnyEnvironment: TypeAlias = (
+    Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any]
+)
+
+
+_ClassInArrays: TypeAlias = type[CartPoleVectorEnv] | type[AcrobotVectorEnv]
+_IN_ARRAYS: tuple[tuple[Callable[..., str | None], _ClassInArrays], ...] = (
+    (cartpole_family.unsupported, CartPoleVectorEnv),
+    (acrobot_family.unsupported, AcrobotVectorEnv),
+)
+
+
+def _class_in_arrays(env_name: str) -> _ClassInArrays | None:
+    """What steps all rows of a family of classic control at once, if this is one."""
+    for why_not, vector_class in _IN_ARRAYS:
+        if why_not(env_name) is None:
+            return vector_class
+    return None
+
+
 def _unsupported(env_name: str, **env_kwargs: Any) -> str | None:
-    """Says why neither of the vector environments runs this one; `None` if one does."""
-    if cartpole_family.unsupported(env_name) is None:
-        return cartpole_family.unsupported(env_name, **env_kwargs)
+    """Says why none of the vector environments runs this one; `None` if one does."""
+    for why_not, _ in _IN_ARRAYS:
+        if why_not(env_name) is None:
+            return why_not(env_name, **env_kwargs)
     return vector_physics.unsupported(env_name, **env_kwargs)
 
 

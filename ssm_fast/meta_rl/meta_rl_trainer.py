@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ssm_fast.checks import check_count, check_number, is_replaced
+from ssm_fast.checks import check_count, check_number, check_spaces, is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 from ssm_fast.core.task_gradients import policy_task_gradients
 from ssm_fast.core.task_policies import TaskPolicies
@@ -812,15 +812,8 @@ class MetaRLTrainer:
                 f"env must be an Environment or a TrialEnvironment, got {type(env).__name__}"
             )
         self._steps_of(env)
-        for name, size, expected in (
-            ("observations", env.input_dim, self.model.input_dim),
-            ("actions", env.action_dim, self.model.action_dim),
-            ("discrete", env.discrete, self.model.discrete),
-        ):
-            if size != expected:
-                raise ValueError(
-                    f"{name} of {env.env_name} must be {expected} as in the model, got {size}"
-                )
+        model = self.model
+        check_spaces(env, model.input_dim, model.action_dim, model.discrete)
 
     def _check_rows(self, env: TaskEnvironment, tasks: int) -> None:
         if env.family is None:

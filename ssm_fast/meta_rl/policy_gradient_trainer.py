@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import gymnasium
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast import ops
-from ssm_fast.checks import check_count, check_number
+from ssm_fast.checks import check_count, check_number, check_spaces
 from ssm_fast.core.ssm import StateSpaceModel
-from ssm_fast.env_runner.environment import Environment
+from ssm_fast.env_runner.environment import AnyEnvironment, Environment
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import (
@@ -143,7 +142,7 @@ class PolicyGradientTrainer:
 
     def train(
         self,
-        env: Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any],
+        env: AnyEnvironment,
         total_episodes: int,
         log_interval: int = 10,
         *,
@@ -345,10 +344,7 @@ class PolicyGradientTrainer:
         deviation = returns[episodes.valid].std(correction=0)
         return valid * (returns - baseline) / (deviation + 1e-8)
 
-    def _prepare(
-        self,
-        env: Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any],
-    ) -> Environment:
+    def _prepare(self, env: AnyEnvironment) -> Environment:
         """Wraps a Gymnasium environment and checks that it fits the model."""
         if not isinstance(env, Environment):
             env = Environment.wrap(env)
@@ -357,14 +353,7 @@ class PolicyGradientTrainer:
                 f"{env.env_name} must have a Discrete action space for REINFORCE, "
                 f"got {env.single_action_space}"
             )
-        for name, size, expected in (
-            ("observations", env.input_dim, self.model.input_dim),
-            ("actions", env.action_dim, self.model.output_dim),
-        ):
-            if size != expected:
-                raise ValueError(
-                    f"{name} of {env.env_name} must have size {expected} as in the model, got {size}"
-                )
+        check_spaces(env, self.model.input_dim, self.model.output_dim, discrete=True)
         return env
 
     # Saving

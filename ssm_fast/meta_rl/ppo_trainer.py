@@ -11,20 +11,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeAlias
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
-import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from ssm_fast import ops
-from ssm_fast.checks import check_count, check_number, is_replaced
+from ssm_fast.checks import check_count, check_number, check_spaces, is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.rollout_policy import RolloutPolicy
 from ssm_fast.core.sequence_gradient import SequenceGradient
-from ssm_fast.env_runner.environment import Environment
+from ssm_fast.env_runner.environment import AnyEnvironment, Environment
 from ssm_fast.meta_rl.distributed import Part, Rows, World
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 from ssm_fast.meta_rl.ppo_epoch import FIGURES, Objective, PpoEpoch
@@ -39,10 +38,6 @@ from ssm_fast.meta_rl.training_state import (
     start_run,
 )
 from ssm_fast.nn.running_norm import RunningNorm
-
-AnyEnvironment: TypeAlias = (
-    Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any]
-)
 
 _LOGGER = logging.getLogger(__name__)
 _STEPS_PER_ITERATION = 2048  # over all environments, where num_steps is not given
@@ -367,10 +362,12 @@ class PPOTrainer:
                     )
                 stop = False
                 with self.world.together():
+                    is_due = self.iteration % interval == 0 or self.iteration == last
                     if run is not None:
-                        is_due = self.iteration % interval == 0 or self.iteration == last
                         self._record(run, env, metrics, is_due)
                     stop = callback is not None and callback(dict(metrics)) is False
+                    if run is not None and stop and not is_due:
+                        self._save(run, env)
                 if self.world.first(stop):
                     break
             self._keep_random_state()
@@ -415,8 +412,11 @@ class PPOTrainer:
         run.append_row(metrics)
         run.log_scalars({f"train/{name}": value for name, value in metrics.items()}, self.timesteps)
         if is_due:
-            self._keep_random_state()
-            save_checkpoint(run, self, env)
+            self._save(run, env)
+
+    def _save(self, run: RunDirectory, env: Environment) -> None:
+        self._keep_random_state()
+        save_checkpoint(run, self, env)
 
     def _iterate(self, env: Environment, last: int, result: TrainingResult) -> dict[str, float]:
         """One rollout and update."""
@@ -575,25 +575,13 @@ class PPOTrainer:
         """Wraps a Gymnasium environment and checks that it fits the model."""
         with self.world.together():
             env = source if isinstance(source, Environment) else Environment.wrap(source)
-            for name, size, expected in (
-                ("observations", env.input_dim, self.model.input_dim),
-                ("actions", env.action_dim, self.model.action_dim),
-            ):
-                if size != expected:
-                    raise ValueError(
-                        f"{name} of {env.env_name} must have size {expected} as in the model, "
-                        f"got {size}"
-                    )
-            if env.discrete != self.model.discrete:
-                kind = "discrete" if env.discrete else "continuous"
-                raise ValueError(
-                    f"{env.env_name} has {kind} actions: the model needs discrete={env.discrete}"
-                )
+            model = self.model
+            check_spaces(env, model.input_dim, model.action_dim, model.discrete)
         self._steps_of(env)
         return env
 
     def _steps_of(self, env: Environment) -> int:
-        steps = self.num_steps or max(1, _STEPS_PER_ITERATION // self._rows_of(env).total)
+        steps = self.num_steps or _usual_steps(self._rows_of(env).total)
         if self.sequence_length is not None and steps % self.sequence_length:
             raise ValueError(
                 f"num_steps must be a multiple of sequence_length = {self.sequence_length}, got {steps}"
@@ -956,6 +944,12 @@ class PPOTrainer:
 
     def _cuda_devices(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
+
+
+def _usual_steps(rows: int) -> int:
+    """Steps of a rollout where nobody says: whole sequences, if there is room for one."""
+    steps = max(1, _STEPS_PER_ITERATION // rows)
+    return steps - steps % _LONGEST_SEQUENCE if steps >= _LONGEST_SEQUENCE else steps
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import warnings
@@ -166,7 +167,9 @@ class RunDirectory:
             The folder of the checkpoint.
         """
         final = self.checkpoints_path / f"iteration_{iteration:08d}"
-        building = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX, dir=self.checkpoints_path))
+        # Not mkdtemp's, which others may not read whatever the umask says.
+        building = self.checkpoints_path / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+        building.mkdir()
         try:
             _write_synced(building / _STATE_FILE, _dump_state(state))
             if write_model is not None:
@@ -189,6 +192,10 @@ class RunDirectory:
         for old in self._checkpoint_paths()[: -self.keep]:
             shutil.rmtree(old)
         return final
+
+    def has_checkpoints(self) -> bool:
+        """Whether there are any, intact or not."""
+        return bool(self._checkpoint_paths())
 
     def latest_checkpoint(self) -> Checkpoint | None:
         """Returns the newest intact checkpoint, or None where the run has none yet.

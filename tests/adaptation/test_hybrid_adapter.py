@@ -211,3 +211,8 @@ class TestErrors:
     def test_ranges(self, option: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match=next(iter(option))):
             HybridAdaptationConfig(**option)
+
+
+def test_a_model_that_takes_no_resets() -> None:
+    with pytest.raises(TypeError, match="forward of GRU must have the arguments x and reset"):
+        HybridAdapter(nn.GRU(3, 2))

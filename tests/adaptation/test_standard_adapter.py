@@ -273,6 +273,20 @@ class TestMetaWeights:
         assert_equal(weights_of(adapter.model), first)
 
 
+class TestSnapshot:
+    def test_is_good_for_more_than_one_restore(self) -> None:
+        model, x, y = regression()
+        adapter = StandardAdapter(model, StandardAdaptationConfig(1e-2, ema_decay=0.5))
+        adapter.update_step(x, y)
+        snapshot, found = adapter.snapshot(), []
+        for _ in range(2):
+            adapter.restore(snapshot)
+            adapter.update_step(x, y)
+            found.append((weights_of(adapter.model), adapter.averaged_weights()))
+        for one, other in zip(*found, strict=True):
+            assert_equal(one, other)
+
+
 class TestBadInput:
     @pytest.mark.parametrize("at", [0, 2])
     def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(self, at: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ssm_fast.app import loading
 from ssm_fast.app.loading import LoadView, load_pretrained, load_upload, pretrained_names
 from ssm_fast.app.visitors import Visitor
 from ssm_fast.checkpoint import read_metadata
+from ssm_fast.env_runner import get_family
 
 pytestmark = pytest.mark.isa_independent
 
@@ -90,6 +92,19 @@ def test_a_file_that_is_too_large(
     monkeypatch.setattr(loading, "LARGEST_UPLOAD", 100)
     view = upload(visitor, save_policy(env_id="CartPole-v1"))
     assert "The file policy.safetensors is larger than" in view.status.text
+
+
+def test_one_that_was_adapted_to_a_task(visitor: Visitor, save_policy: Save) -> None:
+    family = get_family("ssm_fast/CartPoleFamily-v0")
+    for task, choice, words in (
+        (family.test_tasks[3], "test 3", "for ssm_fast/CartPoleFamily-v0, test task 3."),
+        (family.out_of_range_tasks[0], "out_of_range 0", "out of range task 0."),
+        (family.train_tasks[0], "", "It was adapted to a task that cannot be chosen here."),
+    ):
+        path = save_policy(env_id=family.env_name, task=json.dumps(task.as_dict()))
+        view = upload(visitor, path)
+        assert words in view.status.text
+        assert visitor.policy(view.policy).task == choice
 
 
 def test_pretrained(visitor: Visitor, save_policy: Save, tmp_path: Path) -> None:

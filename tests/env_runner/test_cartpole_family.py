@@ -166,7 +166,7 @@ def test_wrong_arguments_and_calls():
     env.reset(seed=0)
     with pytest.raises(ValueError, match=r"actions must have shape \[B\] = \[2\], got \[3\]"):
         env.step(np.zeros(3, dtype=int))
-    with pytest.raises(ValueError, match=r"actions must be 0 or 1, got \[0, 2\]"):
+    with pytest.raises(ValueError, match=r"actions must lie in \[0, 2\), got \[0, 2\]"):
         env.step(np.array([0, 2]))
     with pytest.raises(TypeError, match="actions must be integers, got float64"):
         env.step(np.zeros(2))

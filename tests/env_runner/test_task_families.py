@@ -31,6 +31,7 @@ DIRECTIONS = ["ssm_fast/HalfCheetahDir-v0", "ssm_fast/AntDir-v0"]
 CONTINUOUS = [
     "ssm_fast/CartPoleFamily-v0",
     "ssm_fast/CartPoleUnsignedFamily-v0",
+    "ssm_fast/AcrobotFamily-v0",
     "ssm_fast/HalfCheetahVel-v0",
     "ssm_fast/HalfCheetahVel3-v0",
     "ssm_fast/HalfCheetahBody-v0",
@@ -131,7 +132,7 @@ def test_families_pickle_to_themselves(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gymnasiums_checker_finds_nothing(name):
     env = gymnasium.make(name, task=get_family(name).sample(1, 0)[0])
-    assert env.spec.max_episode_steps == (500 if "CartPole" in name else 200)
+    assert env.spec.max_episode_steps == (500 if "CartPole" in name or "Acrobot" in name else 200)
     with warnings.catch_warnings():
         # all of Gymnasium's own CartPoles and robots have unbounded observations
         warnings.filterwarnings("ignore", message=".*A Box observation space .*infinity")
@@ -286,6 +287,7 @@ assert env.reset(seed=0)[0].shape == (4,)
 FROZEN = {
     "ssm_fast/CartPoleFamily-v0": [1296.64712, 464.620711, 330.537224],
     "ssm_fast/CartPoleUnsignedFamily-v0": [2191.050277, 940.774697, 528.102759],
+    "ssm_fast/AcrobotFamily-v0": [400.100631, 157.448459, 76.885506],
     "ssm_fast/HalfCheetahDir-v0": [0.0, 0.0, 0.0],
     "ssm_fast/HalfCheetahVel-v0": [101.70954, 41.381218, 50.564336],
     "ssm_fast/HalfCheetahVel3-v0": [157.869645, 55.972272, 74.254121],

@@ -525,9 +525,9 @@ def test_environments_that_do_not_fit():
         trainer.train("CartPole-v1", 1)
     with pytest.raises(ValueError, match="as many rows for each of 3 tasks, got 4"):
         trainer.train(environment(rows=4), 1)
-    with pytest.raises(ValueError, match=r"observations of .*HalfCheetah.* must be 4"):
+    with pytest.raises(ValueError, match=r"HalfCheetah.* has 17 .*, the model is for 4"):
         trainer.train(environment(CHEETAH), 1)
-    with pytest.raises(ValueError, match=r"observations of .* must be 4 as in the model, got 8"):
+    with pytest.raises(ValueError, match=r"has 8 observations .*, the model is for 4"):
         trainer.train(environment(trial=2), 1)
     with pytest.raises(ValueError, match="train_tasks must not be empty"):
         trainer.train(env, 1, train_tasks=())

@@ -226,8 +226,8 @@ class TestFailures:
         ("env_id", "options", "match"),
         [
             ("Pendulum-v1", {"input_dim": 3, "output_dim": 1}, r"Discrete action .*Box\(-2"),
-            ("CartPole-v1", {"input_dim": 3}, "observations of CartPole-v1 .* 3 .*got 4"),
-            ("CartPole-v1", {"output_dim": 3}, "actions of CartPole-v1 .* 3 .*got 2"),
+            ("CartPole-v1", {"input_dim": 3}, "CartPole-v1 has 4 observations .* is for 3"),
+            ("CartPole-v1", {"output_dim": 3}, "has .* 2 discrete actions, .* and 3 discrete"),
         ],
     )
     def test_another_environment(self, env_id: str, options: dict[str, int], match: str) -> None:

@@ -21,6 +21,7 @@ from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.env_runner.environment import Environment
+from ssm_fast.meta_rl.distributed import Rows
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout, _Minibatch
 from ssm_fast.meta_rl.run import RunDirectory, write_state
 
@@ -512,15 +513,22 @@ class TestTrain:
         [
             (
                 ImprovedSSM(4, 2),
-                "observations of SyncVectorEnv must have size 4 as in the model, got 3",
+                "SyncVectorEnv has 3 observations and 2 continuous actions, the model is for 4",
             ),
-            (ImprovedSSM(3, 3), "actions of SyncVectorEnv must have size 3 as in the model, got 2"),
-            (ImprovedSSM(3, 2, discrete=True), "needs discrete=False"),
+            (ImprovedSSM(3, 3), "2 continuous actions, the model is for .* 3 continuous actions"),
+            (ImprovedSSM(3, 2, discrete=True), "the model is for 3 observations and 2 discrete"),
         ],
     )
     def test_another_model(self, model: ImprovedSSM, match: str) -> None:
         with pytest.raises(ValueError, match=match):
             PPOTrainer(model).train(_drift(2), 100)
+
+    @pytest.mark.parametrize(("rows", "steps"), [(1, 2048), (3, 680), (5, 408), (64, 32), (300, 6)])
+    def test_usual_rollouts_hold_whole_sequences(self, rows: int, steps: int) -> None:
+        trainer = PPOTrainer(ImprovedSSM(3, 2, 4, 8))
+        trainer._rows = None, Rows(0, rows, rows)  # type: ignore[assignment]
+        assert trainer._steps_of(None) == steps  # type: ignore[arg-type]
+        assert trainer._sequence_length_for(steps) == (min(8, steps))
 
     def test_ranges(self) -> None:
         for options, match in (

@@ -44,6 +44,14 @@ class TestRunDirectory:
         assert latest.state["returns"] == [1e8]
         torch.testing.assert_close(latest.state["weights"], torch.full((3,), 1e8))
 
+    def test_may_be_read_by_whom_the_umask_lets(self, tmp_path: Path) -> None:
+        before = os.umask(0o022)
+        try:
+            checkpoint = RunDirectory(tmp_path / "run").save_checkpoint(1, {"x": 1})
+        finally:
+            os.umask(before)
+        assert checkpoint.stat().st_mode & 0o777 == 0o755
+
     def test_without_checkpoints(self, tmp_path: Path) -> None:
         assert RunDirectory(tmp_path).latest_checkpoint() is None
 

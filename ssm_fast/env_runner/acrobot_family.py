@@ -1,0 +1,233 @@
+"""Acrobot with other links and another motor in every task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.classic_control.acrobot import AcrobotEnv
+from numpy.typing import NDArray
+
+from ssm_fast.checks import check_count
+from ssm_fast.env_runner.same_step import (
+    Info,
+    Outcome,
+    SameStepVectorEnv,
+    check_discrete_actions,
+    why_not_in_arrays,
+)
+from ssm_fast.env_runner.task_families import PlaysTask, Task, TaskFamily, register_family
+
+HORIZON = 500
+
+
+@dataclass(frozen=True)
+class AcrobotTask(Task):
+    """Lengths and masses of the links, upper one first, and the motor; Acrobot-v1's by default."""
+
+    positive: ClassVar[frozenset[str]] = frozenset(
+        {"link_length_1", "link_length_2", "link_mass_1", "link_mass_2"}
+    )
+
+    link_length_1: float = 1.0  # m, the centre of mass in the middle
+    link_length_2: float = 1.0  # m, likewise
+    link_mass_1: float = 1.0  # kg
+    link_mass_2: float = 1.0  # kg
+    torque: float = 1.0  # N m, of action 2; below zero, the motor is reversed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.torque == 0:
+            raise ValueError("torque must not be 0")
+
+
+RANGES = {
+    "link_length_1": (0.7, 1.4),
+    "link_length_2": (0.7, 1.4),
+    "link_mass_1": (0.6, 1.6),
+    "link_mass_2": (0.6, 1.6),
+    "torque": (0.8, 2.0),
+}
+
+
+class AcrobotFamily(TaskFamily[AcrobotTask]):
+    """Every parameter is drawn log-uniformly from `RANGES`, the side of the motor by a coin.
+
+    Out of range, one of the parameters lies outside by a factor of up to 1.3. In the frozen sets,
+    every second motor is reversed.
+    """
+
+    task_type = AcrobotTask
+    default_task = AcrobotTask()
+
+    def draw(self, generator: np.random.Generator) -> AcrobotTask:
+        """Draws the parameters from `RANGES`."""
+        return AcrobotTask(**self._draw(generator))
+
+    def draw_out_of_range(self, generator: np.random.Generator) -> AcrobotTask:
+        """Draws one parameter from outside and the others from `RANGES`."""
+        values = self._draw(generator)
+        name = list(RANGES)[generator.integers(len(RANGES))]
+        low, high = RANGES[name]
+        beyond = 1.3 ** generator.uniform(0.0, 1.0)
+        value = high * beyond if generator.integers(2) else low / beyond
+        values[name] = float(np.copysign(value, values[name]))
+        return AcrobotTask(**values)
+
+    def _frozen(
+        self,
+        draw: Any,
+        n: int,
+        split: int,
+        others: tuple[AcrobotTask, ...] = (),
+    ) -> tuple[AcrobotTask, ...]:
+        tasks = super()._frozen(draw, n, split, others)
+        return tuple(
+            replace(task, torque=abs(task.torque) * (-1) ** i) for i, task in enumerate(tasks)
+        )
+
+    def _draw(self, generator: np.random.Generator) -> dict[str, float]:
+        values = {
+            name: low * (high / low) ** generator.uniform() for name, (low, high) in RANGES.items()
+        }
+        values["torque"] *= generator.choice([-1.0, 1.0])
+        return values
+
+
+ACROBOT = AcrobotFamily("ssm_fast/AcrobotFamily-v0")
+
+
+class AcrobotFamilyEnv(PlaysTask, AcrobotEnv):
+    """Acrobot-v1 with the parameters of a task, which the observation does not tell.
+
+    The goal is Gymnasium's, in the angles: the tip as high as that of links of 1 m would be one
+    link above the joint.
+    """
+
+    family = ACROBOT
+
+    def __init__(self, task: Task | None = None, **kwargs: Any) -> None:
+        AcrobotEnv.__init__(self, **kwargs)
+        self.start_with(task)
+
+    def begin_task(self, task: AcrobotTask) -> None:
+        """Sets the parameters under Gymnasium's names."""
+        self.LINK_LENGTH_1, self.LINK_LENGTH_2 = task.link_length_1, task.link_length_2
+        self.LINK_COM_POS_1, self.LINK_COM_POS_2 = task.link_length_1 / 2, task.link_length_2 / 2
+        self.LINK_MASS_1, self.LINK_MASS_2 = task.link_mass_1, task.link_mass_2
+        self.AVAIL_TORQUE = [-task.torque, 0.0, task.torque]
+
+
+_CLASSES = {f"{AcrobotFamilyEnv.__module__}:{AcrobotFamilyEnv.__name__}": AcrobotFamilyEnv}
+for _entry_point, _class in _CLASSES.items():
+    register_family(_class.family, _entry_point, HORIZON)
+
+
+class AcrobotVectorEnv(SameStepVectorEnv):
+    """`num_envs` rows of the Acrobot family, each with a task of its own, as arrays.
+
+    Row `i` does what `gymnasium.make(env_name, task=tasks[i])` does under the same seed and
+    actions. Rows restart, and the arguments are, as in `MujocoVectorEnv`, but for `task`.
+
+    Args:
+        task: Of every row where `tasks` is `None`; by default Acrobot-v1's own parameters.
+    """
+
+    def __init__(
+        self,
+        env_name: str,
+        num_envs: int = 1,
+        *,
+        tasks: Sequence[Task] | None = None,
+        task: Task | None = None,
+        max_episode_steps: int | None = None,
+    ) -> None:
+        reason = unsupported(env_name)
+        if reason is not None:
+            raise ValueError(f"env_name {env_name!r} has no vector physics: {reason}")
+        check_count("num_envs", num_envs)
+        kwargs: dict[str, Any] = {} if task is None else {"task": task}
+        if max_episode_steps is not None:
+            kwargs["max_episode_steps"] = max_episode_steps
+        env = gymnasium.make(env_name, disable_env_checker=True, **kwargs)
+        base: Any = env.unwrapped
+        self._dt, self._moi = base.dt, base.LINK_MOI
+        self._fastest = np.array([[base.MAX_VEL_1], [base.MAX_VEL_2]])  # [2, 1]
+        self._state = np.zeros((4, num_envs))  # [4, B]: both angles, both velocities
+        self._setup_rows(env, num_envs, tasks)
+
+    def _begin_tasks(self, tasks: tuple[Any, ...]) -> None:
+        def of(name: str) -> NDArray[np.float64]:
+            return np.array([getattr(task, name) for task in tasks])  # [B]
+
+        self._l1, self._torque = of("link_length_1"), of("torque")
+        self._m1, self._m2 = of("link_mass_1"), of("link_mass_2")
+        self._lc1, self._lc2 = self._l1 / 2, of("link_length_2") / 2
+
+    def _draw_state(self, i: int, generator: np.random.Generator) -> None:
+        self._state[:, i] = generator.uniform(low=-0.1, high=0.1, size=(4,)).astype(np.float32)
+
+    def _check_actions(self, actions: NDArray[Any]) -> None:
+        check_discrete_actions(actions, self.num_envs, 3)
+
+    def _advance(self, actions: NDArray[Any]) -> Outcome:
+        """Follows `AcrobotEnv.step` operation by operation."""
+        torque = np.where(actions == 1, 0.0, np.where(actions == 2, self._torque, -self._torque))
+        y, dt = self._state, self._dt
+        dt2 = dt / 2.0
+        k1 = self._derivative(y, torque)
+        k2 = self._derivative(y + dt2 * k1, torque)
+        k3 = self._derivative(y + dt2 * k2, torque)
+        k4 = self._derivative(y + dt * k3, torque)
+        y = y + dt / 6.0 * (k1 + 2 * k2 + 2 * k3 + k4)
+        angles = y[:2]
+        while (angles > np.pi).any() or (angles < -np.pi).any():
+            angles = np.where(angles > np.pi, angles - 2 * np.pi, angles)
+            angles = np.where(angles < -np.pi, angles + 2 * np.pi, angles)
+        velocities = np.clip(y[2:], -self._fastest, self._fastest)
+        self._state = np.concatenate((angles, velocities))
+        terminated = -np.cos(angles[0]) - np.cos(angles[1] + angles[0]) > 1.0  # [B]
+        return self._observation(), np.where(terminated, 0.0, -1.0), terminated, {}
+
+    def _derivative(
+        self, state: NDArray[np.float64], torque: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Of the state `[4, B]`: the book's equations, as in `AcrobotEnv._dsdt`."""
+        m1, m2, l1, lc1, lc2 = self._m1, self._m2, self._l1, self._lc1, self._lc2
+        I1, I2, g = self._moi, self._moi, 9.8
+        theta1, theta2, dtheta1, dtheta2 = state
+        cos2, sin2 = np.cos(theta2), np.sin(theta2)
+        d1 = m1 * lc1**2 + m2 * (l1**2 + lc2**2 + 2 * l1 * lc2 * cos2) + I1 + I2
+        d2 = m2 * (lc2**2 + l1 * lc2 * cos2) + I2
+        phi2 = m2 * lc2 * g * np.cos(theta1 + theta2 - np.pi / 2.0)
+        phi1 = (
+            -m2 * l1 * lc2 * dtheta2**2 * sin2
+            - 2 * m2 * l1 * lc2 * dtheta2 * dtheta1 * sin2
+            + (m1 * lc1 + m2 * l1) * g * np.cos(theta1 - np.pi / 2)
+            + phi2
+        )
+        ddtheta2 = (torque + d2 / d1 * phi1 - m2 * l1 * lc2 * dtheta1**2 * sin2 - phi2) / (
+            m2 * lc2**2 + I2 - d2**2 / d1
+        )
+        ddtheta1 = -(d2 * ddtheta2 + phi1) / d1
+        return np.stack((dtheta1, dtheta2, ddtheta1, ddtheta2))
+
+    def _observation(self) -> NDArray[np.float32]:
+        (theta1, theta2), velocities = self._state[:2], self._state[2:]
+        columns = (np.cos(theta1), np.sin(theta1), np.cos(theta2), np.sin(theta2), *velocities)
+        return np.stack(columns, 1).astype(np.float32)  # [B, 6]
+
+    def _place(self) -> Info:
+        return {}
+
+    def __repr__(self) -> str:
+        assert self.spec is not None
+        return f"AcrobotVectorEnv({self.spec.id!r}, num_envs={self.num_envs})"
+
+
+def unsupported(env_name: str, **env_kwargs: Any) -> str | None:
+    """Says why `AcrobotVectorEnv` does not run this environment; `None` if it does."""
+    return why_not_in_arrays(env_name, _CLASSES, "family of Acrobots", env_kwargs)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import functools
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from trajectories import assert_same_trajectory
+
+from ssm_fast.env_runner import (
+    AcrobotTask,
+    AcrobotVectorEnv,
+    CartPoleTask,
+    Environment,
+    get_family,
+)
+from ssm_fast.env_runner.acrobot_family import RANGES, unsupported
+
+pytestmark = pytest.mark.isa_independent
+
+NAME = "ssm_fast/AcrobotFamily-v0"
+FAMILY = get_family(NAME)
+
+
+def one_by_one(tasks, **kwargs):
+    return SyncVectorEnv(
+        [functools.partial(gymnasium.make, NAME, task=task, **kwargs) for task in tasks],
+        autoreset_mode=AutoresetMode.SAME_STEP,
+    )
+
+
+@pytest.mark.parametrize("limit", [None, 13])
+def test_rows_equal_single_environments_of_their_tasks(limit):
+    tasks = [*FAMILY.test_tasks[:6], *FAMILY.out_of_range_tasks[:3], AcrobotTask()]
+    kwargs = {} if limit is None else {"max_episode_steps": limit}
+    env = AcrobotVectorEnv(NAME, 10, tasks=tasks, **kwargs)
+    assert assert_same_trajectory(env, one_by_one(tasks, **kwargs), 400) >= 3
+
+
+def test_default_task_is_gymnasiums_acrobot():
+    own = SyncVectorEnv(
+        [lambda: gymnasium.make("Acrobot-v1")] * 4, autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    assert assert_same_trajectory(AcrobotVectorEnv(NAME, 4), own, 520) >= 4
+
+
+def test_fast_links_are_wrapped_and_bounded_as_gymnasiums():
+    """Pumped all the time, the lower link turns over and over."""
+    tasks = [AcrobotTask(torque=20.0), AcrobotTask(0.5, 0.5, torque=-20.0)]
+    env, reference = AcrobotVectorEnv(NAME, 2, tasks=tasks), one_by_one(tasks)
+    turns = 0
+    for e in (env, reference):
+        e.reset(seed=0)
+    for _ in range(150):
+        obs, want = (e.step(np.array([2, 2])) for e in (env, reference))
+        np.testing.assert_allclose(obs[0], want[0], atol=1e-5)
+        turns += int((np.abs(obs[0][:, 5]) > 9 * np.pi - 1e-4).any())
+    assert turns > 5
+
+
+def returns(tasks, feedback):
+    """Of an episode each, with the torque against the upper link's velocity."""
+    env = Environment(NAME, len(tasks), tasks=tasks)
+    assert env.physics == "vector"
+    obs, _ = env.reset(seed=0)
+    total, alive = np.zeros(len(tasks)), np.ones(len(tasks), dtype=bool)
+    for _ in range(500):
+        obs, rewards, terminated, truncated, _ = env.step(np.where(feedback * obs[:, 4] < 0, 2, 0))
+        total += rewards * alive
+        alive &= ~(terminated | truncated)
+    return total
+
+
+def test_who_knows_the_side_of_the_motor_solves_all_tasks_and_nobody_else_does():
+    for tasks in (FAMILY.train_tasks, FAMILY.test_tasks, FAMILY.out_of_range_tasks):
+        side = np.sign([task.torque for task in tasks])
+        assert returns(tasks, side).min() > -300
+        assert returns(tasks, side).mean() > -80
+        assert (returns(tasks, -side) == -500).all()
+        assert returns(tasks, np.ones(len(tasks))).mean() < -250
+
+
+def test_ranges():
+    tasks = FAMILY.sample(3000, 0)
+    for field, (low, high) in RANGES.items():
+        values = np.abs([getattr(task, field) for task in tasks])
+        assert low <= values.min() < 1.02 * low
+        assert 0.98 * high < values.max() <= high * (1 + 1e-12)
+        np.testing.assert_allclose(np.log(values).mean(), np.log(low * high) / 2, atol=0.05)
+    for drawn in (tasks, FAMILY.train_tasks, FAMILY.test_tasks, FAMILY.out_of_range_tasks):
+        reversed_motors = np.mean([task.torque < 0 for task in drawn])
+        np.testing.assert_allclose(reversed_motors, 0.5, atol=0.03 if drawn == tasks else 0)
+    low, high = np.array(list(RANGES.values())).T
+    for task in FAMILY.out_of_range_tasks:
+        x = np.abs([getattr(task, field) for field in RANGES])
+        assert ((x < low) | (x > high)).sum() == 1
+        assert ((x > low / 1.3) & (x < high * 1.3)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "reason"),
+    [
+        (NAME, {"task": AcrobotTask(), "max_episode_steps": 3}, None),
+        (NAME, {"render_mode": "rgb_array"}, "does not take render_mode"),
+        ("Acrobot-v1", {}, "no family of Acrobots"),
+        ("NoSuchEnv-v0", {}, "not registered"),
+    ],
+)
+def test_unsupported_says_why(name, kwargs, reason):
+    why = unsupported(name, **kwargs)
+    assert why is None if reason is None else reason in why
+
+
+def test_mistakes():
+    env = AcrobotVectorEnv(NAME, 2)
+    assert repr(env) == "AcrobotVectorEnv('ssm_fast/AcrobotFamily-v0', num_envs=2)"
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"actions must lie in \[0, 3\), got \[0, 3\]"):
+        env.step(np.array([0, 3]))
+    with pytest.raises(ValueError, match=r"actions must have shape \[B\] = \[2\], got \[3\]"):
+        env.step(np.array([0, 1, 1]))
+    with pytest.raises(TypeError, match="actions must be integers, got float64"):
+        env.step(np.array([0.0, 1.0]))
+    with pytest.raises(ValueError, match="torque must not be 0"):
+        AcrobotTask(torque=0.0)
+    with pytest.raises(ValueError, match="link_mass_2 must be positive"):
+        AcrobotTask(link_mass_2=0.0)
+    with pytest.raises(TypeError, match="must be AcrobotTask, got CartPoleTask"):
+        env.set_tasks([CartPoleTask()] * 2)
+    with pytest.raises(ValueError, match="'CartPole-v1' has no vector physics: it is no family"):
+        AcrobotVectorEnv("CartPole-v1")
+    with Environment(NAME, render_mode="rgb_array") as drawn:
+        drawn.reset(seed=0)
+        assert drawn.physics == "gymnasium"
+        assert drawn.render()[0].shape == (500, 500, 3)
