@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from numpy.typing import NDArray
 
-REPETITIONS = 2000
+REPETITIONS = 20_000
 
 
 def interval(scores: NDArray[np.float64], task_bootstrap: bool = False) -> dict[str, float]:

@@ -85,8 +85,8 @@ class Train:
     with ImprovedSSM (any actions). meta_rl: ImprovedSSM learns to adapt to the tasks of a family,
     by gradient steps (ProMP), in its state (RL^2, --inner_steps 0 --trial_episodes 2) or both."""
     preset: Annotated[str | None, _default("none", "{" + ",".join(preset_names()) + "}")] = None
-    """Settings that were measured in a task: docs/results.md, docs/meta_rl.md. Other options go
-    before them."""
+    """Settings that were measured in a task: docs/results.md, docs/meta_rl.md. Options that are given
+    override them."""
     env: Annotated[
         str | None,
         _default(

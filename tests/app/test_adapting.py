@@ -84,7 +84,13 @@ def test_stop(visitor: Visitor, save_policy: Save) -> None:
         ("mine", "standard", "test 99", {}, "Task must lie in [0, 40) of the test tasks, got 99."),
         ("mine", "standard", "", {"rows": 65}, "Rows must be at most 64, got 65."),
         ("mine", "standard", "", {"lr": -1.0}, "must be finite and positive, got -1.0."),
-        ("wrong", "standard", "", {}, "has 17 observations and 6 continuous actions, the model is for 4"),
+        (
+            "wrong",
+            "standard",
+            "",
+            {},
+            "has 17 observations and 6 continuous actions, the model is for 4",
+        ),
     ],
 )
 def test_a_mistake_is_a_sentence(

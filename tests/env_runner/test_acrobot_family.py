@@ -47,7 +47,7 @@ def test_default_task_is_gymnasiums_acrobot():
 
 def test_fast_links_are_wrapped_and_bounded_as_gymnasiums():
     """Pumped all the time, the lower link turns over and over."""
-    tasks = [AcrobotTask(torque=20.0), AcrobotTask(0.5, 0.5, torque=-20.0)]
+    tasks = [AcrobotTask(torque=20.0), AcrobotTask(0.5, 0.5, torque=15.0)]
     env, reference = AcrobotVectorEnv(NAME, 2, tasks=tasks), one_by_one(tasks)
     turns = 0
     for e in (env, reference):
@@ -59,41 +59,37 @@ def test_fast_links_are_wrapped_and_bounded_as_gymnasiums():
     assert turns > 5
 
 
-def returns(tasks, feedback):
+def returns(tasks):
     """Of an episode each, with the torque against the upper link's velocity."""
     env = Environment(NAME, len(tasks), tasks=tasks)
     assert env.physics == "vector"
     obs, _ = env.reset(seed=0)
     total, alive = np.zeros(len(tasks)), np.ones(len(tasks), dtype=bool)
     for _ in range(500):
-        obs, rewards, terminated, truncated, _ = env.step(np.where(feedback * obs[:, 4] < 0, 2, 0))
+        obs, rewards, terminated, truncated, _ = env.step(np.where(obs[:, 4] < 0, 2, 0))
         total += rewards * alive
         alive &= ~(terminated | truncated)
     return total
 
 
-def test_who_knows_the_side_of_the_motor_solves_all_tasks_and_nobody_else_does():
+def test_pumping_solves_nearly_all_tasks():
     for tasks in (FAMILY.train_tasks, FAMILY.test_tasks, FAMILY.out_of_range_tasks):
-        side = np.sign([task.torque for task in tasks])
-        assert returns(tasks, side).min() > -300
-        assert returns(tasks, side).mean() > -80
-        assert (returns(tasks, -side) == -500).all()
-        assert returns(tasks, np.ones(len(tasks))).mean() < -250
+        found = returns(tasks)
+        assert (found == -500).mean() <= 0.01
+        assert -120 < found.mean() < -80
+        assert found.std() > 50, "tasks differ"
 
 
 def test_ranges():
     tasks = FAMILY.sample(3000, 0)
     for field, (low, high) in RANGES.items():
-        values = np.abs([getattr(task, field) for task in tasks])
+        values = np.array([getattr(task, field) for task in tasks])
         assert low <= values.min() < 1.02 * low
         assert 0.98 * high < values.max() <= high * (1 + 1e-12)
         np.testing.assert_allclose(np.log(values).mean(), np.log(low * high) / 2, atol=0.05)
-    for drawn in (tasks, FAMILY.train_tasks, FAMILY.test_tasks, FAMILY.out_of_range_tasks):
-        reversed_motors = np.mean([task.torque < 0 for task in drawn])
-        np.testing.assert_allclose(reversed_motors, 0.5, atol=0.03 if drawn == tasks else 0)
     low, high = np.array(list(RANGES.values())).T
     for task in FAMILY.out_of_range_tasks:
-        x = np.abs([getattr(task, field) for field in RANGES])
+        x = np.array([getattr(task, field) for field in RANGES])
         assert ((x < low) | (x > high)).sum() == 1
         assert ((x > low / 1.3) & (x < high * 1.3)).all()
 
@@ -122,7 +118,7 @@ def test_mistakes():
         env.step(np.array([0, 1, 1]))
     with pytest.raises(TypeError, match="actions must be integers, got float64"):
         env.step(np.array([0.0, 1.0]))
-    with pytest.raises(ValueError, match="torque must not be 0"):
+    with pytest.raises(ValueError, match="torque must be positive"):
         AcrobotTask(torque=0.0)
     with pytest.raises(ValueError, match="link_mass_2 must be positive"):
         AcrobotTask(link_mass_2=0.0)

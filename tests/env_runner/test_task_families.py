@@ -287,7 +287,7 @@ assert env.reset(seed=0)[0].shape == (4,)
 FROZEN = {
     "ssm_fast/CartPoleFamily-v0": [1296.64712, 464.620711, 330.537224],
     "ssm_fast/CartPoleUnsignedFamily-v0": [2191.050277, 940.774697, 528.102759],
-    "ssm_fast/AcrobotFamily-v0": [400.100631, 157.448459, 76.885506],
+    "ssm_fast/AcrobotFamily-v0": [537.737015, 216.017814, 109.848841],
     "ssm_fast/HalfCheetahDir-v0": [0.0, 0.0, 0.0],
     "ssm_fast/HalfCheetahVel-v0": [101.70954, 41.381218, 50.564336],
     "ssm_fast/HalfCheetahVel3-v0": [157.869645, 55.972272, 74.254121],
