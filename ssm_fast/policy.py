@@ -67,8 +67,8 @@ class Policy:
                 global generator).
 
         Returns:
-            - The action: ``[K]`` or ``[B, K]`` in the model's dtype (float32 for bfloat16), clipped to the bounds; of a
-                discrete space int64, a NumPy scalar or ``[B]``.
+            - The action: ``[K]`` or ``[B, K]`` in the model's dtype (float32 for bfloat16), clipped
+                to the bounds; of a discrete space int64, a NumPy scalar or ``[B]``.
             - The next state, ``[L, B, N]`` (`StateSpaceModel`: ``[B, N]``), ``B`` 1 for a single
                 observation.
 

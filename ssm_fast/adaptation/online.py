@@ -251,7 +251,7 @@ def adapt_to_environment(
 def features_of(
     model: ImprovedSSM, x: Tensor, state: Tensor | None = None, reset: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None, Tensor, Tensor]]:
-    """What the critic sees ``[..., H]``, or ``[..., W]`` of its own network, beside what ``forward`` returns."""
+    """What ``forward`` returns, and what the critic sees: ``[..., H]``, or ``[..., W]`` of its own network."""
     seen: list[Tensor] = []
     handle = model.critic.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:

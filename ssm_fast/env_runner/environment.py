@@ -53,7 +53,8 @@ class Environment:
 
     - `"vector"`: all rows at once, on C++ threads (`MujocoVectorEnv`: HalfCheetah, Hopper,
       Walker2d, Swimmer, Ant and Humanoid v5 and their task families, from mujoco 3.17 on) or as
-      arrays (`CartPoleVectorEnv`, `AcrobotVectorEnv`: the families of classic control). It does not render.
+      arrays (`CartPoleVectorEnv`, `AcrobotVectorEnv`: the families of classic control). It does
+      not render.
     - `"gymnasium"`: Gymnasium's own environments, one after the other. Every id has it.
 
     Args:

@@ -281,10 +281,10 @@ class MetaRLTrainer:
 
         Returns:
             The returns of the adapted policies, an entry for each row (and no lengths), and the
-            metrics of this call. In these, `return_0` is the return before the first step and `episode_return`
-            the one after the last, both on training tasks; `test_return_k` is the one after `k`
-            steps on held-out tasks, NaN where there was no evaluation. Of a trial, it is the mean
-            over its episodes.
+            metrics of this call. In these, `return_0` is the return before the first step and
+            `episode_return` the one after the last, both on training tasks; `test_return_k` is the
+            one after `k` steps on held-out tasks, NaN where there was no evaluation. Of a trial, it
+            is the mean over its episodes.
 
         Raises:
             FloatingPointError: NaN or infinity in an observation, a reward, a policy, an inner step

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -27,6 +27,7 @@ from ssm_fast.env_runner.environment import AnyEnvironment, Environment
 from ssm_fast.meta_rl.distributed import Part, Rows, World
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 from ssm_fast.meta_rl.ppo_epoch import FIGURES, Objective, PpoEpoch
+from ssm_fast.meta_rl.rollout import Rollout, RolloutRecording
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.meta_rl.training_state import (
     check_settings,
@@ -72,42 +73,6 @@ _SETTINGS = (
     "checkpoint_interval",
     "seed",
 )
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What `B` environments did in `T` steps, and where values beyond a step are needed.
-
-    Attributes:
-        observations: `[B, T, input_dim]`, not normalised.
-        actions: `[B, T, action_dim]`, not clipped; `[B, T]` int64 of a discrete policy.
-        log_probs: `[B, T]`, of the policy that acted.
-        rewards: `[B, T]`, not scaled.
-        terminated: `[B, T]` bool, the episode ended in a terminal state.
-        truncated: `[B, T]` bool, the episode was cut short.
-        reset: `[B, T]` bool, the observation is the first of an episode.
-        initial_state: `[num_layers, B, N]`, the state before step 0.
-        boundary_rows: `[M]` int64, environments whose step `boundary_steps` is followed by an
-            observation that no later step holds: truncations, and the last step.
-        boundary_steps: `[M]` int64.
-        boundary_observations: `[M, input_dim]`, the observation that such a step led to.
-        episode_returns: Of the episodes that ended, sums of raw rewards.
-        episode_lengths: Of the same episodes.
-    """
-
-    observations: Tensor
-    actions: Tensor
-    log_probs: Tensor
-    rewards: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    reset: Tensor
-    initial_state: Tensor
-    boundary_rows: Tensor
-    boundary_steps: Tensor
-    boundary_observations: Tensor
-    episode_returns: list[float] = field(default_factory=list)
-    episode_lengths: list[int] = field(default_factory=list)
 
 
 class _Minibatch(NamedTuple):
@@ -184,12 +149,12 @@ class PPOTrainer:
             tenth.
         recompute_advantages: Refresh values, advantages and initial states in every epoch, not only
             in the first.
-        scale_rewards: Divide rewards by the running deviation of the return.
+        scale_rewards: Divide rewards by the running standard deviation of the discounted return.
         clip_value_loss: Also clip the change of the value since the rollout by `clip_epsilon`.
         target_kl: End an update after the epoch whose mean KL divergence is above this.
-        desired_kl: Let the learning rate follow the mean KL divergence of the updates: an update well
-            above this lowers it, one well below raises it, by a factor of at most 100 from the start (Heess et al. 2017, arXiv 1707.02286, do
-            so with the weight of a penalty).
+        desired_kl: Let the learning rate follow the mean KL divergence of the updates: an update
+            well above this lowers it, one well below raises it, by a factor of at most 100 from the
+            start (Heess et al. 2017, arXiv 1707.02286, do so with the weight of a penalty).
         memory_pace: Length of the steps of the weights that lead into the states of the layers, through
             them and out of them, in learning rates. A state sums up many steps, so that a step of
             these weights changes the policy several times as much as one of the others.
@@ -499,21 +464,14 @@ class PPOTrainer:
         """
         if self._env is not env:
             self._begin(env, self.seed)
-        model, device, rows = self.model, self.device, self._rows_of(env)
-        B, T = env.batch_size, num_steps or self._steps_of(env)
+        model, rows = self.model, self._rows_of(env)
+        T = num_steps or self._steps_of(env)
         dtype = next(model.parameters()).dtype
-        observations = np.empty((B, T, env.input_dim), dtype=np.float32)  # [B, T, input_dim]
-        rewards = np.empty((B, T))  # [B, T]
-        terminated, truncated, reset = np.empty((3, B, T), dtype=np.bool_)  # [B, T]
-        boundary_rows: list[NDArray[np.intp]] = []
-        boundary_steps: list[NDArray[np.intp]] = []
-        boundary_observations: list[NDArray[np.float32]] = []
-        returns: list[float] = []
-        lengths: list[int] = []
+        recording = RolloutRecording(env.batch_size, T, env.input_dim)
         initial_state = self._state
         observation, first = self._observation, self._reset
         with torch.no_grad():
-            x = torch.from_numpy(observation).to(device, dtype)  # [B, input_dim]
+            x = torch.from_numpy(observation).to(self.device, dtype)  # [B, input_dim]
             policy = RolloutPolicy.of(model, x, initial_state, T)
             for t in range(T):
                 noise = rows.of(model.draw_noise(rows.total))
@@ -521,44 +479,20 @@ class PPOTrainer:
                 if not is_finite:
                     self._env = None
                     self._raise_for_policy(env, policy, t)
-                observations[:, t], reset[:, t] = observation, first
                 try:
-                    observation, reward, ends, cut, info = env.step(action)
+                    step = env.step(action)
                 except FloatingPointError as error:
                     self._env = None
                     raise FloatingPointError(f"rollout step {t}: {error}") from error
-                rewards[:, t], terminated[:, t], truncated[:, t] = reward, ends, cut
-                x = torch.from_numpy(observation).to(device, dtype)
-                first = ends | cut  # [B]
-                if first.any():
-                    ended = torch.from_numpy(first).to(device)  # [B]
-                    policy.end_episodes(ended)
-                    returns.extend(info["episode_return"][first].tolist())
-                    lengths.extend(info["episode_length"][first].tolist())
-                elif t < T - 1:
-                    continue
-                beyond = np.flatnonzero(~ends if t == T - 1 else cut & ~ends)
-                boundary_rows.append(beyond)
-                boundary_steps.append(np.full_like(beyond, t))
-                boundary_observations.append(info["final_obs"][beyond])
+                first, any_ended = recording.add(observation, first, step)
+                observation = step[0]
+                x = torch.from_numpy(observation).to(self.device, dtype)
+                if any_ended:
+                    policy.end_episodes(torch.from_numpy(first).to(self.device))
         self._observation, self._state, self._reset = observation, policy.state, first
         self.timesteps += rows.total * T
         actions, log_probs, _ = policy.recorded()
-        return Rollout(
-            torch.from_numpy(observations).to(device, dtype),
-            actions,
-            log_probs,
-            torch.from_numpy(rewards).to(device, dtype),
-            torch.from_numpy(terminated).to(device),
-            torch.from_numpy(truncated).to(device),
-            torch.from_numpy(reset).to(device),
-            initial_state,
-            torch.from_numpy(np.concatenate(boundary_rows)).to(device),
-            torch.from_numpy(np.concatenate(boundary_steps)).to(device),
-            torch.from_numpy(np.concatenate(boundary_observations)).to(device, dtype),
-            returns,
-            lengths,
-        )
+        return recording.rollout(actions, log_probs, initial_state)
 
     @staticmethod
     def _raise_for_policy(env: Environment, policy: RolloutPolicy, step: int) -> NoReturn:

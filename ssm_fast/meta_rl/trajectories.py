@@ -140,8 +140,8 @@ def compute_advantages(trajectories: Trajectories, gamma: float, gae_lambda: flo
     and powers of the time in the episode (Duan et al. 2016, arXiv 1604.06778), and the discount of
     what would come after the time limit: towards it a steady reward is worth less and less. It is
     fitted to the task's own steps: tasks differ in what a state is worth, which a critic that they
-    share cannot know. A time limit ends the return, as it does in the objective. An episode that goes on beyond the last
-    step is bootstrapped with the baseline.
+    share cannot know. A time limit ends the return, as it does in the objective. An episode that
+    goes on beyond the last step is bootstrapped with the baseline.
 
     Args:
         trajectories: The steps.

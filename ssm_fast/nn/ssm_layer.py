@@ -65,8 +65,9 @@ class SSMLayer(nn.Module):
     ``norm="output"`` normalises what comes out, ``y_t = LN(C s_t + D x_t)``; ``norm="state"``
     normalises inside the recurrence, ``s_t = LN(A (m_t s_{t-1}) + B x_t + bias)``.
 
-    A starts as an orthogonal matrix times ``spectral_radius``; B, C and D start (semi-)orthogonal, scaled so that white
-    input of unit variance gives a drive ``B x``, and without a norm an output, of unit variance.
+    A starts as an orthogonal matrix times ``spectral_radius``; B, C and D start (semi-)orthogonal,
+    scaled so that white input of unit variance gives a drive ``B x``, and without a norm an output,
+    of unit variance.
 
     Args:
         input_size: Number of input features ``I``.

@@ -20,7 +20,8 @@ from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner import Environment
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.policy_gradient_trainer import PolicyGradientTrainer
-from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout
+from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
+from ssm_fast.meta_rl.rollout import Rollout
 from ssm_fast.meta_rl.run import RunDirectory
 
 pytestmark = [

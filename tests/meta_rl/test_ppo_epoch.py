@@ -11,7 +11,8 @@ from torch import Tensor
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.meta_rl.ppo_epoch import PpoEpoch
-from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout
+from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
+from ssm_fast.meta_rl.rollout import Rollout
 
 B, T, I, K = 4, 24, 3, 2
 

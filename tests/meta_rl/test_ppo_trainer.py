@@ -22,7 +22,8 @@ from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.meta_rl.distributed import Rows
-from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, Rollout, _Minibatch
+from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, _Minibatch
+from ssm_fast.meta_rl.rollout import Rollout
 from ssm_fast.meta_rl.run import RunDirectory, write_state
 
 _Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
