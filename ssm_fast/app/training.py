@@ -54,6 +54,7 @@ ENVIRONMENTS = {
     "policy_gradient": ["CartPole-v1", "Acrobot-v1"],
     "meta_rl": [
         "ssm_fast/CartPoleFamily-v0",
+        "ssm_fast/AcrobotFamily-v0",
         "ssm_fast/HalfCheetahDir-v0",
         "ssm_fast/HalfCheetahVel-v0",
         "ssm_fast/HalfCheetahBody-v0",
