@@ -100,6 +100,8 @@ def save_model(
 ) -> None:
     """Write a model's configuration and weights to one safetensors file, atomically.
 
+    Equal models with equal metadata give equal files.
+
     Args:
         path: The file to write.
         model: A `StateSpaceModel` or an `ImprovedSSM`.
@@ -137,8 +139,16 @@ def save_model(
             raise ValueError(f"{key} of the model must be finite to be saved, got NaN or Inf")
         # A copy of its own: parameters may be views of one storage, which the format refuses.
         tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
-    contents = save(tensors, header)
+    contents = _with_sorted_header(save(tensors, header))
     write_atomic(path, lambda temporary: temporary.write_bytes(contents))
+
+
+def _with_sorted_header(contents: bytes) -> bytes:
+    """The file that equal models have: safetensors writes the metadata in the order of a hash map."""
+    end = 8 + int.from_bytes(contents[:8], "little")
+    header = json.dumps(json.loads(contents[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + contents[end:]
 
 
 @overload

@@ -114,6 +114,19 @@ def test_the_file_is_plain_safetensors_with_its_configuration_in_the_header(tmp_
     assert read_metadata(path) == {"env_id": "HalfCheetah-v5"}
 
 
+def test_equal_models_have_equal_files(tmp_path: Path) -> None:
+    metadata = {f"key {i}": str(i) for i in range(20)}
+    files = []
+    for i, order in enumerate((list(metadata), list(metadata)[::-1], list(metadata))):
+        path = tmp_path / f"{i}.safetensors"
+        save_model(path, improved(), {key: metadata[key] for key in order})
+        files.append(path.read_bytes())
+        assert read_metadata(path) == metadata
+        assert_equal(load_model(path), improved())
+    assert files[0] == files[1] == files[2]
+    assert int.from_bytes(files[0][:8], "little") % 8 == 0
+
+
 def test_sizes_may_be_numpys_integers(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"state_dim": np.int64(3), "hidden_dim": np.uint8(5)}
     StateSpaceModel(**sizes).save(tmp_path / "model.safetensors")
