@@ -91,6 +91,7 @@ class Options:
 
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
+    route_mujoco_warnings(options.env)
     options.out.mkdir(parents=True, exist_ok=True)
     options.models.mkdir(parents=True, exist_ok=True)
     steps = steps_of(options)
@@ -244,7 +245,6 @@ def draw(axes: Any, name: str, runs: list[dict[str, Any]]) -> None:
 
 def film_policies(options: Options, label: str) -> None:
     """An .mp4 beside each policy's file that has none yet."""
-    route_mujoco_warnings(options.env)
     backend = usable_backend(options.env)
     if backend is not None:
         os.environ["MUJOCO_GL"] = backend
