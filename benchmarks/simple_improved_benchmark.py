@@ -24,7 +24,6 @@ import torch
 import tyro
 from baseline_policies import GRUPolicy, MLPPolicy
 from contest import commit
-from imageio_ffmpeg import get_ffmpeg_exe
 from intervals import interval
 
 import ssm_fast
@@ -244,7 +243,9 @@ def draw(axes: Any, name: str, runs: list[dict[str, Any]]) -> None:
 
 
 def film_policies(options: Options, label: str) -> None:
-    """An .mp4 beside each policy's file that has none yet."""
+    """An .mp4 beside each policy's file that has none yet, and a strip of pictures of the first one."""
+    from imageio_ffmpeg import get_ffmpeg_exe  # of the extra `app`
+
     backend = usable_backend(options.env)
     if backend is not None:
         os.environ["MUJOCO_GL"] = backend
@@ -259,8 +260,11 @@ def film_policies(options: Options, label: str) -> None:
         chosen = rf"select=gte(n\,{FIRST_PICTURE})*not(mod(n\,{BETWEEN_PICTURES}))"
         joined = f"{chosen},scale=320:-2,tile={PICTURES}x1"
         strip = options.out / f"{label}-strip.png"
+        strip.unlink(missing_ok=True)
         command = [get_ffmpeg_exe(), "-y", "-v", "error", "-i", paths[0].with_suffix(".mp4")]
         subprocess.run([*command, "-vf", joined, "-frames:v", "1", strip], check=True)
+        if not strip.exists():
+            say(f"{paths[0]}: its episode is too short for {strip}")
 
 
 def say(text: str) -> None:

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <memory>
 
 namespace ssm_fast {
@@ -172,8 +173,13 @@ class Epoch {
 
   Index run(const std::int64_t* order, Index count, Index minibatch, double* figures) {
     taken_ = 0;
+    if (parts_ == 1) {  // outside any region, or the kernels' own would be nested ones, which start threads anew
+      work(order, count, minibatch, figures);
+    } else {
 #pragma omp parallel num_threads(parts_)
-    work(order, count, minibatch, figures);
+      work(order, count, minibatch, figures);
+    }
+    if (error_) std::rethrow_exception(error_);
     return taken_;
   }
 
@@ -192,9 +198,9 @@ class Epoch {
       const auto begin = [&](Index part) { return (sequences * part + parts_ - 1) / parts_; };
       each_part([&](int part) {
         const Index from = begin(part), to = begin(part + 1);
-        sums_[std::size_t(part)] =
-            from < to ? learners_[std::size_t(part)]->learn(order + from, to - from, whole) : Sums{};
+        sums_[std::size_t(part)] = from < to ? learn(part, order + from, to - from, whole) : Sums{};
       });
+      if (error_) return;
       each_part([&](int part) {
         const Index from = stretch(part), elements = stretch(part + 1) - from;
         for (int other = 1; other < parts_; ++other) {
@@ -211,6 +217,16 @@ class Epoch {
       const Index step = adam_.steps + first / minibatch + 1;
       each_part([&](int part) { take_step(stretch(part), stretch(part + 1), norm, step); });
       if (thread == 0) ++taken_;
+    }
+  }
+
+  Sums learn(int part, const std::int64_t* sequences, Index count, const Whole& whole) {
+    try {
+      return learners_[std::size_t(part)]->learn(sequences, count, whole);
+    } catch (...) {  // of the memory: none may leave a parallel region
+#pragma omp critical(ssm_fast_ppo_epoch)
+      error_ = std::current_exception();
+      return {};
     }
   }
 
@@ -284,6 +300,7 @@ class Epoch {
   std::vector<std::unique_ptr<Learner<T>>> learners_;
   std::vector<Sums> sums_;
   std::vector<double> squares_;
+  std::exception_ptr error_;
 };
 
 }  // namespace

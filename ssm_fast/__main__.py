@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
+from ssm_fast.cli import run
 
-from ssm_fast.cli import main
-
-sys.exit(main())
+run()

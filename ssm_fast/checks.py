@@ -54,7 +54,7 @@ def check_count(name: str, value: int, at_least: int = 1) -> int:
 
 
 class HasSpaces(Protocol):
-    """What an environment says of its spaces, and a policy of those that it is for."""
+    """What an environment says of its spaces."""
 
     @property
     def env_name(self) -> str: ...  # noqa: D102
@@ -75,10 +75,11 @@ def describe_spaces(input_dim: int, action_dim: int, discrete: bool) -> str:
 
 def check_spaces(env: HasSpaces, input_dim: int, action_dim: int, discrete: bool) -> None:
     """Raises ValueError where the spaces of an environment are not those of a model."""
-    own = describe_spaces(env.input_dim, env.action_dim, env.discrete)
-    wanted = describe_spaces(input_dim, action_dim, discrete)
+    own, wanted = (env.input_dim, env.action_dim, env.discrete), (input_dim, action_dim, discrete)
     if own != wanted:
-        raise ValueError(f"{env.env_name} has {own}, the model is for {wanted}")
+        raise ValueError(
+            f"{env.env_name} has {describe_spaces(*own)}, the model is for {describe_spaces(*wanted)}"
+        )
 
 
 def _bounds(at_least: float, above: float, at_most: float) -> list[str]:

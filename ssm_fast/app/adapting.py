@@ -170,6 +170,8 @@ def task_choices(env_id: str) -> list[tuple[str, str]]:
 def choice_of(env_id: str, task: Task) -> str | None:
     """What `task_choices` has for a task; None where it is none of them."""
     family = get_family(env_id)
+    if task == family.default_task:
+        return USUAL_TASK
     for split in ("test", "out_of_range"):
         tasks = getattr(family, f"{split}_tasks")
         if task in tasks:

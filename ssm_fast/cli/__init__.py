@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NoReturn
 
 try:
     from ssm_fast.cli.adapt import run_adaptation
@@ -61,6 +62,18 @@ def main(args: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as interrupt:
             return _fail(world, 130, sentence(interrupt) or "interrupted")
     return 0
+
+
+def run() -> NoReturn:
+    """The command `ssm-fast`: runs `main` on the command line and ends the process with its code."""
+    code = main()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Where the interpreter ends under a thread of gloo (torch 2.13), a process that has done its
+        # part may abort, and torchrun then ends all others.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise SystemExit(code)
 
 
 def _run_app(options: App) -> None:

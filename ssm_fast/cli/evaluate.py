@@ -107,6 +107,7 @@ def _film(options: Evaluate, policy: Policy, env_id: str, task: Task | None) -> 
         seed=options.seed,
         deterministic=options.deterministic,
         task=task,
+        max_episode_steps=options.max_episode_steps,
     )
     end = "" if filmed.has_ended else ", where the film ends"
     say(f"{options.video}: return {filmed.episode_return:.1f} after {filmed.steps} steps{end}")

@@ -132,24 +132,34 @@ def _in_terms_of(mode: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _continued(given: dict[str, Any], stored: dict[str, Any], run: RunDirectory) -> dict[str, Any]:
     """The settings of the run, with the steps or episodes and the device asked for now."""
-    if stored["mode"] == "improved" and len(given.keys() & {"steps", "episodes"}) == 1:
-        given = {"steps": None, "episodes": None} | given  # one limit is there, as at a start
+    limits = LIMITS[stored["mode"]]
+    had = [name for name in limits if stored[name] is not None]
+    if stored["mode"] == "improved" and len(had) == 1 and len(given.keys() & set(limits)) == 1:
+        given = dict.fromkeys(limits) | given  # one limit in the place of the other, as at a start
+    settings = dict(stored)
     for name, value in given.items():
-        if name in LIMITS[stored["mode"]]:
-            if value is not None and stored.get("anneal_lr") and stored[name] not in (None, value):
-                say(
-                    f"--{name} {value} instead of {stored[name]}: from here on the learning rate is "
-                    "that of a run of this length"
-                )
-            stored[name] = value
-        elif name == "device":
-            stored[name] = value
+        if name in (*limits, "device"):
+            settings[name] = value
         elif stored.get(name) != value:
             option = "lr" if name == "learning_rate" else name
             raise ValueError(
                 f"--{option} must be {stored.get(name)} as in the run in {run.path}, got {value}"
             )
-    return stored
+    counted = _counted(settings)
+    old, new = stored[counted], settings[counted]
+    if settings.get("anneal_lr") and old is not None and new != old:
+        say(
+            f"--{counted} {new} instead of {old}: from here on the learning rate is that of a run of "
+            "this length"
+        )
+    return settings
+
+
+def _counted(settings: dict[str, Any]) -> str:
+    """The limit that the learning rate is annealed over."""
+    if settings["mode"] == "improved":
+        return "episodes" if settings["steps"] is None else "steps"
+    return LIMITS[settings["mode"]][0]
 
 
 def stored_settings(run: RunDirectory) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def run_training(options: Train, world: World) -> None:
                 run = open_things.enter_context(RunDirectory(out, resume=options.resume))
                 run.write_config({**settings, "versions": versions()})
                 say(f"training in {env_id} ({mode}, seed {seed}); run folder {run.path}")
-        with _can_be_resumed(out, env_id, run, options.resume):
+        with _can_be_resumed(out, env_id, run, world):
             _learn(trainer, env, settings, total, run, options.resume, world)
         if run is not None:
             # The weights of the last checkpoint, or newer ones where --episodes ended the run.
@@ -81,19 +81,19 @@ def run_training(options: Train, world: World) -> None:
 
 @contextmanager
 def _can_be_resumed(
-    out: Path, env_id: str, run: RunDirectory | None, resumed: bool
+    out: Path, env_id: str, run: RunDirectory | None, world: World
 ) -> Iterator[None]:
     """Leaves a run folder that can be used on, whatever ends the training, and says how."""
     try:
         yield
     except ValueError:
-        if run is not None and not resumed and not run.read_rows():
+        if run is not None and not run.has_checkpoints() and not run.read_rows():
             run.config_path.unlink()  # nothing was learnt: the folder stays free
         raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(out, env_id, run)}") from None
+        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(out, env_id, run, world)}") from None
     except (FloatingPointError, LostRank) as error:
-        raise type(error)(f"{error}; {_how_to_resume(out, env_id, run)}") from error
+        raise type(error)(f"{error}; {_how_to_resume(out, env_id, run, world)}") from error
 
 
 def _learn(
@@ -109,6 +109,9 @@ def _learn(
     names = [name for name in ("epochs", "episodes", "steps") if settings.get(name) is not None]
     limits = {name: settings[name] for name in names}
     unit, limit = next(iter(limits.items()))
+    if run is not None and len(limits) > 1:
+        ends = " or ".join(f"{value:,} {name}" for name, value in limits.items())
+        say(f"it ends after {ends}, whatever comes first")
     if isinstance(trainer, PPOTrainer):
         limits.pop("steps", None)  # it stops by itself, after whole rollouts
     done = {"epochs": 0.0, "episodes": 0.0, "steps": 0.0}
@@ -125,14 +128,10 @@ def _learn(
     def reached() -> str | None:
         return next((name for name in limits if done[name] >= limits[name]), None)
 
-    if run is not None and len(limits) > 1:
-        ends = " or ".join(f"{value:,} {name}" for name, value in limits.items())
-        say(f"it ends after {ends}, whatever comes first")
     at_end = world.first(None if checkpoint is None else reached())
     if at_end is not None:
         if run is not None:
-            counts = f"{done[at_end]:,.0f} of {limits[at_end]:,} {at_end}"
-            say(f"nothing is left to train: {counts} are done")
+            _say_nothing_is_left(done[at_end], limits[at_end], at_end)
         return
     arguments: dict[str, Any] = {"run": run, "resume": resume}
     if run is None:  # rank 0 shows the progress, and ends the training
@@ -148,7 +147,14 @@ def _learn(
             show(done[unit], metrics)
             return reached() is None
 
+        before = trainer.iteration
         _train(trainer, env, total, {"callback": after_iteration, **arguments})
+    if trainer.iteration == before:
+        _say_nothing_is_left(done["steps"], settings["steps"], "steps")
+
+
+def _say_nothing_is_left(done: float, limit: int, unit: str) -> None:
+    say(f"nothing is left to train: {done:,.0f} of {limit:,} {unit} are done")
 
 
 def _train(
@@ -218,8 +224,9 @@ def _report(
         say(line)
 
 
-def _how_to_resume(out: Path, env_id: str, run: RunDirectory | None) -> str:
-    if run is not None and not run.has_checkpoints():
+def _how_to_resume(out: Path, env_id: str, run: RunDirectory | None, world: World) -> str:
+    # Of several processes rank 0 alone could tell, and all have to say the same.
+    if world.size == 1 and run is not None and not run.has_checkpoints():
         return f"there was no checkpoint yet: remove {out} and start again"
     command = f"ssm-fast train --resume --out {shlex.quote(str(out))}"
     if ":" in env_id:  # never imported on the word of config.json

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control.acrobot import AcrobotEnv
 from numpy.typing import NDArray
 
-from ssm_fast.checks import check_count
+from ssm_fast.checks import check_count, check_number
 from ssm_fast.env_runner.same_step import (
     Info,
     Outcome,
@@ -26,17 +26,22 @@ HORIZON = 500
 
 @dataclass(frozen=True)
 class AcrobotTask(Task):
-    """Lengths and masses of the links, upper one first, and the motor; Acrobot-v1's by default."""
+    """Lengths and masses of the links, upper one first, and the motor; Acrobot-v1's by default.
 
-    positive: ClassVar[frozenset[str]] = frozenset(
-        {"link_length_1", "link_length_2", "link_mass_1", "link_mass_2", "torque"}
-    )
+    A link's moment of inertia stays Gymnasium's 1 kg m². Parameters lie in [0.25, 4]: far beyond, the
+    steps of Gymnasium's integrator are too long, and it takes for ever to wrap the angles.
+    """
 
     link_length_1: float = 1.0  # m, the centre of mass in the middle
     link_length_2: float = 1.0  # m, likewise
     link_mass_1: float = 1.0  # kg
     link_mass_2: float = 1.0  # kg
     torque: float = 1.0  # N m, of action 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in self.as_dict().items():
+            check_number(name, value, at_least=0.25, at_most=4.0)
 
 
 RANGES = {
@@ -52,7 +57,7 @@ class AcrobotFamily(TaskFamily[AcrobotTask]):
     """Every parameter is drawn log-uniformly from `RANGES`.
 
     Out of range, one of the parameters lies outside by a factor of up to 1.3. No motor is reversed,
-    as in CartPole's family: where all episodes fail alike, no gradient tells the side.
+    unlike in CartPole's family: where all episodes fail alike, no gradient tells the side.
     """
 
     task_type = AcrobotTask

@@ -625,18 +625,14 @@ _IN_ARRAYS: tuple[tuple[Callable[..., str | None], _ClassInArrays], ...] = (
 
 def _class_in_arrays(env_name: str) -> _ClassInArrays | None:
     """What steps all rows of a family of classic control at once, if this is one."""
-    for why_not, vector_class in _IN_ARRAYS:
-        if why_not(env_name) is None:
-            return vector_class
-    return None
+    classes = (vector for why_not, vector in _IN_ARRAYS if why_not(env_name) is None)
+    return next(classes, None)
 
 
 def _unsupported(env_name: str, **env_kwargs: Any) -> str | None:
     """Says why none of the vector environments runs this one; `None` if one does."""
-    for why_not, _ in _IN_ARRAYS:
-        if why_not(env_name) is None:
-            return why_not(env_name, **env_kwargs)
-    return vector_physics.unsupported(env_name, **env_kwargs)
+    families = (why_not for why_not, _ in _IN_ARRAYS if why_not(env_name) is None)
+    return next(families, vector_physics.unsupported)(env_name, **env_kwargs)
 
 
 def _check_seed(seed: int) -> int:

@@ -56,6 +56,7 @@ def film(
     seed: int = 0,
     deterministic: bool = True,
     task: Task | None = None,
+    max_episode_steps: int | None = None,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Film:
     """Plays an episode and writes its video, whole or not at all.
@@ -68,6 +69,7 @@ def film(
         seed: Of the environment.
         deterministic: Handed to `predict`.
         task: What is played, for the id of a `TaskFamily`.
+        max_episode_steps: Truncate the episode here; by default where the environment does.
         on_step: Called with the number of steps after each that is in the film.
 
     Raises:
@@ -81,7 +83,7 @@ def film(
     check_count("steps", steps)
     check_film(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.mp4")
-    single = _drawn(env_name)
+    single = _drawn(env_name, max_episode_steps)
     with Environment.wrap(single) as env:
         if task is not None:
             env.set_tasks([task])
@@ -172,10 +174,12 @@ def _is_mujoco(env_name: str) -> bool:
     )
 
 
-def _drawn(env_name: str) -> gymnasium.Env[Any, Any]:
+def _drawn(env_name: str, max_episode_steps: int | None) -> gymnasium.Env[Any, Any]:
     """The environment, once it has drawn a frame."""
     is_mujoco = _is_mujoco(env_name)
-    arguments: dict[str, Any] = _SIZE if is_mujoco else {}
+    arguments: dict[str, Any] = dict(_SIZE) if is_mujoco else {}
+    if max_episode_steps is not None:
+        arguments["max_episode_steps"] = max_episode_steps
     try:
         env = gymnasium.make(env_name, render_mode="rgb_array", **arguments)
         if is_mujoco:

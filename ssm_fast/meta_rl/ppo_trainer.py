@@ -142,7 +142,8 @@ class PPOTrainer:
         ppo_epochs: Passes over each rollout.
         mini_batch_size: Steps in a minibatch, rounded to whole sequences.
         device: Where the model acts and learns.
-        num_steps: Steps of each environment in a rollout. By default 2048 over all of them.
+        num_steps: Steps of each environment in a rollout. By default at most 2048 over all of them,
+            in whole sequences.
         sequence_length: Steps of a sequence; must divide `num_steps`. By default the largest
             divisor that is at most 8 and at most `mini_batch_size`.
         anneal_lr: Decay the learning rate linearly to zero; with `desired_kl` that one instead, to a
@@ -160,9 +161,9 @@ class PPOTrainer:
             these weights changes the policy several times as much as one of the others.
         checkpoint_interval: Iterations between checkpoints; more where five episodes of the
             environment's time limit take more.
-        num_threads: Of torch while training; None leaves them as they are. The products of a
-            minibatch are too small to gain from a second thread, and where that one waits for a
-            busy core they take many times as long.
+        num_threads: Of torch while training, which share each minibatch; None leaves them as they
+            are. Where the cores are free, two make an update 1.7 times as fast; where one waits for
+            a busy core, it takes many times as long. The last bits depend on their number.
         seed: Of the environments, the action noise and the shuffling. By default drawn from torch's
             global generator.
         world: The processes that train together; see `join_world`. By default this one alone.
@@ -515,7 +516,7 @@ class PPOTrainer:
         return env
 
     def _steps_of(self, env: Environment) -> int:
-        steps = self.num_steps or _usual_steps(self._rows_of(env).total)
+        steps = self.num_steps or _usual_steps(self._rows_of(env).total, self.sequence_length)
         if self.sequence_length is not None and steps % self.sequence_length:
             raise ValueError(
                 f"num_steps must be a multiple of sequence_length = {self.sequence_length}, got {steps}"
@@ -880,10 +881,11 @@ class PPOTrainer:
         return [self.device] if self.device.type == "cuda" else []
 
 
-def _usual_steps(rows: int) -> int:
+def _usual_steps(rows: int, sequence_length: int | None) -> int:
     """Steps of a rollout where nobody says: whole sequences, if there is room for one."""
     steps = max(1, _STEPS_PER_ITERATION // rows)
-    return steps - steps % _LONGEST_SEQUENCE if steps >= _LONGEST_SEQUENCE else steps
+    length = sequence_length or _LONGEST_SEQUENCE
+    return steps - steps % length if steps >= length else sequence_length or steps
 
 
 @contextmanager

@@ -353,7 +353,7 @@ class SSM(nn.Module):
             f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, "
             f"bias={self.bias}, batch_first={self.batch_first}, dropout={self.dropout}, "
             f"state_size={self.state_size}, norm={self.norm!r}, residual={self.residual}, "
-            f"activation={self.activation!r}"
+            f"activation={self.activation!r}, spectral_radius={self.spectral_radius:g}"
         )
 
     def _ssm_layers(self) -> list[SSMLayer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Literal
 
 import torch
@@ -112,9 +113,7 @@ class SSMLayer(nn.Module):
         self.hidden_size = check_count("hidden_size", hidden_size)
         self.state_size = check_count("state_size", state_size)
         check_norm(norm)
-        if not 0.0 <= spectral_radius < 1.0:
-            raise ValueError(f"spectral_radius must be in [0, 1), got {spectral_radius}")
-        self.spectral_radius = spectral_radius
+        self.spectral_radius = check_radius(spectral_radius)
         self.normalize_state = norm == "state"
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -267,7 +266,7 @@ class SSMLayer(nn.Module):
         norm = None if self.norm is None else "state" if self.normalize_state else "output"
         return (
             f"{self.input_size}, {self.hidden_size}, state_size={self.state_size}, "
-            f"bias={self.bias is not None}, norm={norm!r}"
+            f"bias={self.bias is not None}, norm={norm!r}, spectral_radius={self.spectral_radius:g}"
         )
 
 
@@ -355,6 +354,15 @@ def check_norm(norm: str | None) -> None:
     """Raise unless ``norm`` is one of the places where the LayerNorm can stand."""
     if norm not in (None, "output", "state"):
         raise ValueError(f"norm must be None, 'output' or 'state', got {norm!r}")
+
+
+def check_radius(spectral_radius: float) -> float:
+    """Returns a spectral radius at which states fade."""
+    if isinstance(spectral_radius, bool) or not isinstance(spectral_radius, numbers.Real):
+        raise TypeError(f"spectral_radius must be a number, got {type(spectral_radius).__name__}")
+    if not 0.0 <= spectral_radius < 1.0:
+        raise ValueError(f"spectral_radius must be in [0, 1), got {spectral_radius}")
+    return float(spectral_radius)
 
 
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:

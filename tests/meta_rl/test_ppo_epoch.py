@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,15 @@ def _noticed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(PpoEpoch, "__call__", noticed)
     return found
+
+
+def _last_thread() -> int:
+    """Number of a thread that starts now: the system counts them up."""
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(threading.get_native_id()))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 class TestPpoEpoch:
@@ -152,9 +162,8 @@ class TestPpoEpoch:
                 trainer._gradient = SequenceGradient.of(trainer.model, x, states)
                 native = trainer._native_epoch()
                 assert native is not None
-                figures = native(
-                    sequences, states, order, 20
-                )  # the last minibatch has one sequence
+                # The last minibatch has one sequence.
+                figures = native(sequences, states, order, 20)
                 found.append((figures, _weights(trainer)))
         finally:
             torch.set_num_threads(before)
@@ -166,6 +175,27 @@ class TestPpoEpoch:
             tolerance = 1e-9 if dtype == torch.float64 else 1e-4
             for other in (two, three):
                 torch.testing.assert_close(other[i], one[i], rtol=tolerance, atol=tolerance)
+
+    def test_a_minibatch_that_is_not_shared_starts_no_threads(self) -> None:
+        """Regions inside a region would start new ones for each kernel."""
+        before = torch.get_num_threads()
+        x = torch.randn(40, 8, I)
+        flat = torch.zeros(40, 8)
+        sequences = [x, x[..., :K], flat - 3.0, flat > 0, flat, flat, x[..., 0]]
+        states, order = torch.zeros(2, 40, 5), torch.arange(40)
+        trainer = _trainer(ImprovedSSM(I, K, 5, 96))
+        trainer._gradient = SequenceGradient.of(trainer.model, x, states)
+        native = trainer._native_epoch()
+        assert native is not None
+        try:
+            torch.set_num_threads(2)
+            native(sequences, states, order, 40)  # the runtime's own thread is there now
+            number = _last_thread()
+            for _ in range(20):
+                native(sequences, states, order, 1)
+            assert _last_thread() - number < 1000, "some are other processes'"
+        finally:
+            torch.set_num_threads(before)
 
     @pytest.mark.parametrize("bad", [3, 55])
     def test_a_gradient_that_is_not_finite_of_several_threads(self, bad: int) -> None:

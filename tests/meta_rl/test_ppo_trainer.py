@@ -524,12 +524,20 @@ class TestTrain:
         with pytest.raises(ValueError, match=match):
             PPOTrainer(model).train(_drift(2), 100)
 
-    @pytest.mark.parametrize(("rows", "steps"), [(1, 2048), (3, 680), (5, 408), (64, 32), (300, 6)])
-    def test_usual_rollouts_hold_whole_sequences(self, rows: int, steps: int) -> None:
-        trainer = PPOTrainer(ImprovedSSM(3, 2, 4, 8))
+    @pytest.mark.parametrize(
+        ("rows", "length", "steps"),
+        [
+            *((1, None, 2048), (3, None, 680), (5, None, 408), (64, None, 32), (300, None, 6)),
+            *((12, 16, 160), (300, 16, 16)),
+        ],
+    )
+    def test_usual_rollouts_hold_whole_sequences(
+        self, rows: int, length: int | None, steps: int
+    ) -> None:
+        trainer = PPOTrainer(ImprovedSSM(3, 2, 4, 8), sequence_length=length)
         trainer._rows = None, Rows(0, rows, rows)  # type: ignore[assignment]
         assert trainer._steps_of(None) == steps  # type: ignore[arg-type]
-        assert trainer._sequence_length_for(steps) == (min(8, steps))
+        assert trainer._sequence_length_for(steps) == (length or min(8, steps))
 
     def test_ranges(self) -> None:
         for options, match in (

@@ -449,6 +449,7 @@ def test_spectral_radius(radius: float) -> None:
         ({"proj_size": 3}, ValueError, "proj_size must be 0, got 3"),
         ({"spectral_radius": 1.0}, ValueError, r"spectral_radius must be in \[0, 1\), got 1.0"),
         ({"spectral_radius": float("nan")}, ValueError, "spectral_radius must be"),
+        ({"spectral_radius": "a"}, TypeError, "spectral_radius must be a number, got str"),
     ],
 )
 def test_bad_construction(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
