@@ -1067,6 +1067,18 @@ class TestCommands:
         assert texts[0].startswith("stochastic evaluation of 10 episodes")
         assert len(set(texts)) == 3
 
+    def test_a_reader_that_has_gone(self) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "ssm_fast", "info"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        process.stdout.close()
+        _, error = process.communicate(timeout=60)
+        assert error == b""
+        assert process.returncode == 1
+
     def test_python_m(self) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "ssm_fast", "train", "--env", "Nope-v0"],

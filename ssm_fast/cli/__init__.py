@@ -32,8 +32,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, 1 when a contest has become slower, or when training, an adaptation or an
-        evaluation broke down on NaN or infinity, or lost one of its processes, 2 for a mistake in
-        the input, 130 after Ctrl-C.
+        evaluation broke down on NaN or infinity, or lost one of its processes, or nobody reads the
+        output any more, 2 for a mistake in the input, 130 after Ctrl-C.
     """
     options = parse(args)
     world = World()
@@ -57,6 +57,9 @@ def main(args: Sequence[str] | None = None) -> int:
             names = {Train: "training", Adapt: "adaptation", Evaluate: "evaluation"}
             stopped = names.get(type(options), "the command")
             return _fail(world, 1, f"{stopped} stopped: {sentence(error)}")
+        except BrokenPipeError:  # whoever read the output has gone, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except (ValueError, OSError) as error:
             return _fail(world, 2, sentence(error))
         except KeyboardInterrupt as interrupt:
