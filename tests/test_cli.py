@@ -27,6 +27,7 @@ from ssm_fast.cli.presets import load_preset, preset_names
 from ssm_fast.cli.settings import (
     MODEL_OPTIONS,
     TRAINER_OPTIONS,
+    default_folder,
     make_environment,
     make_trainer,
     settings_of,
@@ -432,8 +433,16 @@ class TestPresets:
     def test_mistakes(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["train", "--preset", "cheetah"]) == 2
         assert "--preset must be one of ['ant-v5', 'cartpole-family'," in capsys.readouterr().err
-        assert cli.main(["train", "--preset", "halfcheetah-v5", "--env", "Hopper-v5"]) == 2
-        assert "--preset halfcheetah-v5 is for --env HalfCheetah-v5" in capsys.readouterr().err
+        assert cli.main(["train", "--preset", "halfcheetah-v5", "--mode", "meta_rl"]) == 2
+        assert "--preset halfcheetah-v5 is for --mode improved" in capsys.readouterr().err
+
+    def test_in_another_environment(self, capsys: pytest.CaptureFixture[str]) -> None:
+        options = Train(preset="halfcheetah-v5", env="Swimmer-v5", steps=1000)
+        settings = settings_of(options, Path("out"))
+        said = "settings of HalfCheetah-v5, which were not measured in Swimmer-v5\n"
+        assert capsys.readouterr().out == said
+        assert (settings["env"], settings["gamma"], settings["steps"]) == ("Swimmer-v5", 0.98, 1000)
+        assert default_folder(options) == Path("runs/halfcheetah-v5-Swimmer-v5-seed0")
 
 
 class TestAdapt:
@@ -691,18 +700,41 @@ class TestErrors:
         assert option[0] in error
         assert "None" not in error
 
+    def test_of_code_of_ones_own(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "own.py").write_text(
+            "import gymnasium\n"
+            "from gymnasium.envs.classic_control import PendulumEnv\n"
+            "class Own(PendulumEnv):\n"
+            "    def step(self, action):\n"
+            "        return [1, 2].index(3)\n"
+            "gymnasium.register('Own-v0', Own, max_episode_steps=9)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        try:
+            args = ["--env", "own:Own-v0", "--steps", "1e2", "--out", "out"]
+            assert cli.main(["train", *args]) == 2
+        finally:
+            gymnasium.registry.pop("Own-v0", None)
+            sys.modules.pop("own", None)
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"ssm-fast: 3 is not in list (ValueError at {tmp_path / 'own.py'}:5, in step)"
+        )
+
     def test_without_a_time_limit(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """The evaluation of a policy that never fails has to end, too."""
-        monkeypatch.setattr("ssm_fast.cli.train.LONGEST_EVALUATION", 30)
+        monkeypatch.setattr("ssm_fast.cli.environments.LONGEST_EVALUATION", 30)
         args = [*PPO, "--steps", "80", "--checkpoint_interval", "1", "--out", "out"]
         args[args.index("Pendulum-v1")] = "Endless-v0"
         assert cli.main(args) == 0
         assert "Endless-v0 has no time limit: the evaluation ends" in capsys.readouterr().out
         assert len(json.loads(Path("out/evaluation.json").read_text())["returns"]) == 10
-        assert cli.main(["evaluate", "out"]) == 2
-        assert "--max_episode_steps is needed: Endless-v0" in capsys.readouterr().err
+        monkeypatch.setattr("ssm_fast.cli.environments.LONGEST_EVALUATION", 20)
+        assert cli.main(["evaluate", "out"]) == 0
+        assert "the evaluation ends episodes after 20 steps" in capsys.readouterr().out
         play = ["evaluate", "out", "--max-episode-steps", "20", "--episodes", "2"]
         assert cli.main(play) == 0
         assert "evaluation of 2 episodes of Endless-v0" in capsys.readouterr().out
@@ -923,8 +955,10 @@ class TestResume:
         monkeypatch.setattr(RunDirectory, "append_row", interrupt)
         assert cli.main([*PPO, "--steps", "800", "--out", "out"]) == 130
         assert capsys.readouterr().err.splitlines()[-1] == (
-            "ssm-fast: interrupted; there was no checkpoint yet: remove out and start again"
+            "ssm-fast: interrupted; there was no checkpoint yet: ssm-fast train --resume --out out "
+            "starts afresh"
         )
+        assert load_model("out/policy.safetensors", ImprovedSSM).input_dim == 3
 
     def test_a_mistake_leaves_the_run(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Also one whose curve has been lost."""

@@ -14,7 +14,7 @@ try:
     from ssm_fast.cli.bench import run_bench
     from ssm_fast.cli.evaluate import run_evaluation
     from ssm_fast.cli.info import print_info
-    from ssm_fast.cli.messages import sentence
+    from ssm_fast.cli.messages import place_of, sentence
     from ssm_fast.cli.options import Adapt, App, Bench, Evaluate, Train
     from ssm_fast.cli.parsing import parse
     from ssm_fast.cli.train import run_training
@@ -61,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except (ValueError, OSError) as error:
-            return _fail(world, 2, sentence(error))
+            return _fail(world, 2, sentence(error) + place_of(error))
         except KeyboardInterrupt as interrupt:
             return _fail(world, 130, sentence(interrupt) or "interrupted")
     return 0

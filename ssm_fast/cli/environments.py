@@ -10,7 +10,9 @@ from pathlib import Path
 import gymnasium
 
 from ssm_fast.checkpoint import read_metadata
-from ssm_fast.env_runner import Task, get_family
+from ssm_fast.cli.messages import say
+from ssm_fast.cli.options import LONGEST_EVALUATION
+from ssm_fast.env_runner import Environment, Task, TrialEnvironment, get_family
 
 # Environments of one task that a family varies.
 FAMILY_OF = {
@@ -39,11 +41,23 @@ def environment_of(path: Path, env_id: str | None) -> str:
             "evaluate its run folder instead"
         )
     if env_id is not None:
+        trained = metadata.get("env_id", env_id)
+        if FAMILY_OF.get(trained, trained) != FAMILY_OF.get(env_id, env_id):
+            say(f"the policy was trained in {trained}")
         return env_id
     if "env_id" not in metadata:
         raise ValueError(f"{path} does not say which environment it is for: give --env")
     refuse_import(metadata["env_id"], path)
     return metadata["env_id"]
+
+
+def longest_evaluation(env: Environment | TrialEnvironment) -> int | None:
+    """Where to end the episodes of an environment that does not end them itself; None if it does."""
+    if env.max_episode_steps is not None:
+        return None
+    limit = LONGEST_EVALUATION
+    say(f"{env.env_name} has no time limit: the evaluation ends episodes after {limit:,} steps")
+    return limit
 
 
 def task_of(env_id: str, split: str, number: int) -> Task:

@@ -15,6 +15,7 @@ from ssm_fast.checks import check_spaces
 from ssm_fast.cli.environments import (
     FAMILY_OF,
     environment_of,
+    longest_evaluation,
     policy_file,
     refuse_import,
     route_mujoco_warnings,
@@ -65,15 +66,14 @@ def run_evaluation(options: Evaluate) -> None:
     policy = ssm_fast.load_policy(path)
     with Environment(env_id, max_episode_steps=options.max_episode_steps) as env:
         check_spaces(env, *spaces_of(policy.model))
-        if env.max_episode_steps is None:
-            raise ValueError(f"--max_episode_steps is needed: {env_id} has no time limit")
+        limit = longest_evaluation(env) or options.max_episode_steps
     result = evaluate(
         policy,
         env_id,
         episodes,
         options.seed,
         options.deterministic,
-        options.max_episode_steps,
+        limit,
         task=task,
     )
     say(describe(env_id, result, options.deterministic))
@@ -119,13 +119,19 @@ def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
     if options.env is not None:
         raise ValueError(f"--env must not be given: {run.path} has tasks of {settings['env']}")
     if options.task is not None:
-        raise ValueError(f"--task must not be given: {run.path} adapts to all held-out tasks")
+        raise ValueError(
+            f"--task must not be given: {run.path} adapts to all held-out tasks; for one of them: "
+            f"ssm-fast adapt {run.path} --task {options.task}"
+        )
     if options.episodes is not None:
         raise ValueError(f"--episodes must not be given: {run.path} plays one in each of its rows")
     if options.max_episode_steps is not None:
         raise ValueError(f"--max_episode_steps must not be given: {run.path} plays its own rounds")
     if options.video is not None:
-        raise ValueError(f"--video must not be given: {run.path} has no policy of one task to film")
+        raise ValueError(
+            f"--video must not be given: {run.path} has no policy of one task to film; "
+            f"ssm-fast adapt {run.path} --task 0 makes one"
+        )
     refuse_import(settings["env"], run.config_path)
     check_option("seed", options.seed, 0, LARGEST_SEED)
     route_mujoco_warnings(settings["env"])

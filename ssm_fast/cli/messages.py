@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
+import traceback
+from pathlib import Path
 
+import ssm_fast
 from ssm_fast.checks import check_count
 
 
@@ -16,6 +20,20 @@ def say(text: str) -> None:
 def sentence(message: object) -> str:
     """A message in one line."""
     return " ".join(str(message).split())
+
+
+def place_of(error: BaseException) -> str:
+    """Where code that is neither ours nor installed raised an error, as an environment's of the user's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(ssm_fast.__file__).parent)
+    installed = tuple(sysconfig.get_paths().values())
+    for frame in reversed(frames):
+        if frame.filename.startswith(ours):
+            return ""
+        if not frame.filename.startswith((*installed, "<")):
+            kind = type(error).__name__
+            return f" ({kind} at {frame.filename}:{frame.lineno}, in {frame.name})"
+    return ""
 
 
 def check_option(name: str, value: int, at_least: int, at_most: int) -> None:

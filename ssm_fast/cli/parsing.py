@@ -57,3 +57,27 @@ def _optional(
             ["None"] if value is None else inner.str_from_instance(value)
         ),
     )
+
+
+@_registry.primitive_rule
+def _count(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """An integer may be written as 1e6, too."""
+    if info.type is not int:
+        return None
+
+    def read(given: list[str]) -> int:
+        try:
+            return int(given[0])
+        except ValueError:
+            value = float(given[0])
+            if not value.is_integer():
+                raise
+            return int(value)
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )

@@ -62,7 +62,10 @@ def default_folder(options: Train) -> Path:
     """The run folder where none is named."""
     mode = options.mode or "improved"
     env_id = options.env or DEFAULTS[mode]["env"]
-    name = options.preset or f"{mode}-{env_id.replace('/', '_').replace(':', '_')}"
+    env_name = env_id.replace("/", "_").replace(":", "_")
+    name = f"{mode}-{env_name}"
+    if options.preset is not None:
+        name = options.preset if options.env is None else f"{options.preset}-{env_name}"
     return Path("runs") / f"{name}-seed{options.seed or 0}"
 
 
@@ -105,10 +108,12 @@ def settings_of(options: Train, out: Path) -> dict[str, Any]:
 def _with_preset(given: dict[str, Any], preset: str) -> dict[str, Any]:
     """The options of the preset, with those in the place of its own that are given."""
     options = load_preset(preset)
-    for name in ("mode", "env"):
-        meant = _in_terms_of(options["mode"], {name: given.get(name, options[name])})
-        if meant[name] != options[name]:
-            raise ValueError(f"--preset {preset} is for --{name} {options[name]}")
+    mode, env_id = options["mode"], options["env"]
+    if given.get("mode", mode) != mode:
+        raise ValueError(f"--preset {preset} is for --mode {mode}")
+    chosen = _in_terms_of(mode, {"env": given.get("env", env_id)})["env"]
+    if chosen != env_id:
+        say(f"settings of {env_id}, which were not measured in {chosen}")
     limits = LIMITS[options["mode"]]
     if any(name in given for name in limits):
         options = {name: value for name, value in options.items() if name not in limits}

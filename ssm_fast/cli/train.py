@@ -14,7 +14,7 @@ import torch
 
 import ssm_fast
 from ssm_fast.checkpoint import write_atomic
-from ssm_fast.cli.environments import route_mujoco_warnings
+from ssm_fast.cli.environments import longest_evaluation, route_mujoco_warnings
 from ssm_fast.cli.evaluate import describe, evaluate_adaptation
 from ssm_fast.cli.info import versions
 from ssm_fast.cli.messages import check_option, say
@@ -22,7 +22,6 @@ from ssm_fast.cli.options import (
     EVALUATION_EPISODES,
     EVALUATION_SEED,
     LARGEST_SEED,
-    LONGEST_EVALUATION,
     MOST_THREADS,
     Train,
 )
@@ -70,7 +69,7 @@ def run_training(options: Train, world: World) -> None:
                 run = open_things.enter_context(RunDirectory(out, resume=options.resume))
                 run.write_config({**settings, "versions": versions()})
                 say(f"training in {env_id} ({mode}, seed {seed}); run folder {run.path}")
-        with _can_be_resumed(out, env_id, run, world):
+        with _can_be_resumed(out, env, trainer, run, world):
             _learn(trainer, env, settings, total, run, options.resume, world)
         if run is not None:
             # The weights of the last checkpoint, or newer ones where --episodes ended the run.
@@ -81,7 +80,11 @@ def run_training(options: Train, world: World) -> None:
 
 @contextmanager
 def _can_be_resumed(
-    out: Path, env_id: str, run: RunDirectory | None, world: World
+    out: Path,
+    env: Environment | TrialEnvironment,
+    trainer: Trainer,
+    run: RunDirectory | None,
+    world: World,
 ) -> Iterator[None]:
     """Leaves a run folder that can be used on, whatever ends the training, and says how."""
     try:
@@ -91,9 +94,15 @@ def _can_be_resumed(
             run.config_path.unlink()  # nothing was learnt: the folder stays free
         raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_how_to_resume(out, env_id, run, world)}") from None
+        if run is not None and not run.model_path.exists():
+            save_policy(
+                run.model_path, trainer, env
+            )  # the little that it has learnt, for `evaluate`
+        raise KeyboardInterrupt(
+            f"interrupted; {_how_to_resume(out, env.env_name, run, world)}"
+        ) from None
     except (FloatingPointError, LostRank) as error:
-        raise type(error)(f"{error}; {_how_to_resume(out, env_id, run, world)}") from error
+        raise type(error)(f"{error}; {_how_to_resume(out, env.env_name, run, world)}") from error
 
 
 def _learn(
@@ -194,11 +203,7 @@ def _report(
         return
     if not isinstance(trainer, MetaRLTrainer):
         policy = ssm_fast.load_policy(run.model_path)
-        limit = None if env.max_episode_steps else LONGEST_EVALUATION
-        if limit is not None:
-            say(
-                f"{env.env_name} has no time limit: the evaluation ends episodes after {limit:,} steps"
-            )
+        limit = longest_evaluation(env)
         result = evaluate(
             policy, env.env_name, EVALUATION_EPISODES, EVALUATION_SEED, max_episode_steps=limit
         )
@@ -227,7 +232,7 @@ def _report(
 def _how_to_resume(out: Path, env_id: str, run: RunDirectory | None, world: World) -> str:
     # Of several processes rank 0 alone could tell, and all have to say the same.
     if world.size == 1 and run is not None and not run.has_checkpoints():
-        return f"there was no checkpoint yet: remove {out} and start again"
+        return f"there was no checkpoint yet: ssm-fast train --resume --out {shlex.quote(str(out))} starts afresh"
     command = f"ssm-fast train --resume --out {shlex.quote(str(out))}"
     if ":" in env_id:  # never imported on the word of config.json
         command += f" --env {shlex.quote(env_id)}"

@@ -157,14 +157,18 @@ def usable_backend(env_name: str) -> str | None:
         if tried.returncode == 0:
             return backend
         reason = (tried.stderr.strip().splitlines() or [""])[-1]
-    raise NoOpenGL(f"{NO_OPENGL} ({reason})")
+    raise NoOpenGL(f"{NO_OPENGL} (MUJOCO_GL={backend}: {reason})")
 
 
 def backends(env_name: str) -> list[str | None]:
-    """What to try as MUJOCO_GL, before the first frame of a process; None leaves it as it is."""
-    if not _is_mujoco(env_name) or "MUJOCO_GL" in os.environ or sys.platform != "linux":
+    """What to try as MUJOCO_GL, before the first frame of a process; None leaves it as it is.
+
+    Where it is set already, that alone.
+    """
+    if not _is_mujoco(env_name) or sys.platform != "linux":
         return [None]
-    return ["egl", "osmesa"]
+    chosen = os.environ.get("MUJOCO_GL")
+    return ["egl", "osmesa"] if chosen is None else [chosen]
 
 
 def _is_mujoco(env_name: str) -> bool:

@@ -120,7 +120,9 @@ class RunDirectory:
         except OSError as error:
             raise OSError(f"run folder {self.path} cannot be written to: {error}") from error
         if not resume and (self.config_path.exists() or self._checkpoint_paths()):
-            raise ValueError(f"{self.path} holds a run already; resume it or choose another folder")
+            raise ValueError(
+                f"{self.path} holds a run already; resume it (--resume) or choose another folder (--out)"
+            )
         for leftover in self.checkpoints_path.glob(f"{_TEMPORARY_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in self.path.iterdir():

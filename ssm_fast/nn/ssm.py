@@ -104,7 +104,10 @@ class SSM(nn.Module):
                 f"activation must be None or one of {sorted(_ACTIVATIONS)}, got {activation!r}"
             )
         if bidirectional:
-            raise ValueError("bidirectional must be False: SSM runs forward in time only")
+            raise ValueError(
+                "bidirectional must be False: SSM runs forward in time only; for both directions take "
+                "a second one, on the flipped sequence"
+            )
         if proj_size != 0:
             raise ValueError(
                 f"proj_size must be 0, got {proj_size}: use hidden_size for the output and "

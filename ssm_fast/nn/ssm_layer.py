@@ -372,4 +372,7 @@ def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
         and x.device.type in ("cpu", "cuda")
         and torch.is_autocast_enabled(x.device.type)
     ):
-        raise TypeError(f"{name} must have the parameters' dtype {weight.dtype}, got {x.dtype}")
+        raise TypeError(
+            f"{name} must have the parameters' dtype {weight.dtype}, got {x.dtype}: convert it, or use "
+            "torch.autocast"
+        )

@@ -152,7 +152,9 @@ def check_dtype(
         allowed = allowed | _HALF
     if first.dtype not in allowed:
         remedy = (
-            ": on the CPU, keep the weights and use torch.autocast" if first.dtype in _HALF else ""
+            ": on the CPU, keep float32 (torch.autocast does so for the recurrences)"
+            if first.dtype in _HALF
+            else ""
         )
         raise TypeError(
             f"{first_name} of {op} must be {' or '.join(allowed.values())}, got {first.dtype}{remedy}"
