@@ -56,14 +56,10 @@ def check_count(name: str, value: int, at_least: int = 1) -> int:
 class HasSpaces(Protocol):
     """What an environment says of its spaces."""
 
-    @property
-    def env_name(self) -> str: ...  # noqa: D102
-    @property
-    def input_dim(self) -> int: ...  # noqa: D102
-    @property
-    def action_dim(self) -> int: ...  # noqa: D102
-    @property
-    def discrete(self) -> bool: ...  # noqa: D102
+    env_name: str
+    input_dim: int
+    action_dim: int
+    discrete: bool
 
 
 def describe_spaces(input_dim: int, action_dim: int, discrete: bool) -> str:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import gymnasium
 import numpy as np
 from gymnasium.envs.classic_control.acrobot import AcrobotEnv
 from numpy.typing import NDArray
 
-from ssm_fast.checks import check_count, check_number
-from ssm_fast.env_runner.same_step import (
-    Info,
-    Outcome,
-    SameStepVectorEnv,
-    check_discrete_actions,
-    why_not_in_arrays,
-)
-from ssm_fast.env_runner.task_families import PlaysTask, Task, TaskFamily, register_family
+from ssm_fast.checks import check_number
+from ssm_fast.env_runner.classic_families import ClassicVectorEnv, LogUniformFamily, parameters
+from ssm_fast.env_runner.same_step import Outcome
+from ssm_fast.env_runner.task_families import PlaysTask, Task, register_family
 
 HORIZON = 500
 
@@ -44,43 +37,23 @@ class AcrobotTask(Task):
             check_number(name, value, at_least=0.25, at_most=4.0)
 
 
-RANGES = {
-    "link_length_1": (0.7, 1.4),
-    "link_length_2": (0.7, 1.4),
-    "link_mass_1": (0.5, 2.0),
-    "link_mass_2": (0.5, 2.0),
-    "torque": (0.6, 2.0),
-}
+class AcrobotFamily(LogUniformFamily[AcrobotTask]):
+    """Links and motors around those of Acrobot-v1.
 
-
-class AcrobotFamily(TaskFamily[AcrobotTask]):
-    """Every parameter is drawn log-uniformly from `RANGES`.
-
-    Out of range, one of the parameters lies outside by a factor of up to 1.3. No motor is reversed,
-    unlike in CartPole's family: where all episodes fail alike, no gradient tells the side.
+    No motor is reversed, unlike in CartPole's family: where all episodes fail alike, no gradient
+    tells the side.
     """
 
     task_type = AcrobotTask
     default_task = AcrobotTask()
-
-    def draw(self, generator: np.random.Generator) -> AcrobotTask:
-        """Draws the parameters from `RANGES`."""
-        return AcrobotTask(**self._draw(generator))
-
-    def draw_out_of_range(self, generator: np.random.Generator) -> AcrobotTask:
-        """Draws one parameter from outside and the others from `RANGES`."""
-        values = self._draw(generator)
-        name = list(RANGES)[generator.integers(len(RANGES))]
-        low, high = RANGES[name]
-        beyond = 1.3 ** generator.uniform(0.0, 1.0)
-        value = high * beyond if generator.integers(2) else low / beyond
-        values[name] = float(value)
-        return AcrobotTask(**values)
-
-    def _draw(self, generator: np.random.Generator) -> dict[str, float]:
-        return {
-            name: low * (high / low) ** generator.uniform() for name, (low, high) in RANGES.items()
-        }
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "link_length_1": (0.7, 1.4),
+        "link_length_2": (0.7, 1.4),
+        "link_mass_1": (0.5, 2.0),
+        "link_mass_2": (0.5, 2.0),
+        "torque": (0.6, 2.0),
+    }
+    beyond = 1.3
 
 
 ACROBOT = AcrobotFamily("ssm_fast/AcrobotFamily-v0")
@@ -107,60 +80,31 @@ class AcrobotFamilyEnv(PlaysTask, AcrobotEnv):
         self.AVAIL_TORQUE = [-task.torque, 0.0, task.torque]
 
 
-_CLASSES = {f"{AcrobotFamilyEnv.__module__}:{AcrobotFamilyEnv.__name__}": AcrobotFamilyEnv}
-for _entry_point, _class in _CLASSES.items():
-    register_family(_class.family, _entry_point, HORIZON)
+_ENTRY_POINT = f"{AcrobotFamilyEnv.__module__}:{AcrobotFamilyEnv.__name__}"
+register_family(ACROBOT, _ENTRY_POINT, HORIZON)
 
 
-class AcrobotVectorEnv(SameStepVectorEnv):
-    """`num_envs` rows of the Acrobot family, each with a task of its own, as arrays.
+class AcrobotVectorEnv(ClassicVectorEnv):
+    """The family's rows as arrays."""
 
-    Row `i` does what `gymnasium.make(env_name, task=tasks[i])` does under the same seed and
-    actions. Rows restart, and the arguments are, as in `MujocoVectorEnv`, but for `task`.
+    kind = "family of Acrobots"
+    entry_points = frozenset({_ENTRY_POINT})
+    num_actions = 3
 
-    Args:
-        task: Of every row where `tasks` is `None`; by default Acrobot-v1's own parameters.
-    """
-
-    def __init__(
-        self,
-        env_name: str,
-        num_envs: int = 1,
-        *,
-        tasks: Sequence[Task] | None = None,
-        task: Task | None = None,
-        max_episode_steps: int | None = None,
-    ) -> None:
-        reason = unsupported(env_name)
-        if reason is not None:
-            raise ValueError(f"env_name {env_name!r} has no vector physics: {reason}")
-        check_count("num_envs", num_envs)
-        kwargs: dict[str, Any] = {} if task is None else {"task": task}
-        if max_episode_steps is not None:
-            kwargs["max_episode_steps"] = max_episode_steps
-        env = gymnasium.make(env_name, disable_env_checker=True, **kwargs)
-        base: Any = env.unwrapped
+    def _take_constants(self, base: Any) -> None:
         self._dt, self._moi = base.dt, base.LINK_MOI
         self._fastest = np.array([[base.MAX_VEL_1], [base.MAX_VEL_2]])  # [2, 1]
-        self._state = np.zeros((4, num_envs))  # [4, B]: both angles, both velocities
-        self._setup_rows(env, num_envs, tasks)
 
-    def _begin_tasks(self, tasks: tuple[Any, ...]) -> None:
-        def of(name: str) -> NDArray[np.float64]:
-            return np.array([getattr(task, name) for task in tasks])  # [B]
-
-        self._l1, self._torque = of("link_length_1"), of("torque")
-        self._m1, self._m2 = of("link_mass_1"), of("link_mass_2")
-        self._lc1, self._lc2 = self._l1 / 2, of("link_length_2") / 2
+    def _begin_tasks(self, tasks: tuple[Task, ...]) -> None:
+        self._l1, self._torque = parameters(tasks, "link_length_1"), parameters(tasks, "torque")
+        self._m1, self._m2 = parameters(tasks, "link_mass_1"), parameters(tasks, "link_mass_2")
+        self._lc1, self._lc2 = self._l1 / 2, parameters(tasks, "link_length_2") / 2
 
     def _draw_state(self, i: int, generator: np.random.Generator) -> None:
         self._state[:, i] = generator.uniform(low=-0.1, high=0.1, size=(4,)).astype(np.float32)
 
-    def _check_actions(self, actions: NDArray[Any]) -> None:
-        check_discrete_actions(actions, self.num_envs, 3)
-
     def _advance(self, actions: NDArray[Any]) -> Outcome:
-        """Follows `AcrobotEnv.step` operation by operation."""
+        """Follows `AcrobotEnv.step` operation by operation; the state is both angles, both velocities."""
         torque = np.where(actions == 1, 0.0, np.where(actions == 2, self._torque, -self._torque))
         y, dt = self._state, self._dt
         dt2 = dt / 2.0
@@ -205,15 +149,3 @@ class AcrobotVectorEnv(SameStepVectorEnv):
         (theta1, theta2), velocities = self._state[:2], self._state[2:]
         columns = (np.cos(theta1), np.sin(theta1), np.cos(theta2), np.sin(theta2), *velocities)
         return np.stack(columns, 1).astype(np.float32)  # [B, 6]
-
-    def _place(self) -> Info:
-        return {}
-
-    def __repr__(self) -> str:
-        assert self.spec is not None
-        return f"AcrobotVectorEnv({self.spec.id!r}, num_envs={self.num_envs})"
-
-
-def unsupported(env_name: str, **env_kwargs: Any) -> str | None:
-    """Says why `AcrobotVectorEnv` does not run this environment; `None` if it does."""
-    return why_not_in_arrays(env_name, _CLASSES, "family of Acrobots", env_kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -18,9 +18,10 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
 from ssm_fast.checks import check_count
-from ssm_fast.env_runner import acrobot_family, cartpole_family, vector_physics
+from ssm_fast.env_runner import vector_physics
 from ssm_fast.env_runner.acrobot_family import AcrobotVectorEnv
 from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
+from ssm_fast.env_runner.classic_families import ClassicVectorEnv
 from ssm_fast.env_runner.same_step import SameStepVectorEnv
 from ssm_fast.env_runner.task_families import Task, TaskFamily, get_family
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv
@@ -616,23 +617,20 @@ AnyEnvironment: TypeAlias = (
 )
 
 
-_ClassInArrays: TypeAlias = type[CartPoleVectorEnv] | type[AcrobotVectorEnv]
-_IN_ARRAYS: tuple[tuple[Callable[..., str | None], _ClassInArrays], ...] = (
-    (cartpole_family.unsupported, CartPoleVectorEnv),
-    (acrobot_family.unsupported, AcrobotVectorEnv),
-)
+_IN_ARRAYS: tuple[type[ClassicVectorEnv], ...] = (CartPoleVectorEnv, AcrobotVectorEnv)
 
 
-def _class_in_arrays(env_name: str) -> _ClassInArrays | None:
+def _class_in_arrays(env_name: str) -> type[ClassicVectorEnv] | None:
     """What steps all rows of a family of classic control at once, if this is one."""
-    classes = (vector for why_not, vector in _IN_ARRAYS if why_not(env_name) is None)
-    return next(classes, None)
+    return next((vector for vector in _IN_ARRAYS if vector.unsupported(env_name) is None), None)
 
 
 def _unsupported(env_name: str, **env_kwargs: Any) -> str | None:
     """Says why none of the vector environments runs this one; `None` if one does."""
-    families = (why_not for why_not, _ in _IN_ARRAYS if why_not(env_name) is None)
-    return next(families, vector_physics.unsupported)(env_name, **env_kwargs)
+    in_arrays = _class_in_arrays(env_name)
+    if in_arrays is not None:
+        return in_arrays.unsupported(env_name, **env_kwargs)
+    return vector_physics.unsupported(env_name, **env_kwargs)
 
 
 def _check_seed(seed: int) -> int:

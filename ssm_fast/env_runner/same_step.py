@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium
@@ -205,38 +205,6 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError(f"{self!r} is closed")
-
-
-def check_discrete_actions(actions: NDArray[Any], num_envs: int, count: int) -> None:
-    """Raises unless every row has one of `count` actions."""
-    if actions.shape != (num_envs,):
-        raise ValueError(f"actions must have shape [B] = [{num_envs}], got {list(actions.shape)}")
-    if actions.dtype.kind not in "iu":
-        raise TypeError(f"actions must be integers, got {actions.dtype}")
-    if ((actions < 0) | (actions >= count)).any():
-        raise ValueError(f"actions must lie in [0, {count}), got {actions.tolist()}")
-
-
-def why_not_in_arrays(
-    env_name: str, entry_points: Collection[str], kind: str, env_kwargs: Mapping[str, Any]
-) -> str | None:
-    """Says why a family that is stepped in arrays does not have this environment; `None` if it does.
-
-    Args:
-        env_name: The Gymnasium id.
-        entry_points: Of the family's single environments.
-        kind: What the environment would have to be, for the message.
-        env_kwargs: What `gymnasium.make` would be given.
-    """
-    spec = gymnasium.registry.get(env_name)
-    if spec is None:
-        return "the id is not registered"
-    if spec.entry_point not in entry_points:
-        return f"it is no {kind}"
-    if spec.additional_wrappers:
-        return "its registration adds wrappers"
-    foreign = sorted({**spec.kwargs, **env_kwargs}.keys() - {"task", "max_episode_steps"})
-    return f"it does not take {', '.join(foreign)}" if foreign else None
 
 
 def _only(mask: NDArray[np.bool_], entries: Info) -> Info:

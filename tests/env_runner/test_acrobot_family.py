@@ -15,7 +15,6 @@ from ssm_fast.env_runner import (
     Environment,
     get_family,
 )
-from ssm_fast.env_runner.acrobot_family import RANGES, unsupported
 
 pytestmark = pytest.mark.isa_independent
 
@@ -85,14 +84,14 @@ def test_pumping_solves_nearly_all_tasks():
 
 def test_ranges():
     tasks = FAMILY.sample(3000, 0)
-    for field, (low, high) in RANGES.items():
+    for field, (low, high) in FAMILY.ranges.items():
         values = np.array([getattr(task, field) for task in tasks])
         assert low <= values.min() < 1.02 * low
         assert 0.98 * high < values.max() <= high * (1 + 1e-12)
         np.testing.assert_allclose(np.log(values).mean(), np.log(low * high) / 2, atol=0.05)
-    low, high = np.array(list(RANGES.values())).T
+    low, high = np.array(list(FAMILY.ranges.values())).T
     for task in FAMILY.out_of_range_tasks:
-        x = np.array([getattr(task, field) for field in RANGES])
+        x = np.array([getattr(task, field) for field in FAMILY.ranges])
         assert ((x < low) | (x > high)).sum() == 1
         assert ((x > low / 1.3) & (x < high * 1.3)).all()
 
@@ -107,7 +106,7 @@ def test_ranges():
     ],
 )
 def test_unsupported_says_why(name, kwargs, reason):
-    why = unsupported(name, **kwargs)
+    why = AcrobotVectorEnv.unsupported(name, **kwargs)
     assert why is None if reason is None else reason in why
 
 

@@ -21,7 +21,6 @@ from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.env_runner.environment import Environment
-from ssm_fast.meta_rl.distributed import Rows
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, _Minibatch
 from ssm_fast.meta_rl.rollout import Rollout
 from ssm_fast.meta_rl.run import RunDirectory, write_state
@@ -535,8 +534,8 @@ class TestTrain:
         self, rows: int, length: int | None, steps: int
     ) -> None:
         trainer = PPOTrainer(ImprovedSSM(3, 2, 4, 8), sequence_length=length)
-        trainer._rows = None, Rows(0, rows, rows)  # type: ignore[assignment]
-        assert trainer._steps_of(None) == steps  # type: ignore[arg-type]
+        with Environment("ssm_fast/CartPoleFamily-v0", rows) as env:
+            assert trainer._steps_of(env) == steps
         assert trainer._sequence_length_for(steps) == (length or min(8, steps))
 
     def test_ranges(self) -> None:
