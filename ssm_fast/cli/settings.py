@@ -52,10 +52,14 @@ MODEL_OPTIONS = {
 TRAINER_OPTIONS = {mode: _options_in(trainer) for mode, trainer in _TRAINERS.items()}
 
 
-def _defaults_in(function: Callable[..., object], names: tuple[str, ...]) -> dict[str, Any]:
-    """What those arguments are where nobody says anything."""
-    parameters = inspect.signature(function).parameters
-    return {name: parameters[name].default for name in names}
+def _defaults_of(mode: str) -> dict[str, Any]:
+    """What the arguments of the mode's model and trainer are where nobody says anything."""
+    pairs = ((_MODELS[mode], MODEL_OPTIONS[mode]), (_TRAINERS[mode], TRAINER_OPTIONS[mode]))
+    return {
+        name: inspect.signature(function).parameters[name].default
+        for function, names in pairs
+        for name in names
+    }
 
 
 def default_folder(options: Train) -> Path:
@@ -92,8 +96,7 @@ def settings_of(options: Train, out: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "mode": mode,
         **dict.fromkeys(_options_of(mode)),
-        **_defaults_in(_MODELS[mode], MODEL_OPTIONS[mode]),
-        **_defaults_in(_TRAINERS[mode], TRAINER_OPTIONS[mode]),
+        **_defaults_of(mode),
         **DEFAULTS[mode],
     }
     if mode == "improved" and "episodes" in given:
@@ -187,10 +190,7 @@ def stored_settings(run: RunDirectory) -> dict[str, Any]:
                 )
         elif type(value) is not kind:
             raise ValueError(f"{run.config_path}: {name} must be {kind.__name__}, got {value!r}")
-    defaults = {
-        **_defaults_in(_MODELS[mode], MODEL_OPTIONS[mode]),
-        **_defaults_in(_TRAINERS[mode], TRAINER_OPTIONS[mode]),
-    }
+    defaults = _defaults_of(mode)
     given = {name: stored.get(name) for name in ("mode", *_options_of(mode))}
     return {name: defaults.get(name) if x is None else x for name, x in given.items()}
 
