@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 try:
@@ -33,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 when a contest has become slower, or when training, an adaptation or an
         evaluation broke down on NaN or infinity, or lost one of its processes, or nobody reads the
-        output any more, 2 for a mistake in the input, 130 after Ctrl-C.
+        output any more, 2 for a mistake in the input, 130 after Ctrl-C or, in training, SIGTERM.
     """
     options = parse(args)
     world = World()
@@ -42,6 +44,10 @@ def main(args: Sequence[str] | None = None) -> int:
         try:
             if isinstance(options, Train):
                 world = leaving.enter_context(join_world())
+                if (
+                    world.size == 1
+                ):  # torchrun ends its processes so, also where they wait for a lost one
+                    leaving.enter_context(_terminated_as_interrupted())
                 run_training(options, world)
             elif isinstance(options, Evaluate):
                 run_evaluation(options)
@@ -77,6 +83,19 @@ def run() -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     raise SystemExit(code)
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as of `kill`, `timeout` or a batch system, does what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run_app(options: App) -> None:

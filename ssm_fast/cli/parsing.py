@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from types import UnionType
@@ -15,6 +16,8 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
+import ssm_fast
+from ssm_fast.cli.messages import say
 from ssm_fast.cli.options import COMMANDS
 
 _registry = ConstructorRegistry()
@@ -26,11 +29,15 @@ def parse(args: Sequence[str] | None = None) -> Any:
     Args:
         args: The arguments; `sys.argv[1:]` by default.
     """
+    if list(sys.argv[1:] if args is None else args) == ["--version"]:
+        say(f"ssm_fast {ssm_fast.__version__}")
+        raise SystemExit(0)
     with _registry:
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="ssm-fast",
-            description="State-space-model policies: training, evaluation and adaptation.",
+            description="State-space-model policies: training, evaluation and adaptation. "
+            "`ssm-fast --version` says which version this is.",
             args=args,
         )
 

@@ -69,7 +69,9 @@ def default_folder(options: Train) -> Path:
     env_name = env_id.replace("/", "_").replace(":", "_")
     name = f"{mode}-{env_name}"
     if options.preset is not None:
-        name = options.preset if options.env is None else f"{options.preset}-{env_name}"
+        name = options.preset
+        if options.env not in (None, load_preset(options.preset)["env"]):
+            name += f"-{env_name}"
     return Path("runs") / f"{name}-seed{options.seed or 0}"
 
 
