@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 from contest import commit
-from intervals import interval
+from intervals import check_rliable, interval
 from trust_region import TrustRegionTrainer
 
 from ssm_fast.core import ImprovedSSM
@@ -95,6 +95,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    check_rliable()
     torch.set_num_threads(options.threads)
     setting = SETTINGS[options.env]
     options.out.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import torch
 import tyro
 from baseline_policies import GRUPolicy, MLPPolicy
 from contest import commit
-from intervals import interval
+from intervals import check_rliable, interval
 
 import ssm_fast
 from ssm_fast.cli.environments import route_mujoco_warnings
@@ -89,6 +89,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    check_rliable()
     torch.set_num_threads(options.threads)
     route_mujoco_warnings(options.env)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ def test_runs_compares_and_films(
 ) -> None:
     found = {"mean": 1.0, "iqm": 2.0, "low": 0.5, "high": 3.0}
     monkeypatch.setattr(benchmark, "interval", lambda scores: found)  # without rliable
+    monkeypatch.setattr(benchmark, "check_rliable", lambda: None)
     options = benchmark.Options(
         env="CartPole-v1",
         steps=2048,
@@ -44,3 +45,12 @@ def test_runs_compares_and_films(
     capsys.readouterr()
     benchmark.main(options)  # nothing runs again
     assert "seed0.json:" not in capsys.readouterr().out
+
+
+def test_without_rliable_it_ends_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("intervals.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="rliable is missing"):
+        benchmark.main(benchmark.Options(out=tmp_path / "results"))
+    assert not (tmp_path / "results").exists()
