@@ -445,6 +445,8 @@ class TestPresets:
         assert default_folder(options) == Path("runs/halfcheetah-v5-Swimmer-v5-seed0")
         own = Train(preset="halfcheetah-v5", env="HalfCheetah-v5")
         assert default_folder(own) == Path("runs/halfcheetah-v5-seed0")
+        around = Train(preset="cartpole-family", env="CartPole-v1")
+        assert default_folder(around) == Path("runs/cartpole-family-seed0")
 
 
 class TestAdapt:
@@ -850,6 +852,8 @@ class TestResume:
         while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)
         process.send_signal(number)
+        if number == signal.SIGTERM:
+            process.send_signal(number)  # as some that wait for an end do
         _, error = process.communicate(timeout=60)
         assert not Path("part/evaluation.json").exists(), "the signal must come before the end"
         if number != signal.SIGKILL:

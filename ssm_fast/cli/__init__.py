@@ -35,7 +35,8 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 when a contest has become slower, or when training, an adaptation or an
         evaluation broke down on NaN or infinity, or lost one of its processes, or nobody reads the
-        output any more, 2 for a mistake in the input, 130 after Ctrl-C or, in training, SIGTERM.
+        output any more, 2 for a mistake in the input, 130 after Ctrl-C or, in a
+        training by one process, SIGTERM.
     """
     options = parse(args)
     world = World()
@@ -44,9 +45,8 @@ def main(args: Sequence[str] | None = None) -> int:
         try:
             if isinstance(options, Train):
                 world = leaving.enter_context(join_world())
-                if (
-                    world.size == 1
-                ):  # torchrun ends its processes so, also where they wait for a lost one
+                # torchrun ends its processes by SIGTERM, also where they wait for a lost one.
+                if world.size == 1:
                     leaving.enter_context(_terminated_as_interrupted())
                 run_training(options, world)
             elif isinstance(options, Evaluate):
@@ -87,15 +87,25 @@ def run() -> NoReturn:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM, as of `kill`, `timeout` or a batch system, does what Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
+    """SIGTERM, as of `kill`, `timeout` or a batch system, does what Ctrl-C does, and one of it is enough.
+
+    Where it is ignored, or has a handler already, it stays so.
+    """
+    usual = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not usual or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def interrupt(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if signal.getsignal(signal.SIGTERM) is interrupt:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run_app(options: App) -> None:

@@ -70,7 +70,7 @@ def default_folder(options: Train) -> Path:
     name = f"{mode}-{env_name}"
     if options.preset is not None:
         name = options.preset
-        if options.env not in (None, load_preset(options.preset)["env"]):
+        if not _is_of(load_preset(options.preset), options.env):
             name += f"-{env_name}"
     return Path("runs") / f"{name}-seed{options.seed or 0}"
 
@@ -116,15 +116,19 @@ def _with_preset(given: dict[str, Any], preset: str) -> dict[str, Any]:
     mode, env_id = options["mode"], options["env"]
     if given.get("mode", mode) != mode:
         raise ValueError(f"--preset {preset} is for --mode {mode}")
-    chosen = _in_terms_of(mode, {"env": given.get("env", env_id)})["env"]
-    if chosen != env_id:
-        say(f"settings of {env_id}, which were not measured in {chosen}")
+    if not _is_of(options, given.get("env")):
+        say(f"settings of {env_id}, which were not measured in {given['env']}")
     limits = LIMITS[options["mode"]]
     if any(name in given for name in limits):
         options = {name: value for name, value in options.items() if name not in limits}
     if "lr" in given or "outer_lr" in given:
         options.pop("lr", None)
     return options | given
+
+
+def _is_of(preset: dict[str, Any], env_id: str | None) -> bool:
+    """Whether the preset was measured in this environment, or the family of tasks around it."""
+    return env_id is None or _in_terms_of(preset["mode"], {"env": env_id})["env"] == preset["env"]
 
 
 def _in_terms_of(mode: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from ssm_fast.meta_rl.distributed import LostRank, World
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
 from ssm_fast.meta_rl.run import RunDirectory
-from ssm_fast.meta_rl.training_state import continue_run, save_policy
+from ssm_fast.meta_rl.training_state import load_checkpoint, save_policy
 
 
 def run_training(options: Train, world: World) -> None:
@@ -124,17 +124,21 @@ def _learn(
     if isinstance(trainer, PPOTrainer):
         limits.pop("steps", None)  # it stops by itself, after whole rollouts
     done = {"epochs": 0.0, "episodes": 0.0, "steps": 0.0}
+    checkpoint = None
     with world.together():
         if run is not None and resume:
-            continue_run(run, trainer)
+            checkpoint = run.latest_checkpoint()
+        if run is not None and checkpoint is not None:
+            done["episodes"] = _episodes_until(checkpoint.iteration, run)
+            load_checkpoint(checkpoint, trainer)
+            run.drop_checkpoints_after(checkpoint.iteration)  # damaged ones, which were named once
             done["epochs"], done["steps"] = float(trainer.iteration), float(trainer.timesteps)
-            done["episodes"] = _episodes_of(run)
     world.synchronize(trainer)
 
     def reached() -> str | None:
         return next((name for name in limits if done[name] >= limits[name]), None)
 
-    at_end = world.first(reached() if trainer.iteration else None)
+    at_end = world.first(None if checkpoint is None else reached())
     if at_end is not None:
         if run is not None:
             _say_nothing_is_left(done[at_end], limits[at_end], at_end)
@@ -176,9 +180,9 @@ def _train(
         trainer.train(env, total, **arguments)
 
 
-def _episodes_of(run: RunDirectory) -> float:
-    """How many episodes have ended."""
-    rows = run.read_rows()
+def _episodes_until(iteration: int, run: RunDirectory) -> float:
+    """How many episodes had ended after so many iterations."""
+    rows = [row for row in run.read_rows() if row["iteration"] <= iteration]
     if any("episodes" not in row for row in rows):
         raise ValueError(f"{run.curve_path} lacks the column 'episodes'")
     return sum(row["episodes"] for row in rows)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from app_page import CHROMIUM, FLAGS, PATIENCE, Server, expect_status, open_tab, serve, status
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import ssm_fast
@@ -27,44 +24,12 @@ pytestmark = [pytest.mark.isa_independent, pytest.mark.timeout(1200)]
 
 Save = Callable[..., Path]
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-PATIENCE = 120_000  # milliseconds; seconds suffice where nothing else is at work
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
-
-
-@dataclass(frozen=True)
-class Server:
-    port: int
-    folder: Path  # where it keeps its files
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
-
-    def visitors(self) -> set[str]:
-        return {path.name for path in self.folder.glob("ssm-fast-app-*/visitors/*")}
-
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "ssm_fast", "app", "--port", str(port)]
-    torch_cache = str(folder / "torch")
-    env = os.environ | {"TMPDIR": str(folder), "TORCHINDUCTOR_CACHE_DIR": torch_cache}
-    with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, text=True, cwd=folder
-    ) as process:
-        assert process.stdout is not None
-        assert f"the app is at http://127.0.0.1:{port}" in process.stdout.readline()
-        yield Server(port, folder)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+    with serve(folder) as server:
+        yield server
     left = {path.name for path in folder.iterdir()}
     assert left <= {"torch"}  # nothing of the visitors
 
@@ -95,19 +60,6 @@ def visit(server: Server, browser: Browser) -> Iterator[Callable[[], Page]]:
     yield visit
     for context in contexts:
         context.close()
-
-
-def status(page: Page) -> Any:
-    """The status line of the open tab."""
-    return page.locator(".status:visible").first
-
-
-def expect_status(page: Page, text: str) -> None:
-    expect(status(page)).to_contain_text(re.compile(text), timeout=PATIENCE)
-
-
-def open_tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name).click()
 
 
 def upload(page: Page, path: Path) -> None:
