@@ -26,7 +26,7 @@ CASES ?= 10000
 # What calls the kernels, and runs once for each instruction set.
 ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_task_gradients.py tests/meta_rl/test_ppo_epoch.py
 
-PRETRAINED ?= halfcheetah-v5:2 cartpole-family:0 halfcheetah-dir:0 # preset:seed
+PRETRAINED ?= halfcheetah-v5-long:2 cartpole-family:0 halfcheetah-dir:0 # preset:seed
 
 .PHONY: train pretrained test test-isa fuzz sanitize bench wheel docs lint format clean
 
@@ -43,7 +43,7 @@ pretrained: $(VENV)/.installed-rl
 	set -e; for policy in $(PRETRAINED); do \
 	  preset=$${policy%:*}; \
 	  $(BIN)/ssm-fast train --preset $$preset --seed $${policy#*:} --out runs/pretrained/$$preset; \
-	  to=ssm_fast/app/pretrained/$$preset; rm -rf $$to; mkdir -p $$to; cp runs/pretrained/$$preset/policy.safetensors $$to; \
+	  to=ssm_fast/app/pretrained/$${preset%-long}; rm -rf $$to; mkdir -p $$to; cp runs/pretrained/$$preset/policy.safetensors $$to; \
 	  if grep -q '"mode": "meta_rl"' runs/pretrained/$$preset/config.json; then \
 	    mkdir $$to/checkpoints; cp runs/pretrained/$$preset/config.json $$to; \
 	    cp -r $$(ls -d runs/pretrained/$$preset/checkpoints/iteration_* | tail -1) $$to/checkpoints; chmod 755 $$to/checkpoints/*; \

@@ -22,7 +22,8 @@ try:
     from ssm_fast.cli.train import run_training
     from ssm_fast.meta_rl.distributed import LostRank, World, join_world
 except ModuleNotFoundError as error:
-    sys.stderr.write(f"ssm-fast: {error.name} is missing: pip install 'ssm_fast[rl]'\n")
+    extra = "app" if sys.argv[1:2] == ["app"] else "rl"
+    sys.stderr.write(f"ssm-fast: {error.name} is missing: pip install 'ssm_fast[{extra}]'\n")
     raise SystemExit(2) from None
 
 

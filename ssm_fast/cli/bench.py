@@ -49,7 +49,7 @@ def run_bench(options: Bench) -> bool:
     if load_average > _BUSY * processors:
         warnings.warn(
             f"other programs are at work here (load {load_average:.1f}): what is measured beside "
-            f"them is not what the machine can do",
+            f"them is not what the machine can do; --threads {max(processors - 1, 1)} leaves them a core",
             stacklevel=2,
         )
     for name in missing_peers():
