@@ -63,6 +63,8 @@ _ADAPTING_OPTIONS = {
 }
 _FRACTIONS = ("lr", "gamma", "inner_lr", "max_kl", "experience_weight")
 
+_NO_FILM = "No film of this policy yet."
+
 Components = list[Any]
 V = TypeVar("V", bound=View)
 
@@ -116,9 +118,9 @@ def build(visitors: Visitors) -> gr.Blocks:
         with gr.Tab("Load"):
             _load_tab(page)
         with gr.Tab("Adapt"):
-            adapt_task = _adapt_tab(page)
+            method, adapt_task = _adapt_tab(page)
         with gr.Tab("Watch"):
-            watch_task = _watch_tab(page)
+            watch_task, film, film_status = _watch_tab(page)
         with gr.Tab("Kernels"):
             _kernels_tab(page)
 
@@ -128,15 +130,17 @@ def build(visitors: Visitors) -> gr.Blocks:
                 return [
                     gr.Dropdown(info=NO_POLICY),
                     gr.DownloadButton(interactive=False),
-                    *[gr.skip()] * 2,
+                    *[gr.skip()] * 5,
                 ]
             chosen = policies[name]
             info = f"{chosen.model}, {chosen.parameters:,} weights, for {chosen.env_id}"
             tasks = gr.Dropdown(adapting.task_choices(chosen.env_id), value=chosen.task)
             button = gr.DownloadButton(value=chosen.path, interactive=True)
-            return [gr.Dropdown(info=info), button, tasks, tasks]
+            its_own = "gradient" if chosen.run is not None else gr.skip()
+            no_film = as_html(Status(_NO_FILM))
+            return [gr.Dropdown(info=info), button, tasks, tasks, its_own, None, no_film]
 
-        outputs = [policy, download, adapt_task, watch_task]
+        outputs = [policy, download, adapt_task, watch_task, method, film, film_status]
         policy.change(choose, policy, outputs, **_QUIET, queue=False)
         blocks.unload(_leave(visitors))
     blocks.queue(max_size=MOST_WAITING)
@@ -248,7 +252,7 @@ def _load_tab(page: _Page) -> None:
     load_shipped.click(load_pretrained, shipped, outputs, **_QUIET, concurrency_limit=2)
 
 
-def _adapt_tab(page: _Page) -> gr.Dropdown:
+def _adapt_tab(page: _Page) -> tuple[gr.Radio, gr.Dropdown]:
     first = next(iter(adapting.METHODS))
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
@@ -312,10 +316,10 @@ def _adapt_tab(page: _Page) -> gr.Dropdown:
         [curve, table],
         at_once=2,
     )
-    return task
+    return method, task
 
 
-def _watch_tab(page: _Page) -> gr.Dropdown:
+def _watch_tab(page: _Page) -> tuple[gr.Dropdown, gr.Video, gr.HTML]:
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             task = gr.Dropdown(
@@ -329,7 +333,7 @@ def _watch_tab(page: _Page) -> gr.Dropdown:
             deterministic = gr.Checkbox(True, label="Most likely actions, no exploration")
             start, stop = _buttons("Watch")
         with gr.Column(scale=3, min_width=400):
-            status = _status_line("No film yet.")
+            status = _status_line(_NO_FILM)
             video = gr.Video(
                 label="Episode", autoplay=True, loop=True, interactive=False, height=400
             )
@@ -347,7 +351,7 @@ def _watch_tab(page: _Page) -> gr.Dropdown:
         [video],
         at_once=2,
     )
-    return task
+    return task, video, status
 
 
 def _kernels_tab(page: _Page) -> None:

@@ -167,6 +167,17 @@ def test_a_visit(visit: Callable[[], Page], tmp_path: Path) -> None:
     expect_status(page, "^Medians of alternating rounds")
     expect(page.get_by_text("SSM layer, forward and backward").first).to_be_visible()
 
+    # Another policy: its own gradient steps are offered, and the film of the one before is gone.
+    open_tab(page, "Load")
+    page.get_by_role("radio", name="cartpole-family").click()
+    page.get_by_role("button", name="Load the pretrained policy").click()
+    expect_status(page, "^Loaded ")
+    open_tab(page, "Adapt")
+    expect(page.locator("input[value=gradient]")).to_be_checked()
+    open_tab(page, "Watch")
+    expect_status(page, "^No film of this policy yet")
+    expect(page.locator("video")).to_have_count(0)
+
     assert all(url.startswith((page.url, "data:", "blob:")) for url in requests), requests
     assert not errors
 
