@@ -70,3 +70,11 @@ def expect_status(page: Page, text: str) -> None:
 
 def open_tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
+
+
+def load_pretrained(page: Page, name: str) -> None:
+    """Takes a policy that comes with the package."""
+    open_tab(page, "Load")
+    page.get_by_role("radio", name=name).click()
+    page.get_by_role("button", name="Load the pretrained policy").click()
+    expect_status(page, "^Loaded ")

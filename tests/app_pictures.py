@@ -6,7 +6,15 @@ import io
 import tempfile
 from pathlib import Path
 
-from app_page import CHROMIUM, FLAGS, PATIENCE, expect_status, open_tab, serve
+from app_page import (
+    CHROMIUM,
+    FLAGS,
+    PATIENCE,
+    expect_status,
+    load_pretrained,
+    open_tab,
+    serve,
+)
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
@@ -44,9 +52,8 @@ def train(page: Page) -> None:
 
 def adapt(page: Page) -> None:
     """The gradient steps of a pretrained policy in a task that its training has not seen."""
-    load(page, "halfcheetah-dir")
+    load_pretrained(page, "halfcheetah-dir")
     open_tab(page, "Adapt")
-    page.locator("input[value=gradient]").click()
     page.locator("#adapt-task input").click()
     page.get_by_role("option", name="test task 1:").click()
     page.locator("#adapt-start").click()
@@ -56,21 +63,13 @@ def adapt(page: Page) -> None:
 
 def watch(page: Page) -> None:
     """HalfCheetah, some seconds into its film."""
-    load(page, "halfcheetah-v5")
+    load_pretrained(page, "halfcheetah-v5")
     open_tab(page, "Watch")
     page.locator("#watch-start").click()
     expect_status(page, r"^Return")
     page.wait_for_function("() => document.querySelector('video')?.readyState >= 2")
     page.wait_for_timeout(3000)  # past the start
     save(page, "app-watch.png")
-
-
-def load(page: Page, name: str) -> None:
-    """Takes a policy that comes with the package."""
-    open_tab(page, "Load")
-    page.get_by_role("radio", name=name).click()
-    page.get_by_role("button", name="Load the pretrained policy").click()
-    expect_status(page, "^Loaded")
 
 
 def save(page: Page, name: str) -> None:

@@ -14,7 +14,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from app_page import CHROMIUM, FLAGS, PATIENCE, Server, expect_status, open_tab, serve, status
+from app_page import (
+    CHROMIUM,
+    FLAGS,
+    PATIENCE,
+    Server,
+    expect_status,
+    load_pretrained,
+    open_tab,
+    serve,
+    status,
+)
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import ssm_fast
@@ -168,10 +178,7 @@ def test_a_visit(visit: Callable[[], Page], tmp_path: Path) -> None:
     expect(page.get_by_text("SSM layer, forward and backward").first).to_be_visible()
 
     # Another policy: its own gradient steps are offered, and the film of the one before is gone.
-    open_tab(page, "Load")
-    page.get_by_role("radio", name="cartpole-family").click()
-    page.get_by_role("button", name="Load the pretrained policy").click()
-    expect_status(page, "^Loaded ")
+    load_pretrained(page, "cartpole-family")
     open_tab(page, "Adapt")
     expect(page.locator("input[value=gradient]")).to_be_checked()
     open_tab(page, "Watch")
