@@ -200,14 +200,27 @@ class ImprovedSSM(nn.Module):
         check_count("batch_size", batch_size)
         return self.encoder.weight.new_zeros(self.num_layers, batch_size, self.state_dim)
 
-    def draw_noise(self, batch_size: int) -> Tensor:
+    def draw_noise(self, batch_size: int, out: Tensor | None = None) -> Tensor:
         """What ``get_action`` draws the actions of a step from.
+
+        Args:
+            batch_size: ``B``.
+            out: What an earlier call returned, to be overwritten: it saves most of the time.
 
         Returns:
             ``[B, K]``, standard normal, or of the exponential distribution when ``discrete``.
+
+        Raises:
+            ValueError: ``out`` has another shape.
         """
-        noise = self.encoder.weight.new_empty(batch_size, self.action_dim)
-        return noise.exponential_() if self.discrete else noise.normal_()
+        if out is None:
+            out = self.encoder.weight.new_empty(batch_size, self.action_dim)
+        elif out.shape != (batch_size, self.action_dim):
+            raise ValueError(
+                f"out must have shape [B, K] = {[batch_size, self.action_dim]}, "
+                f"got {list(out.shape)}"
+            )
+        return out.exponential_() if self.discrete else out.normal_()
 
     def forward(
         self,

@@ -48,6 +48,8 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         self._max_episode_steps = env.spec.max_episode_steps
         self._generators: list[np.random.Generator | None] = [None] * num_envs
         self._elapsed = np.zeros(num_envs, dtype=np.int64)  # [B]
+        self._all_rows = np.ones(num_envs, dtype=np.bool_)  # [B], shared by the info of all steps
+        self._all_rows.flags.writeable = False
         self._is_reset = False
         self._tasks: tuple[Task, ...] = ()
         self._next_tasks: tuple[Task, ...] | None = None
@@ -174,13 +176,12 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             truncated = self._elapsed >= self._max_episode_steps
         done = terminated | truncated  # [B]
         if not np.count_nonzero(done):  # a quarter of the time of done.any()
-            info = _with_masks(place | report, np.ones(self.num_envs, dtype=np.bool_))
-            return obs, rewards, terminated, truncated, info
+            return obs, rewards, terminated, truncated, _with_masks(place | report, self._all_rows)
 
         final_obs, final_info = obs, _with_masks(_only(done, place | report), done)
         rows = np.flatnonzero(done)
         self._restart(rows)
-        info = _with_masks(self._place(), np.ones(self.num_envs, dtype=np.bool_))
+        info = _with_masks(self._place(), self._all_rows)
         if not done.all():
             info |= _with_masks(_only(~done, report), ~done)
         info["final_obs"] = np.full(self.num_envs, None, dtype=object)

@@ -473,10 +473,10 @@ class PPOTrainer:
         observation, first = self._observation, self._reset
         with torch.no_grad():
             x = torch.from_numpy(observation).to(self.device, dtype)  # [B, input_dim]
-            policy = RolloutPolicy.of(model, x, initial_state, T)
+            policy, noise = RolloutPolicy.of(model, x, initial_state, T), None
             for t in range(T):
-                noise = rows.of(model.draw_noise(rows.total))
-                action, is_finite = policy.act(x, noise)
+                noise = model.draw_noise(rows.total, noise)
+                action, is_finite = policy.act(x, rows.of(noise))
                 if not is_finite:
                     self._env = None
                     self._raise_for_policy(env, policy, t)

@@ -264,6 +264,22 @@ def test_noise_of_some_rows_gives_the_actions_that_they_take_among_all(
         model.get_action(x[:, 0], state, noise=noise.float())
 
 
+@pytest.mark.parametrize("discrete", [False, True])
+def test_noise_is_drawn_into_the_memory_of_an_earlier_draw(discrete: bool) -> None:
+    model = make(discrete=discrete)
+    torch.manual_seed(5)
+    draws = [model.draw_noise(4) for _ in range(2)]
+    torch.manual_seed(5)
+    out = model.draw_noise(4)
+    assert torch.equal(out, draws[0])
+    assert model.draw_noise(4, out) is out
+    assert torch.equal(out, draws[1])
+    with pytest.raises(
+        ValueError, match=r"out must have shape \[B, K\] = \[3, \d\], got \[4, \d\]"
+    ):
+        model.draw_noise(3, out)
+
+
 @every_option
 def test_stepper_acts_as_get_action(options: dict[str, Any]) -> None:
     model = make(**options)
