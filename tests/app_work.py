@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,12 @@ def count(send: Send, last: int) -> None:
 def wait(send: Send) -> None:
     send("waiting")
     time.sleep(600)
+
+
+def wait_for_another(send: Send, pipe: str) -> None:
+    """Waits for a process of its own, which holds a named pipe open."""
+    with open(pipe, "wb") as held:
+        subprocess.run(["sleep", "600"], stdout=held, check=True)
 
 
 def warn(send: Send) -> None:

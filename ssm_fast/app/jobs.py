@@ -15,10 +15,11 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -108,10 +109,12 @@ class Job:
             raise JobError(f"The work ended unexpectedly (exit code {self._process.exitcode}).")
 
     def stop(self) -> None:
-        """Ends the work at once, if it is not over."""
+        """Ends the work at once, if it is not over, and what it has started, as a film's ffmpeg."""
         if not self._is_over:
             self.is_stopped = True
             self._process.kill()
+            with suppress(ProcessLookupError):  # nothing is left of its group
+                os.killpg(cast(int, self._process.pid), signal.SIGKILL)
 
 
 def _run(
@@ -122,6 +125,7 @@ def _run(
 ) -> None:
     """In the child: works, and turns warnings and errors into sentences."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which stops its children
+    os.setpgrp()
     os.environ.update(environment)
     torch.set_num_threads(1)
 

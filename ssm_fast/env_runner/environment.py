@@ -122,7 +122,9 @@ class Environment:
             except (gymnasium.error.Error, ImportError) as error:
                 # Gymnasium reports an unknown name, version, namespace or module, and a missing
                 # extra, through these two families.
-                raise ValueError(f"env_name {env_name!r} cannot be made: {error}") from error
+                is_lost = isinstance(error, ModuleNotFoundError) and ":" in env_name
+                hint = " PYTHONPATH names the folders that have modules." if is_lost else ""
+                raise ValueError(f"env_name {env_name!r} cannot be made: {error}{hint}") from error
             self._setup(env_name, envs, vector, seed)
             if tasks is not None:
                 self.set_tasks(tasks)

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
+import select
 import time
+from pathlib import Path
 
 import app_work
 import pytest
@@ -58,6 +61,18 @@ def test_stop() -> None:
     assert seen == ["waiting"]
     assert job.is_stopped
     assert time.monotonic() - began < 5.0  # where nothing else is at work, a few milliseconds
+
+
+def test_stop_ends_what_the_work_has_started(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    job = Job(app_work.wait_for_another, str(pipe))
+    with pipe.open("rb", buffering=0) as held:  # waits for the other end
+        time.sleep(0.5)  # until the work has started what it waits for
+        job.stop()
+        assert select.select([held], [], [], 10.0)[0]  # nobody holds the other end any more
+        assert held.read(1) == b""
+    assert messages(job) == []
 
 
 @pytest.mark.parametrize(

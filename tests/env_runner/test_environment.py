@@ -182,6 +182,11 @@ def test_unknown_id_is_an_error_that_names_it(name, text):
         Environment(name)
 
 
+def test_id_of_a_lost_module_says_where_modules_are_found():
+    with pytest.raises(ValueError, match=r"No module named 'no_such_module'.* PYTHONPATH names"):
+        Environment("no_such_module:Env-v0")
+
+
 @pytest.mark.parametrize(
     ("kwargs", "text"),
     [
