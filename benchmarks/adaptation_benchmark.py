@@ -23,6 +23,7 @@ from pathlib import Path
 import mujoco
 import numpy as np
 import torch
+from intervals import estimate
 
 from ssm_fast.adaptation import (
     HybridAdaptationConfig,
@@ -44,7 +45,6 @@ ADAPT_EVERY = 500
 LEARNING_RATE = {1: 5e-5}  # chosen on training tasks: fewer steps a call say less
 AFTER = 2  # deterministic episodes of the adapted policy, from other first states
 WITHOUT = {"sampled": False, "deterministic": True}
-REPETITIONS = 5000
 
 
 def by_test_time(model: ImprovedSSM, env: Environment, seed: int, use_uncertainty: bool = True):
@@ -191,19 +191,10 @@ def _scores(results: list[dict], what: str, arm: str) -> np.ndarray:
 
 
 def _improvement(differences: np.ndarray) -> str:
-    from rliable import library
-
     if not differences.any():
         return "0"
-    point, interval = library.get_interval_estimates(
-        {"arm": differences},
-        lambda x: np.array([x.mean()]),
-        reps=REPETITIONS,
-        task_bootstrap=True,
-        random_state=np.random.RandomState(0),
-    )
-    low, high = interval["arm"][:, 0]
-    return f"{point['arm'][0]:+.0f} [{low:+.0f}, {high:+.0f}]"
+    mean, low, high = estimate(differences, np.mean, task_bootstrap=True)
+    return f"{mean:+.0f} [{low:+.0f}, {high:+.0f}]"
 
 
 def main() -> None:

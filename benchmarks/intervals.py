@@ -1,9 +1,10 @@
-"""The interquartile mean of scores, with its stratified-bootstrap interval, by rliable."""
+"""Means of scores with their stratified-bootstrap intervals, by rliable (Agarwal et al. 2021, arXiv 2108.13264)."""
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,24 +21,29 @@ def check_rliable() -> None:
 def interval(scores: NDArray[np.float64], task_bootstrap: bool = False) -> dict[str, float]:
     """Of `[seeds, tasks]`: the mean, and the interquartile mean with its 95 % interval.
 
-    (Agarwal et al. 2021, arXiv 2108.13264.) `task_bootstrap` draws the tasks anew, too: they stand for
-    others of their family.
+    `task_bootstrap` draws the tasks anew, too: they stand for others of their family.
     """
-    from rliable import library, metrics
+    from rliable import metrics
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of arch, about rliable's argument
-        points, limits = library.get_interval_estimates(
-            {"all": scores},
-            lambda x: np.array([metrics.aggregate_iqm(x)]),
-            task_bootstrap=task_bootstrap,
-            reps=REPETITIONS,
-            random_state=np.random.RandomState(0),
-        )
+    iqm, low, high = estimate(scores, metrics.aggregate_iqm, task_bootstrap)
+    return {"mean": float(scores.mean()), "iqm": iqm, "low": low, "high": high}
+
+
+def estimate(
+    scores: NDArray[np.float64],
+    statistic: Callable[[NDArray[np.float64]], Any],
+    task_bootstrap: bool = False,
+) -> tuple[float, float, float]:
+    """A statistic of `[seeds, tasks]`, and the 95 % interval from the lower to the upper end."""
+    from rliable import library
+
+    # rliable draws from NumPy's global generator, whatever `random_state` it is given.
+    np.random.seed(0)  # noqa: NPY002
+    points, limits = library.get_interval_estimates(
+        {"all": scores},
+        lambda x: np.array([statistic(x)]),
+        task_bootstrap=task_bootstrap,
+        reps=REPETITIONS,
+    )
     (low,), (high,) = limits["all"]
-    return {
-        "mean": float(scores.mean()),
-        "iqm": float(points["all"][0]),
-        "low": float(low),
-        "high": float(high),
-    }
+    return float(points["all"][0]), float(low), float(high)

@@ -117,7 +117,7 @@ class Train:
     """Where the policy acts and learns; the environments stay on the CPU. A run may be continued on
     another one."""
     threads: Annotated[int | None, _default("1")] = None
-    """Threads of torch, the kernels and the physics. Where the cores are free, 2 make PPO 1.3 to 1.5
+    """Threads of torch, the kernels and the physics. Where the cores are free, 2 make PPO 1.2 to 1.4
     times as fast; where another process has one, they are slower."""
     lr: Annotated[
         float | None, _default("improved: 2e-4, policy_gradient: 5e-3, meta_rl: 1e-3")
