@@ -122,8 +122,13 @@ class TestTrain:
         assert report["timesteps"] == rows[-1]["timesteps"]
 
         text = capsys.readouterr().out
-        line = f"deterministic evaluation of 10 episodes of {env_id}: return {want.mean:.1f} "
-        assert text.splitlines()[-1].startswith(line)
+        returns = sorted(want.returns)
+        line = (
+            f"deterministic evaluation of 10 episodes of {env_id}: "
+            f"return {want.mean:.1f} +- {want.std:.1f} (min {returns[0]:.1f}, "
+            f"median {(returns[4] + returns[5]) / 2:.1f}, max {returns[-1]:.1f})\n"
+        )
+        assert text.endswith(line)
         assert cli.main(["evaluate", "out"]) == 0
         assert capsys.readouterr().out.startswith(line)
 

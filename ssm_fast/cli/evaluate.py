@@ -209,5 +209,6 @@ def describe(env_id: str, result: Evaluation, deterministic: bool) -> str:
     return (
         f"{kind} evaluation of {len(result.returns)} episodes of {env_id}: "
         f"return {result.mean:.1f} +- {result.std:.1f} "
-        f"(min {result.returns.min():.1f}, max {result.returns.max():.1f})"
+        f"(min {result.returns.min():.1f}, median {np.median(result.returns):.1f}, "
+        f"max {result.returns.max():.1f})"
     )
