@@ -26,7 +26,7 @@ PPO: dict[str, tuple[str, int, dict[str, Any]]] = {
         5,
         {"clip_value_loss": True, "entropy_coef": 0.01, "target_kl": 0.02, "learning_rate": 3e-3},
     ),
-    "continuous": ("Pendulum-v1", 5, {"learning_rate": 1e-3}),
+    "continuous": ("Pendulum-v1", 5, {"learning_rate": 1e-3, "staggered_resets": True}),
 }
 META: dict[str, tuple[str, dict[str, Any]]] = {
     # minibatches of 2 tasks and of 1, and of 3, of which two processes take 2 and 1

@@ -337,7 +337,7 @@ def test_options_of_the_modes() -> None:
         "improved": {
             *(*shared, *ppo, "learning_rate", "entropy_coef", "value_coef", "ppo_epochs"),
             *("mini_batch_size", "sequence_length", "target_kl", "desired_kl"),
-            "memory_pace",
+            *("memory_pace", "staggered_resets"),
         },
         "meta_rl": {*shared, *ppo, *inner, *outer, "evaluation_interval"},
     }

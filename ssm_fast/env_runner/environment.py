@@ -251,19 +251,30 @@ class Environment:
             self._next_tasks = checked
 
     def reset(
-        self, seed: int | Sequence[int] | NDArray[np.integer] | None = None
+        self,
+        seed: int | Sequence[int] | NDArray[np.integer] | None = None,
+        *,
+        elapsed: ArrayLike | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Starts a new episode in every row.
 
         Args:
             seed: Row `i` is seeded `seed + i`, or `seed[i]` of a sequence. `None` takes the
                 constructor's seed the first time and lets the generators run on after that.
+            elapsed: Steps `[B]` that the time limit counts as taken already. Such a first episode
+                is truncated that much sooner, so that rows may restart at different times.
 
         Returns:
             The observations `[B, input_dim]` and a dict with `"env_info"`, what the environments
             themselves reported.
+
+        Raises:
+            ValueError: `seed` or `elapsed` is not one a row, a seed is negative, `elapsed` lies
+                outside `[0, max_episode_steps)`, or there is no `TimeLimit`.
+            TypeError: A seed or `elapsed` is no integer.
         """
         self._check_open()
+        steps = None if elapsed is None else self._check_elapsed(elapsed)
         if seed is None:
             seed, self._seed = self._seed, None
         else:
@@ -292,9 +303,12 @@ class Environment:
                     row, row_info = env.reset(seed=env_seed)
                     self._store(obs, i, row)
                     env_info.append(row_info)
+                    if steps is not None:
+                        env.set_wrapper_attr("_elapsed_steps", int(steps[i]))  # of TimeLimit
             else:
                 assert self._vector is not None
-                rows, env_info = self._vector.reset(seed=cast(Any, seeds))
+                options = None if steps is None else {"elapsed": steps}
+                rows, env_info = self._vector.reset(seed=cast(Any, seeds), options=options)
                 obs[:] = np.reshape(rows, obs.shape)
                 if self.physics == "vector":
                     env_info = RowInfo(env_info, self.batch_size)
@@ -483,6 +497,24 @@ class Environment:
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError(f"{self!r} is closed")
+
+    def _check_elapsed(self, elapsed: ArrayLike) -> NDArray[np.integer]:
+        steps = np.asarray(elapsed)
+        if steps.dtype.kind not in "iu":
+            raise TypeError(f"elapsed must be integers, got {steps.dtype}")
+        if steps.shape != (self.batch_size,):
+            raise ValueError(
+                f"elapsed must have shape [B] = [{self.batch_size}], got {list(steps.shape)}"
+            )
+        counts = [env.has_wrapper_attr("_elapsed_steps") for env in self._envs]
+        is_counted = all(counts) if counts else self.physics == "vector"
+        if self.max_episode_steps is None or not is_counted:
+            raise ValueError(f"elapsed needs Gymnasium's time limit, which {self!r} has not")
+        if (steps < 0).any() or (steps >= self.max_episode_steps).any():
+            raise ValueError(
+                f"elapsed must lie in [0, {self.max_episode_steps}), got {steps.tolist()}"
+            )
+        return steps
 
     def _check_actions(self, actions: ArrayLike) -> NDArray[Any]:
         """Checks shape, dtype and range before any environment moves; clips to the bounds."""

@@ -119,7 +119,8 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         Args:
             seed: Row `i` is seeded `seed + i`, or `seed[i]` of a sequence. `None` lets the row's
                 generator run on.
-            options: Nothing but `reset_mask`, as in Gymnasium's vector environments.
+            options: `reset_mask`, as in Gymnasium's vector environments, and `elapsed`: steps `[B]`
+                that the time limit counts as taken by the episodes that start.
         """
         self._check_open()
         if seed is None or isinstance(seed, int):
@@ -145,6 +146,8 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             if seeds[i] is not None:
                 self._generators[i] = np_random(seeds[i])[0]
         self._restart(np.flatnonzero(mask))
+        if options is not None and "elapsed" in options:
+            self._elapsed[mask] = np.asarray(options["elapsed"])[mask]
         self._is_reset = True
         return self._observation(), _with_masks(_only(mask, self._place()), mask)
 

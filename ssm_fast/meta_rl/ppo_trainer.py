@@ -70,6 +70,7 @@ _SETTINGS = (
     "target_kl",
     "desired_kl",
     "memory_pace",
+    "staggered_resets",
     "checkpoint_interval",
     "seed",
 )
@@ -159,6 +160,9 @@ class PPOTrainer:
         memory_pace: Length of the steps of the weights that lead into the states of the layers, through
             them and out of them, in learning rates. A state sums up many steps, so that a step of
             these weights changes the policy several times as much as one of the others.
+        staggered_resets: Cut the first episodes short, each row's by another part of the time limit,
+            so that rows do not restart together and every rollout has beginnings of episodes
+            (Bharthulwar et al. 2025, arXiv 2511.21011).
         checkpoint_interval: Iterations between checkpoints; more where five episodes of the
             environment's time limit take more.
         num_threads: Of torch while training, which share each minibatch; None leaves them as they
@@ -198,6 +202,7 @@ class PPOTrainer:
         target_kl: float | None = None,
         desired_kl: float | None = None,
         memory_pace: float = 0.1,
+        staggered_resets: bool = False,
         checkpoint_interval: int = 20,
         num_threads: int | None = 1,
         seed: int | None = None,
@@ -227,6 +232,7 @@ class PPOTrainer:
             None if desired_kl is None else check_number("desired_kl", desired_kl, above=0.0)
         )
         self.memory_pace = check_number("memory_pace", memory_pace, at_least=0.0)
+        self.staggered_resets = staggered_resets
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
         self.num_threads = None if num_threads is None else check_count("num_threads", num_threads)
         self.world = world or World()
@@ -531,9 +537,14 @@ class PPOTrainer:
 
     def _begin(self, env: Environment, seed: int) -> None:
         """Resets the environments, their states and their running returns."""
-        first_seed = seed + self._rows_of(env).first
+        rows = self._rows_of(env)
+        elapsed = None
+        if self.staggered_resets:
+            if env.max_episode_steps is None:
+                raise ValueError(f"staggered_resets needs a time limit, which {env!r} has not")
+            elapsed = (rows.first + np.arange(rows.count)) * env.max_episode_steps // rows.total
         with self.world.together():
-            self._observation, _ = env.reset(seed=first_seed)
+            self._observation, _ = env.reset(seed=seed + rows.first, elapsed=elapsed)
         self._state = self.model.init_hidden(env.batch_size)
         self._reset = np.ones(env.batch_size, dtype=np.bool_)
         self._return = torch.zeros(env.batch_size, dtype=torch.float64)

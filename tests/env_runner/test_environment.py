@@ -84,6 +84,37 @@ def test_rows_equal_gymnasium_stepped_by_hand(name, kwargs, steps, physics):
             np.testing.assert_array_equal(g[:, i], w.astype(g.dtype))
 
 
+@pytest.mark.parametrize("physics", ["vector", "gymnasium"])
+def test_elapsed_steps_cut_the_first_episodes_short(physics):
+    elapsed = np.array([0, 2, 4])
+    actions = np.random.default_rng(0).uniform(-1, 1, (12, 3, 6))
+    with (
+        Environment("HalfCheetah-v5", 3, 5, seed=0, physics=physics) as env,
+        Environment("HalfCheetah-v5", 3, 5, seed=0, physics=physics) as other,
+    ):
+        np.testing.assert_array_equal(env.reset(elapsed=elapsed)[0], other.reset()[0])
+        for t in range(12):
+            _, _, _, truncated, info = env.step(actions[t])
+            expected = other.step(actions[t])[4]["final_obs"]
+            np.testing.assert_array_equal(truncated, (t + 1 + elapsed) % 5 == 0)
+            first = t + elapsed < 5
+            np.testing.assert_array_equal(info["final_obs"][first], expected[first])
+            lengths = np.where(first, 5 - elapsed, 5) * truncated
+            np.testing.assert_array_equal(info["episode_length"], lengths)
+        env.reset()  # counts from zero again
+        assert [env.step(actions[t])[3].all() for t in range(5)] == [False] * 4 + [True]
+        for wrong in ([0, 2], [0, 2, 5], [0, 2, -1]):
+            with pytest.raises(ValueError, match=r"elapsed must .*, got \["):
+                env.reset(elapsed=wrong)
+        with pytest.raises(TypeError, match="elapsed must be integers, got float64"):
+            env.reset(elapsed=[0.0, 1.0, 2.0])
+    with (
+        Environment("Counter-v0", 1, length=3) as env,
+        pytest.raises(ValueError, match="elapsed needs Gymnasium's time limit"),
+    ):
+        env.reset(elapsed=[0])
+
+
 def test_time_limit_truncates_and_termination_terminates():
     with Environment("Counter-v0", 2, seed=0, length=3, max_episode_steps=5) as env:
         env.reset()

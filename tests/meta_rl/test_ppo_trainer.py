@@ -480,6 +480,16 @@ class TestTrain:
         assert len(result.episode_returns) == 24
         assert len(result.episode_returns) - result.metrics[-1]["episodes"] < 23
 
+    def test_staggered_resets(self) -> None:
+        trainer = PPOTrainer(ImprovedSSM(3, 1), staggered_resets=True)
+        with Environment("Pendulum-v1", 4, max_episode_steps=20) as env:
+            ends = trainer.collect_rollout(env, 40).truncated.nonzero().tolist()
+        assert ends == [
+            [row, t] for row, first in enumerate((19, 14, 9, 4)) for t in (first, first + 20)
+        ]
+        with pytest.raises(ValueError, match="staggered_resets needs a time limit"):
+            trainer.collect_rollout(Environment.wrap(_drift(2)))
+
     def test_a_second_call_goes_on(self) -> None:
         trainer = _trainer(_model())
         for timesteps in (48 * 3, 48 * 5):  # the first call warms the norm up
