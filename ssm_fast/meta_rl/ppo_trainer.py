@@ -844,7 +844,9 @@ class PPOTrainer:
             ValueError: It belongs to other settings or another model, or is incomplete.
         """
         with must_fit():
-            known = {"batch_size": 0, **state}  # which a file of an older version's `save` lacks
+            # What files of older versions lack.
+            settings = {"staggered_resets": False, **state["settings"]}
+            known = {"batch_size": 0, **state, "settings": settings}
             current = self._settings()
             if self._batch_size and known["batch_size"]:
                 current["batch_size"] = self._batch_size

@@ -772,12 +772,12 @@ class TestResume:
         assert trainer.iteration == 1
         assert trainer.train(Environment("CartPole-v1", batch_size=3), 96).iterations == 2
 
-    def test_a_file_without_the_number_of_environments(self, tmp_path: Path) -> None:
-        """As older versions saved it."""
+    def test_a_file_of_an_older_version(self, tmp_path: Path) -> None:
         env, trainer = _resumable("CartPole-v1")
         trainer.train(env, 64)
         state = trainer.state_dict()
         assert state.pop("batch_size") == 2
+        assert state["settings"].pop("staggered_resets") is False
         write_state(tmp_path / "state.pt", state)
         trainer.train(env, 64)
         trainer.load(tmp_path / "state.pt")
