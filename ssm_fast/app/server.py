@@ -48,7 +48,9 @@ def run_app(options: App) -> None:
         try:
             _launch(blocks, options)
             with contextlib.suppress(KeyboardInterrupt):
-                say(f"the app is at http://{options.host}:{options.port} (Ctrl-C ends it)")
+                say(
+                    f"the app is at http://{options.host}:{options.port} (Ctrl-C or SIGTERM ends it)"
+                )
                 if options.host not in _LOCAL:
                     sys.stderr.write("ssm-fast: whoever reaches this address can use the app\n")
                 jobs.prepare()

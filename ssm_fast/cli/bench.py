@@ -47,9 +47,13 @@ def run_bench(options: Bench) -> bool:
     say(describe(found))
     load_average, processors = os.getloadavg()[0], os.cpu_count() or 1
     if load_average > _BUSY * processors:
+        spared = max(processors - 1, 1)
+        hint = (
+            f"; --threads {spared} leaves them a core" if spared < torch.get_num_threads() else ""
+        )
         warnings.warn(
             f"other programs are at work here (load {load_average:.1f}): what is measured beside "
-            f"them is not what the machine can do; --threads {max(processors - 1, 1)} leaves them a core",
+            f"them is not what the machine can do{hint}",
             stacklevel=2,
         )
     for name in missing_peers():

@@ -18,7 +18,9 @@ def say(text: str) -> None:
 
 
 def sentence(message: object) -> str:
-    """A message in one line."""
+    """A message in one line; of a file's error without its number."""
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename!r}: {message.strerror}"
     return " ".join(str(message).split())
 
 
