@@ -34,7 +34,7 @@ def estimate(
     statistic: Callable[[NDArray[np.float64]], Any],
     task_bootstrap: bool = False,
 ) -> tuple[float, float, float]:
-    """A statistic of `[seeds, tasks]`, and the 95 % interval from the lower to the upper end."""
+    """A statistic of `[seeds, tasks]`, and the lower and the upper end of its 95 % interval."""
     from rliable import library
 
     # rliable draws from NumPy's global generator, whatever `random_state` it is given.

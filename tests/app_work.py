@@ -25,7 +25,7 @@ def wait(send: Send) -> None:
 def wait_for_another(send: Send, pipe: str) -> None:
     """Waits for a process of its own, which holds a named pipe open."""
     with open(pipe, "wb") as held:
-        subprocess.run(["sleep", "600"], stdout=held, check=True)
+        subprocess.run(["sh", "-c", "echo; exec sleep 600"], stdout=held, check=True)
 
 
 def warn(send: Send) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -357,6 +358,23 @@ def test_a_run_keeps_the_defaults_it_was_started_with() -> None:
 @pytest.mark.filterwarnings("default:other programs are at work")
 class TestBench:
     QUICK = ("bench", "--quick", "--seconds", "0.01", "--threads", "1", "--ops", "output_norm")
+
+    @pytest.mark.parametrize(("threads", "hint"), [(1, False), (3, True)])
+    def test_a_busy_machine(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        threads: int,
+        hint: bool,
+    ) -> None:
+        monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 9.0, 9.0))
+        monkeypatch.setattr(os, "cpu_count", lambda: 3)
+        monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        assert cli.main([*self.QUICK]) == 0
+        printed = capsys.readouterr().err
+        assert "warning: other programs are at work here (load 9.0)" in printed
+        assert ("--threads 2 leaves them a core" in printed) == hint
 
     def test_measures_and_compares(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*self.QUICK]) == 0

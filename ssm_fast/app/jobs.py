@@ -15,7 +15,6 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -102,6 +101,8 @@ class Job:
             failures = [message for message in batch if isinstance(message, _Failure)]
             yield [message for message in batch if not isinstance(message, _Failure)]
             if failures:
+                self._is_over = True
+                self._process.join()
                 raise JobError(failures[0].text)
         self._is_over = True
         self._process.join()
@@ -112,9 +113,10 @@ class Job:
         """Ends the work at once, if it is not over, and what it has started, as a film's ffmpeg."""
         if not self._is_over:
             self.is_stopped = True
-            self._process.kill()
-            with suppress(ProcessLookupError):  # nothing is left of its group
+            try:
                 os.killpg(cast(int, self._process.pid), signal.SIGKILL)
+            except ProcessLookupError:  # it has no group yet, or is over
+                self._process.kill()
 
 
 def _run(

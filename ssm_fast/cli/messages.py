@@ -19,8 +19,9 @@ def say(text: str) -> None:
 
 def sentence(message: object) -> str:
     """A message in one line; of a file's error without its number."""
-    if isinstance(message, OSError) and message.filename is not None:
-        message = f"{message.filename!r}: {message.strerror}"
+    if isinstance(message, OSError) and message.filename is not None and message.strerror:
+        names = [repr(x) for x in (message.filename, message.filename2) if x is not None]
+        message = f"{' -> '.join(names)}: {message.strerror}"
     return " ".join(str(message).split())
 
 

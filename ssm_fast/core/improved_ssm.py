@@ -212,10 +212,12 @@ class ImprovedSSM(nn.Module):
 
         Raises:
             ValueError: ``out`` has another shape.
+            TypeError: ``out`` has another dtype.
         """
         if out is None:
             out = self.encoder.weight.new_empty(batch_size, self.action_dim)
-        elif out.shape != (batch_size, self.action_dim):
+        check_dtype("out", out, self.encoder.weight)
+        if out.shape != (batch_size, self.action_dim):
             raise ValueError(
                 f"out must have shape [B, K] = {[batch_size, self.action_dim]}, "
                 f"got {list(out.shape)}"

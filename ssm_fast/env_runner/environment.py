@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
+from gymnasium.wrappers import TimeLimit
 from numpy.typing import ArrayLike, NDArray
 
 from ssm_fast.checks import check_count
@@ -22,7 +23,7 @@ from ssm_fast.env_runner import vector_physics
 from ssm_fast.env_runner.acrobot_family import AcrobotVectorEnv
 from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
 from ssm_fast.env_runner.classic_families import ClassicVectorEnv
-from ssm_fast.env_runner.same_step import SameStepVectorEnv
+from ssm_fast.env_runner.same_step import SameStepVectorEnv, check_elapsed
 from ssm_fast.env_runner.task_families import Task, TaskFamily, get_family
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv
 
@@ -202,10 +203,9 @@ class Environment:
             self.action_low = self.single_action_space.low
             self.action_high = self.single_action_space.high
             self._action_shape = (self.batch_size, self.action_dim)
-            self._low, self._high = (  # [B, action_dim] each: a third of the time of broadcasting
-                np.tile(bound, (self.batch_size, 1))
-                for bound in (self.action_low, self.action_high)
-            )
+            shape = self._action_shape  # clipping to whole arrays takes a third of the time
+            self._low_rows = np.broadcast_to(self.action_low, shape).copy()
+            self._high_rows = np.broadcast_to(self.action_high, shape).copy()
 
         source: Any = envs[0].unwrapped if envs else vector
         self.family: TaskFamily[Any] | None = getattr(source, "family", None)
@@ -274,7 +274,13 @@ class Environment:
             TypeError: A seed or `elapsed` is no integer.
         """
         self._check_open()
-        steps = None if elapsed is None else self._check_elapsed(elapsed)
+        if elapsed is not None:
+            elapsed = check_elapsed(elapsed, self.batch_size, self.max_episode_steps)
+            if not self._envs and self.physics != "vector":
+                raise ValueError(
+                    f"elapsed needs a time limit of Gymnasium's, which {self!r} has not"
+                )
+            limits: list[Any] = [_time_limit(env) for env in self._envs]
         if seed is None:
             seed, self._seed = self._seed, None
         else:
@@ -303,11 +309,11 @@ class Environment:
                     row, row_info = env.reset(seed=env_seed)
                     self._store(obs, i, row)
                     env_info.append(row_info)
-                    if steps is not None:
-                        env.set_wrapper_attr("_elapsed_steps", int(steps[i]))  # of TimeLimit
+                    if elapsed is not None:
+                        limits[i]._elapsed_steps = int(elapsed[i])
             else:
                 assert self._vector is not None
-                options = None if steps is None else {"elapsed": steps}
+                options = None if elapsed is None else {"elapsed": elapsed}
                 rows, env_info = self._vector.reset(seed=cast(Any, seeds), options=options)
                 obs[:] = np.reshape(rows, obs.shape)
                 if self.physics == "vector":
@@ -343,7 +349,8 @@ class Environment:
         self._steps += 1
         self._lengths += 1
         step = self._step_rows if self._envs else self._step_vector
-        obs, final_obs, rewards, terminated, truncated, env_info = step(checked)
+        with np.errstate(over="ignore"):  # _check_finite reports a value beyond float32
+            obs, final_obs, rewards, terminated, truncated, env_info = step(checked)
 
         self._returns += rewards
         done = terminated | truncated  # [B]
@@ -365,7 +372,6 @@ class Environment:
         }
         return obs, rewards, terminated, truncated, info
 
-    @np.errstate(over="ignore")  # _check_finite reports a value beyond float32
     def _step_rows(self, actions: NDArray[Any]) -> tuple[Any, ...]:
         """Steps the environments one after the other.
 
@@ -395,7 +401,6 @@ class Environment:
             self._check_finite("first observation", obs)
         return obs, final_obs, rewards, terminated, truncated, env_info
 
-    @np.errstate(over="ignore")  # _check_finite reports a value beyond float32
     def _step_vector(self, actions: NDArray[Any]) -> tuple[Any, ...]:
         """Steps a vector environment that restarts its rows in the same step."""
         assert self._vector is not None
@@ -498,24 +503,6 @@ class Environment:
         if self._closed:
             raise RuntimeError(f"{self!r} is closed")
 
-    def _check_elapsed(self, elapsed: ArrayLike) -> NDArray[np.integer]:
-        steps = np.asarray(elapsed)
-        if steps.dtype.kind not in "iu":
-            raise TypeError(f"elapsed must be integers, got {steps.dtype}")
-        if steps.shape != (self.batch_size,):
-            raise ValueError(
-                f"elapsed must have shape [B] = [{self.batch_size}], got {list(steps.shape)}"
-            )
-        counts = [env.has_wrapper_attr("_elapsed_steps") for env in self._envs]
-        is_counted = all(counts) if counts else self.physics == "vector"
-        if self.max_episode_steps is None or not is_counted:
-            raise ValueError(f"elapsed needs Gymnasium's time limit, which {self!r} has not")
-        if (steps < 0).any() or (steps >= self.max_episode_steps).any():
-            raise ValueError(
-                f"elapsed must lie in [0, {self.max_episode_steps}), got {steps.tolist()}"
-            )
-        return steps
-
     def _check_actions(self, actions: ArrayLike) -> NDArray[Any]:
         """Checks shape, dtype and range before any environment moves; clips to the bounds."""
         array = np.asarray(actions)
@@ -538,7 +525,7 @@ class Environment:
         if np.count_nonzero(np.isfinite(array)) < array.size:
             row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])
             raise ValueError(f"actions must be finite, got {array[row].tolist()} in row {row}")
-        array = np.minimum(np.maximum(array, self._low), self._high)
+        array = np.minimum(np.maximum(array, self._low_rows), self._high_rows)
         clipped: NDArray[Any] = array.astype(self.single_action_space.dtype)
         return clipped
 
@@ -671,6 +658,16 @@ def _unsupported(env_name: str, **env_kwargs: Any) -> str | None:
     if in_arrays is not None:
         return in_arrays.unsupported(env_name, **env_kwargs)
     return vector_physics.unsupported(env_name, **env_kwargs)
+
+
+def _time_limit(env: gymnasium.Env[Any, Any]) -> TimeLimit[Any, Any]:
+    """The wrapper that counts the steps of an episode."""
+    wrapped = env
+    while isinstance(wrapped, gymnasium.Wrapper):
+        if isinstance(wrapped, TimeLimit):
+            return wrapped
+        wrapped = wrapped.env
+    raise ValueError(f"elapsed needs a time limit of Gymnasium's, which {env} has not")
 
 
 def _check_seed(seed: int) -> int:

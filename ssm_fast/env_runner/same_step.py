@@ -121,6 +121,11 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
                 generator run on.
             options: `reset_mask`, as in Gymnasium's vector environments, and `elapsed`: steps `[B]`
                 that the time limit counts as taken by the episodes that start.
+
+        Raises:
+            ValueError: One of these has another shape, or `elapsed` is out of range.
+            TypeError: `elapsed` is no integer.
+            RuntimeError: Some rows are reset before all have been.
         """
         self._check_open()
         if seed is None or isinstance(seed, int):
@@ -139,6 +144,12 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
                 )
             if not mask.all() and (not self._is_reset or self._next_tasks is not None):
                 raise RuntimeError("call reset() of all rows before reset() of some")
+        elapsed = None if options is None else options.get("elapsed")
+        steps = check_elapsed(
+            np.zeros(self.num_envs, dtype=np.int64) if elapsed is None else elapsed,
+            self.num_envs,
+            self._max_episode_steps,
+        )
         if self._next_tasks is not None:
             self._tasks, self._next_tasks = self._next_tasks, None
             self._begin_tasks(self._tasks)
@@ -146,8 +157,7 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             if seeds[i] is not None:
                 self._generators[i] = np_random(seeds[i])[0]
         self._restart(np.flatnonzero(mask))
-        if options is not None and "elapsed" in options:
-            self._elapsed[mask] = np.asarray(options["elapsed"])[mask]
+        self._elapsed[mask] = steps[mask]
         self._is_reset = True
         return self._observation(), _with_masks(_only(mask, self._place()), mask)
 
@@ -209,6 +219,22 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError(f"{self!r} is closed")
+
+
+def check_elapsed(elapsed: ArrayLike, rows: int, limit: int | None) -> NDArray[np.integer]:
+    """Steps `[rows]` that a time limit is to count as taken, checked."""
+    steps = np.asarray(elapsed)
+    if steps.dtype.kind not in "iu":
+        raise TypeError(f"elapsed must be integers, got {steps.dtype}")
+    if steps.shape != (rows,):
+        raise ValueError(f"elapsed must have shape [B] = [{rows}], got {list(steps.shape)}")
+    if (steps < 0).any() or (steps >= (limit or 1)).any():
+        raise ValueError(
+            f"elapsed must lie in [0, {limit}), got {steps.tolist()}"
+            if limit is not None
+            else f"elapsed needs a time limit of Gymnasium's, got {steps.tolist()} without one"
+        )
+    return steps
 
 
 def _only(mask: NDArray[np.bool_], entries: Info) -> Info:

@@ -162,7 +162,8 @@ class PPOTrainer:
             these weights changes the policy several times as much as one of the others.
         staggered_resets: Cut the first episodes short, each row's by another part of the time limit,
             so that rows do not restart together and every rollout has beginnings of episodes
-            (Bharthulwar et al. 2025, arXiv 2511.21011).
+            (Bharthulwar et al. 2025, arXiv 2511.21011). The environment must have a time limit;
+            returns of such episodes are those of fewer steps.
         checkpoint_interval: Iterations between checkpoints; more where five episodes of the
             environment's time limit take more.
         num_threads: Of torch while training, which share each minibatch; None leaves them as they

@@ -67,11 +67,12 @@ def test_stop_ends_what_the_work_has_started(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     job = Job(app_work.wait_for_another, str(pipe))
-    with pipe.open("rb", buffering=0) as held:  # waits for the other end
-        time.sleep(0.5)  # until the work has started what it waits for
+    with os.fdopen(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as held:
+        assert select.select([held], [], [], 60.0)[0]
+        assert held.read(1) == b"\n"  # what the work waits for has begun
         job.stop()
-        assert select.select([held], [], [], 10.0)[0]  # nobody holds the other end any more
-        assert held.read(1) == b""
+        assert select.select([held], [], [], 10.0)[0]
+        assert held.read(1) == b""  # nobody holds the other end any more
     assert messages(job) == []
 
 
@@ -85,3 +86,15 @@ def test_stop_ends_what_the_work_has_started(tmp_path: Path) -> None:
 )
 def test_as_sentence(text: str, sentence: str) -> None:
     assert as_sentence(ValueError(text)) == sentence
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (FileNotFoundError(2, "Not there", "f"), "'f': Not there."),
+        (PermissionError(13, "Not yours", "f", None, "g"), "'f' -> 'g': Not yours."),
+        (OSError("no number"), "No number."),
+    ],
+)
+def test_a_sentence_of_a_file_names_it(error: OSError, sentence: str) -> None:
+    assert as_sentence(error) == sentence

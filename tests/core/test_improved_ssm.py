@@ -278,6 +278,8 @@ def test_noise_is_drawn_into_the_memory_of_an_earlier_draw(discrete: bool) -> No
         ValueError, match=r"out must have shape \[B, K\] = \[3, \d\], got \[4, \d\]"
     ):
         model.draw_noise(3, out)
+    with pytest.raises(TypeError, match="out"):
+        model.draw_noise(4, out.float())
 
 
 @every_option

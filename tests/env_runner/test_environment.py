@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import closing
 
 import gymnasium
 import numpy as np
@@ -110,9 +111,30 @@ def test_elapsed_steps_cut_the_first_episodes_short(physics):
             env.reset(elapsed=[0.0, 1.0, 2.0])
     with (
         Environment("Counter-v0", 1, length=3) as env,
-        pytest.raises(ValueError, match="elapsed needs Gymnasium's time limit"),
+        pytest.raises(ValueError, match="elapsed needs a time limit"),
     ):
         env.reset(elapsed=[0])
+
+
+def test_elapsed_counts_in_the_time_limit_alone():
+    env = gymnasium.make("Counter-v0", length=9, max_episode_steps=4)
+    env._elapsed_steps = 7  # somebody else's
+    with Environment.wrap(gymnasium.Wrapper(env)) as wrapped:
+        wrapped.reset(elapsed=[3])
+        assert wrapped.step(np.zeros((1, 2)))[3].all()
+    with (
+        Environment.wrap(env.unwrapped) as bare,  # its spec still names a limit
+        pytest.raises(ValueError, match="elapsed needs a time limit"),
+    ):
+        bare.reset(elapsed=[0])
+    with closing(MujocoVectorEnv("HalfCheetah-v5", 2, max_episode_steps=5)) as vector:
+        vector.reset(seed=0)
+        vector.step(np.zeros((2, 6)))
+        options = {"reset_mask": np.array([False, True]), "elapsed": [0, 4]}
+        vector.reset(options=options)  # of the second row alone
+        assert vector.step(np.zeros((2, 6)))[3].tolist() == [False, True]
+        with pytest.raises(ValueError, match=r"elapsed must have shape \[B\] = \[2\], got \[1\]"):
+            vector.reset(options={"elapsed": [0]})
 
 
 def test_time_limit_truncates_and_termination_terminates():
