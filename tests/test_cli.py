@@ -235,9 +235,9 @@ class TestTrain:
         seeds: list[int] = []
         reset = Environment.reset
 
-        def record(self: Environment, seed: Any = None) -> Any:
+        def record(self: Environment, seed: Any = None, **options: Any) -> Any:
             seeds.append(seed)
-            return reset(self, seed)
+            return reset(self, seed, **options)
 
         monkeypatch.setattr(Environment, "reset", record)
         assert cli.main(REINFORCE) == 0
