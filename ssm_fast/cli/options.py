@@ -178,7 +178,7 @@ class Train:
     memory_pace: Annotated[float | None, _default("0.1; improved only")] = None
     """Length of the steps of the weights around the recurrent states, in learning rates."""
     staggered_resets: Annotated[bool | None, _default("False; improved only")] = None
-    """Let environments with a time limit restart at different times: fewer falls in HalfCheetah."""
+    """Let environments with a time limit restart at different times; see the results of HalfCheetah."""
     tasks_per_epoch: Annotated[int | None, _default("8; meta_rl only")] = None
     """Tasks of an epoch, which are played and adapted to together."""
     inner_lr: Annotated[float | None, _default("0.3; meta_rl only")] = None
