@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +39,12 @@ def estimate(
     from rliable import library
 
     # rliable draws from NumPy's global generator, whatever `random_state` it is given.
-    np.random.seed(0)  # noqa: NPY002
-    points, limits = library.get_interval_estimates(
-        {"all": scores},
-        lambda x: np.array([statistic(x)]),
-        task_bootstrap=task_bootstrap,
-        reps=REPETITIONS,
-    )
+    with patch.object(np.random, "choice", np.random.RandomState(0).choice):
+        points, limits = library.get_interval_estimates(
+            {"all": scores},
+            lambda x: np.array([statistic(x)]),
+            task_bootstrap=task_bootstrap,
+            reps=REPETITIONS,
+        )
     (low,), (high,) = limits["all"]
     return float(points["all"][0]), float(low), float(high)

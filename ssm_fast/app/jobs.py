@@ -101,13 +101,16 @@ class Job:
             failures = [message for message in batch if isinstance(message, _Failure)]
             yield [message for message in batch if not isinstance(message, _Failure)]
             if failures:
-                self._is_over = True
-                self._process.join()
+                self._wait()
                 raise JobError(failures[0].text)
-        self._is_over = True
-        self._process.join()
+        self._wait()
         if self._process.exitcode != 0 and not self.is_stopped:
             raise JobError(f"The work ended unexpectedly (exit code {self._process.exitcode}).")
+
+    def _wait(self) -> None:
+        """For the end of the process, whose work is over."""
+        self._is_over = True
+        self._process.join()
 
     def stop(self) -> None:
         """Ends the work at once, if it is not over, and what it has started, as a film's ffmpeg."""
