@@ -7,6 +7,8 @@ import numbers
 from collections.abc import Iterable
 from typing import Protocol
 
+import numpy as np
+
 
 def check_number(
     name: str,
@@ -51,6 +53,17 @@ def check_count(name: str, value: int, at_least: int = 1) -> int:
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     return int(value)
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """Returns a bool, of Python or NumPy, as Python's.
+
+    Raises:
+        TypeError: It is none: `bool("False")` is true.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return bool(value)
 
 
 class HasSpaces(Protocol):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ssm_fast.checks import check_count, check_number
+from ssm_fast.checks import check_count, check_flag, check_number
 
 pytestmark = pytest.mark.isa_independent
 
@@ -56,3 +56,14 @@ class TestCheckCount:
         check_count("n", at_least, at_least)
         with pytest.raises(ValueError, match=f"^n must be at least {at_least}, got {value}$"):
             check_count("n", value, at_least)
+
+
+class TestCheckFlag:
+    def test_returns_a_bool_of_python(self) -> None:
+        for value in (True, False, np.bool_(True), np.bool_(False)):
+            assert check_flag("x", value) is bool(value)
+
+    @pytest.mark.parametrize("value", ["False", 0, None, np.array(True)])
+    def test_others(self, value: Any) -> None:
+        with pytest.raises(TypeError, match=f"x must be a bool, got {type(value).__name__}"):
+            check_flag("x", value)

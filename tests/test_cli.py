@@ -955,6 +955,14 @@ class TestResume:
         assert sum(row["episodes"] for row in _rows("out")) == 20
         assert json.loads(Path("out/config.json").read_text())["episodes"] == 20
 
+    def test_with_more_episodes_of_ppo(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*PPO, "--episodes", "1", "--out", "out"]) == 0  # in the midst of episodes
+        for _ in range(2):
+            capsys.readouterr()
+            assert cli.main(["train", "--resume", "--episodes", "12", "--out", "out"]) == 0
+            assert sum(row["episodes"] for row in _rows("out")) == 12
+        assert "nothing is left to train: 12 of 12 episodes are done" in capsys.readouterr().out
+
     def test_with_the_other_limit(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*PPO, "--episodes", "2", "--out", "out"]) == 0
         assert list(Path("out/checkpoints").iterdir()), "saved where the episodes ended it"

@@ -134,6 +134,10 @@ def _learn(
             run.drop_checkpoints_after(checkpoint.iteration)  # damaged ones, which were named once
             done["epochs"], done["steps"] = float(trainer.iteration), float(trainer.timesteps)
     world.synchronize(trainer)
+    if isinstance(trainer, PPOTrainer) and settings["steps"] is None:
+        assert isinstance(env, Environment)
+        ended = int(world.first(done["episodes"]))
+        total = trainer.timesteps_for(env, settings["episodes"], ended)
 
     def reached() -> str | None:
         return next((name for name in limits if done[name] >= limits[name]), None)
@@ -159,7 +163,7 @@ def _learn(
 
         before = trainer.iteration
         _train(trainer, env, total, {"callback": after_iteration, **arguments})
-    if trainer.iteration == before:
+    if trainer.iteration == before:  # PPO stops by itself
         _say_nothing_is_left(done["steps"], settings["steps"], "steps")
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_fast.checks import check_count, check_number
+from ssm_fast.checks import check_count, check_flag, check_number
 from ssm_fast.nn.running_norm import RunningNorm
 from ssm_fast.nn.ssm_layer import (
     Norm,
@@ -110,7 +110,7 @@ class ImprovedSSM(nn.Module):
 
     Raises:
         ValueError: If a size is less than 1, ``norm`` unknown or ``log_std_init`` not finite.
-        TypeError: If a size is not an integer.
+        TypeError: If a size is not an integer, or a flag no bool.
     """
 
     log_std: Tensor | None
@@ -143,13 +143,13 @@ class ImprovedSSM(nn.Module):
         if norm not in ("output", "state"):
             raise ValueError(f"norm must be 'output' or 'state', got {norm!r}")
         self.log_std_init = check_number("log_std_init", log_std_init)
-        self.use_layer_norm = use_layer_norm
-        self.use_residual = use_residual
-        self.discrete = discrete
+        self.use_layer_norm = check_flag("use_layer_norm", use_layer_norm)
+        self.use_residual = check_flag("use_residual", use_residual)
+        self.discrete = check_flag("discrete", discrete)
         self.norm = norm
-        self.orthogonal_init = orthogonal_init
+        self.orthogonal_init = check_flag("orthogonal_init", orthogonal_init)
 
-        if normalize_observations:
+        if check_flag("normalize_observations", normalize_observations):
             self.obs_norm = RunningNorm(input_dim)
         else:
             self.register_module("obs_norm", None)
@@ -162,7 +162,7 @@ class ImprovedSSM(nn.Module):
         if critic_dim is None:
             self.register_module("critic_network", None)
         else:
-            check_count("critic_dim", critic_dim)
+            critic_dim = check_count("critic_dim", critic_dim)
             self.critic_network = CriticNetwork(input_dim, hidden_dim, critic_dim)
         self.critic = nn.Linear(critic_dim or hidden_dim, 1)
         if discrete:

@@ -262,7 +262,8 @@ class Environment:
             seed: Row `i` is seeded `seed + i`, or `seed[i]` of a sequence. `None` takes the
                 constructor's seed the first time and lets the generators run on after that.
             elapsed: Steps `[B]` that the time limit counts as taken already. Such a first episode
-                is truncated that much sooner, so that rows may restart at different times.
+                is truncated that much sooner, so that rows may restart at different times. Wrappers
+                that count steps themselves, as `TimeAwareObservation` does, count from zero.
 
         Returns:
             The observations `[B, input_dim]` and a dict with `"env_info"`, what the environments
@@ -275,25 +276,28 @@ class Environment:
         """
         self._check_open()
         if elapsed is not None:
-            elapsed = check_elapsed(elapsed, self.batch_size, self.max_episode_steps)
             if not self._envs and self.physics != "vector":
                 raise ValueError(
                     f"elapsed needs a time limit of Gymnasium's, which {self!r} has not"
                 )
             limits: list[Any] = [_time_limit(env) for env in self._envs]
+            of_rows: list[int] = [limit._max_episode_steps for limit in limits]
+            elapsed = check_elapsed(elapsed, self.batch_size, of_rows or self.max_episode_steps)
         if seed is None:
             seed, self._seed = self._seed, None
         else:
             self._seed = None
         seeds: list[int | None]
+        given: Any = None  # to a vector environment: Gymnasium's own signature has no sequence
         if seed is None:
             seeds = [None] * self.batch_size
         elif isinstance(seed, (Sequence, np.ndarray)):
             if len(seed) != self.batch_size:
                 raise ValueError(f"seed must have {self.batch_size} entries, got {len(seed)}")
-            seeds = [_check_seed(s) for s in seed]
+            given = seeds = [_check_seed(s) for s in seed]
         else:
-            seeds = [_check_seed(seed) + i for i in range(self.batch_size)]
+            given = _check_seed(seed)
+            seeds = [given + i for i in range(self.batch_size)]
         self._returns[:] = 0.0
         self._lengths[:] = 0
 
@@ -314,7 +318,7 @@ class Environment:
             else:
                 assert self._vector is not None
                 options = None if elapsed is None else {"elapsed": elapsed}
-                rows, env_info = self._vector.reset(seed=cast(Any, seeds), options=options)
+                rows, env_info = self._vector.reset(seed=given, options=options)
                 obs[:] = np.reshape(rows, obs.shape)
                 if self.physics == "vector":
                     env_info = RowInfo(env_info, self.batch_size)
@@ -392,7 +396,7 @@ class Environment:
             env_info.append(row_info)
             if ended or cut:
                 first_obs.append((i, env.reset()[0]))
-        self._check_finite("reward", rewards)
+        self._check_finite("reward", rewards.astype(np.float32))  # what a policy learns from
         self._check_finite("observation", final_obs)
         obs = final_obs.copy()  # [B, input_dim]
         if first_obs:
@@ -416,7 +420,7 @@ class Environment:
         if any_ended:
             for i in np.flatnonzero(ended).tolist():
                 self._store(final_obs, i, env_info["final_obs"][i])
-        self._check_finite("reward", rewards)
+        self._check_finite("reward", rewards.astype(np.float32))  # what a policy learns from
         self._check_finite("observation", final_obs)
         if any_ended:
             self._check_finite("first observation", obs)

@@ -221,14 +221,16 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             raise RuntimeError(f"{self!r} is closed")
 
 
-def check_elapsed(elapsed: ArrayLike, rows: int, limit: int | None) -> NDArray[np.integer]:
-    """Steps `[rows]` that a time limit is to count as taken, checked."""
+def check_elapsed(
+    elapsed: ArrayLike, rows: int, limit: int | list[int] | None
+) -> NDArray[np.integer]:
+    """Steps `[rows]` that a time limit, or one for each row, is to count as taken, checked."""
     steps = np.asarray(elapsed)
     if steps.dtype.kind not in "iu":
         raise TypeError(f"elapsed must be integers, got {steps.dtype}")
     if steps.shape != (rows,):
         raise ValueError(f"elapsed must have shape [B] = [{rows}], got {list(steps.shape)}")
-    if (steps < 0).any() or (steps >= (limit or 1)).any():
+    if (steps < 0).any() or (steps >= np.asarray(limit or 1)).any():
         raise ValueError(
             f"elapsed must lie in [0, {limit}), got {steps.tolist()}"
             if limit is not None

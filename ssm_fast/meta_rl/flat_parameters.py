@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ class FlatParameters:
         memory_pace: The length of the steps of `memory_weights`, in learning rates. None: only the
             transition matrices take shorter ones, at `transition_pace`.
 
+    Raises:
+        ValueError: No parameter is trainable.
+
     Attributes:
         vector: All of them in order ``[P]``, what the optimizer steps.
         parameters: Where its values go.
@@ -36,20 +40,27 @@ class FlatParameters:
         self._world = world or World()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters: list[Tensor] = [p for _, p in named]
+        if not named:
+            raise ValueError("the model must have parameters that require gradients")
         self.vector = nn.Parameter(nn.utils.parameters_to_vector(self.parameters).detach())
-        self._views: list[Tensor] = [
-            part.view_as(p)
-            for part, p in zip(
-                torch.split(self.vector.detach(), [p.numel() for p in self.parameters]),
-                self.parameters,
-                strict=True,
-            )
-        ]
+        self._views = self._split()
         paces = {name: transition_pace(name) for name, _ in named}
         if memory_pace is not None:
             memory = memory_weights(model)
             paces = {name: memory_pace if name in memory else 1.0 for name, _ in named}
         self.pace = torch.cat([torch.full_like(p.detach(), paces[n]).reshape(-1) for n, p in named])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._views = self._split()  # copies of views share no memory with the copy of the vector
+
+    def _split(self) -> list[Tensor]:
+        """Views into the vector, in the shapes of the parameters."""
+        parts = torch.split(self.vector.detach(), [p.numel() for p in self.parameters])
+        return [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
     @torch.no_grad()
     def read(self) -> None:
@@ -86,7 +97,8 @@ class FlatParameters:
         """Set the vector's gradient to that of a loss; the parameters' own stay as they are.
 
         Args:
-            outputs: The loss, a scalar; or what it is a function of.
+            outputs: The loss, a scalar; or what it is a function of. Those that no trainable
+                parameter leads to count for nothing.
             max_norm: Scale the gradient down to this norm, as ``nn.utils.clip_grad_norm_`` does.
             weight: Of this process's loss in the mean over all of them.
             gradients: Of the loss with respect to each of the outputs, where it is not one of them.
@@ -94,6 +106,11 @@ class FlatParameters:
         Returns:
             The norm before that.
         """
+        if gradients is not None:
+            pairs = zip(outputs, gradients, strict=True)
+            outputs, gradients = zip(
+                *[pair for pair in pairs if pair[0].requires_grad], strict=True
+            )
         parts = torch.autograd.grad(
             outputs, self.parameters, gradients, allow_unused=True, materialize_grads=True
         )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ssm_fast.checks import check_count, check_number, check_spaces, is_replaced
+from ssm_fast.checks import check_count, check_flag, check_number, check_spaces, is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 from ssm_fast.core.task_gradients import policy_task_gradients
 from ssm_fast.core.task_policies import TaskPolicies
@@ -164,7 +164,7 @@ class MetaRLTrainer:
 
     Raises:
         ValueError: A number is out of its range.
-        TypeError: A count is no integer, or the model no `ImprovedSSM`.
+        TypeError: A count is no integer, a flag no bool, or the model no `ImprovedSSM`.
     """
 
     policy_metadata: ClassVar[dict[str, str]] = {"critic": "untrained"}
@@ -206,10 +206,10 @@ class MetaRLTrainer:
         self.outer_epochs = check_count("outer_epochs", outer_epochs)
         self.tasks_per_minibatch = check_count("tasks_per_minibatch", tasks_per_minibatch)
         self.num_steps = None if num_steps is None else check_count("num_steps", num_steps)
-        self.first_order = first_order
-        self.learn_inner_lr = learn_inner_lr
+        self.first_order = check_flag("first_order", first_order)
+        self.learn_inner_lr = check_flag("learn_inner_lr", learn_inner_lr)
         self.max_grad_norm = check_number("max_grad_norm", max_grad_norm, above=0.0)
-        self.anneal_lr = anneal_lr
+        self.anneal_lr = check_flag("anneal_lr", anneal_lr)
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
         self.evaluation_interval = check_count("evaluation_interval", evaluation_interval)
         self.evaluation_steps = check_count("evaluation_steps", evaluation_steps, at_least=0)

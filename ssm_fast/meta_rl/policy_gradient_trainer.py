@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast import ops
-from ssm_fast.checks import check_count, check_number, check_spaces
+from ssm_fast.checks import check_count, check_flag, check_number, check_spaces
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner.environment import AnyEnvironment, Environment
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
@@ -123,7 +123,7 @@ class PolicyGradientTrainer:
         self.transition_lr_scale = check_number(
             "transition_lr_scale", transition_lr_scale, at_least=0.0
         )
-        self.anneal_lr = anneal_lr
+        self.anneal_lr = check_flag("anneal_lr", anneal_lr)
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         self.seed = check_count("seed", seed, at_least=0)

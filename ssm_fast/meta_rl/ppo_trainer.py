@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssm_fast import ops
-from ssm_fast.checks import check_count, check_number, check_spaces, is_replaced
+from ssm_fast.checks import check_count, check_flag, check_number, check_spaces, is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.rollout_policy import RolloutPolicy
 from ssm_fast.core.sequence_gradient import SequenceGradient
@@ -174,8 +174,8 @@ class PPOTrainer:
         world: The processes that train together; see `join_world`. By default this one alone.
 
     Raises:
-        ValueError: A number is out of its range.
-        TypeError: A count is no integer.
+        ValueError: A number is out of its range, or no parameter of the model is trainable.
+        TypeError: A count is no integer, or a flag no bool.
     """
 
     policy_metadata: ClassVar[dict[str, str]] = {}
@@ -222,10 +222,10 @@ class PPOTrainer:
         self.sequence_length = (
             None if sequence_length is None else check_count("sequence_length", sequence_length)
         )
-        self.anneal_lr = anneal_lr
-        self.recompute_advantages = recompute_advantages
-        self.scale_rewards = scale_rewards
-        self.clip_value_loss = clip_value_loss
+        self.anneal_lr = check_flag("anneal_lr", anneal_lr)
+        self.recompute_advantages = check_flag("recompute_advantages", recompute_advantages)
+        self.scale_rewards = check_flag("scale_rewards", scale_rewards)
+        self.clip_value_loss = check_flag("clip_value_loss", clip_value_loss)
         self.target_kl = (
             None if target_kl is None else check_number("target_kl", target_kl, above=0.0)
         )
@@ -233,7 +233,7 @@ class PPOTrainer:
             None if desired_kl is None else check_number("desired_kl", desired_kl, above=0.0)
         )
         self.memory_pace = check_number("memory_pace", memory_pace, at_least=0.0)
-        self.staggered_resets = staggered_resets
+        self.staggered_resets = check_flag("staggered_resets", staggered_resets)
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
         self.num_threads = None if num_threads is None else check_count("num_threads", num_threads)
         self.world = world or World()
@@ -319,7 +319,11 @@ class PPOTrainer:
         )
         interval = self.reset_interval(env)
         result = TrainingResult(0, 0, [], [], [])
-        with torch.random.fork_rng(self._cuda_devices()), _threads(self.num_threads):
+        with (
+            torch.random.fork_rng(self._cuda_devices()),
+            torch.enable_grad(),
+            _threads(self.num_threads),
+        ):
             self._restore_random_state()
             self._env = None
             while self.iteration < last:
@@ -336,14 +340,15 @@ class PPOTrainer:
                 stop = False
                 with self.world.together():
                     is_due = self.iteration % interval == 0 or self.iteration == last
+                    self._keep_random_state()  # for what is saved here, by a callback too
                     if run is not None:
                         self._record(run, env, metrics, is_due)
-                    stop = callback is not None and callback(dict(metrics)) is False
+                    with torch.random.fork_rng(self._cuda_devices()):  # a callback may draw
+                        stop = callback is not None and callback(dict(metrics)) is False
                     if run is not None and stop and not is_due:
-                        self._save(run, env)
+                        save_checkpoint(run, self, env)
                 if self.world.first(stop):
                     break
-            self._keep_random_state()
         return TrainingResult(
             self.timesteps,
             self.iteration,
@@ -362,11 +367,16 @@ class PPOTrainer:
         steps = _EPISODES_PER_INTERVAL * env.max_episode_steps
         return max(self.checkpoint_interval, math.ceil(steps / self._steps_of(env)))
 
-    def timesteps_for(self, env: Environment, episodes: int) -> int:
+    def timesteps_for(self, env: Environment, episodes: int, ended: int | None = None) -> int:
         """Environment steps within which `episodes` episodes end, however long they are.
 
         A reset of all environments throws away the episodes under way. This is the exact number
         where every episode reaches the time limit; shorter ones end earlier.
+
+        Args:
+            env: The environments.
+            episodes: From a start of training on, as the steps.
+            ended: Of a run that is resumed, how many of them have ended.
 
         Raises:
             ValueError: The environment has no time limit.
@@ -375,8 +385,19 @@ class PPOTrainer:
         if limit is None:
             raise ValueError(f"the episodes of {env.env_name} have no time limit")
         interval = self.reset_interval(env)
-        intervals, left = divmod(episodes - 1, B * (interval * T // limit))
-        return (intervals * interval + math.ceil((left // B + 1) * limit / T)) * B * T
+
+        def end(iteration: int, missing: int) -> int:
+            reset = iteration + interval - iteration % interval  # the next one
+            before = B * ((reset - iteration) * T // limit)  # episodes
+            if missing <= before:
+                return iteration + math.ceil(math.ceil(missing / B) * limit / T)
+            intervals, left = divmod(missing - before - 1, B * (interval * T // limit))
+            return reset + intervals * interval + math.ceil((left // B + 1) * limit / T)
+
+        last = end(0, episodes)
+        if ended is not None:  # a run that was ended between two resets needs more
+            last = max(last, end(self.iteration, episodes - ended))
+        return last * B * T
 
     def _record(
         self, run: RunDirectory, env: Environment, metrics: dict[str, float], is_due: bool
@@ -385,11 +406,7 @@ class PPOTrainer:
         run.append_row(metrics)
         run.log_scalars({f"train/{name}": value for name, value in metrics.items()}, self.timesteps)
         if is_due:
-            self._save(run, env)
-
-    def _save(self, run: RunDirectory, env: Environment) -> None:
-        self._keep_random_state()
-        save_checkpoint(run, self, env)
+            save_checkpoint(run, self, env)
 
     def _iterate(self, env: Environment, last: int, result: TrainingResult) -> dict[str, float]:
         """One rollout and update."""
@@ -519,8 +536,18 @@ class PPOTrainer:
             env = source if isinstance(source, Environment) else Environment.wrap(source)
             model = self.model
             check_spaces(env, model.input_dim, model.action_dim, model.discrete)
-        self._steps_of(env)
+        self._check_minibatches(self._steps_of(env), env)
         return env
+
+    def _check_minibatches(self, T: int, env: Environment) -> None:
+        """Advantages are standardized: the only one of a minibatch would be zero."""
+        steps = self._rows_of(env).total * T
+        longest = max(self._sequence_length_for(T), self.mini_batch_size)
+        if min(steps, longest) < 2:
+            raise ValueError(
+                "a minibatch must have 2 steps or more, over which advantages are standardized, got "
+                f"mini_batch_size {self.mini_batch_size} and {steps} steps in a rollout"
+            )
 
     def _steps_of(self, env: Environment) -> int:
         steps = self.num_steps or _usual_steps(self._rows_of(env).total, self.sequence_length)

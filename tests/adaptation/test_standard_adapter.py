@@ -56,6 +56,17 @@ class TestUpdateStep:
             assert (loss, steps) == (pytest.approx(losses[0], rel=1e-5), 3)
         torch.testing.assert_close(weights_of(adapter.model), weights_of(other))
 
+    def test_a_copy_adapts_on_its_own(self) -> None:
+        model, x, y = regression()
+        adapter = StandardAdapter(model, StandardAdaptationConfig(1e-2))
+        adapter.update_step(x, y)
+        other = copy.deepcopy(adapter)
+        before = weights_of(adapter.model)
+        losses = [other.update_step(x, y)[0] for _ in range(2)]
+        assert losses[1] < losses[0]
+        assert_equal(weights_of(adapter.model), before)
+        assert [adapter.update_step(x, y)[0] for _ in range(2)] == losses
+
     def test_state_and_reset_reach_the_model(self) -> None:
         model, x, y = regression()
         state, reset = torch.randn(5, 4), torch.rand(5, 7) < 0.3

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssm_fast.checkpoint import load_model, save_model
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.nn import RunningNorm, SSMLayer, ssm_layer
 
@@ -484,6 +486,7 @@ def test_forward_leaves_the_statistics_alone() -> None:
         ({"num_layers": 0}, ValueError, "num_layers must be at least 1, got 0"),
         ({"hidden_dim": 8.0}, TypeError, "hidden_dim must be an int, got float"),
         ({"state_dim": None}, TypeError, "state_dim must be an int, got NoneType"),
+        ({"discrete": 1}, TypeError, "discrete must be a bool, got int"),
         ({"norm": None}, ValueError, "norm must be 'output' or 'state', got None"),
         ({"log_std_init": math.inf}, ValueError, "log_std_init must be finite, got inf"),
     ],
@@ -491,6 +494,13 @@ def test_forward_leaves_the_statistics_alone() -> None:
 def test_bad_construction(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ImprovedSSM(**{"input_dim": 4, "action_dim": 2} | kwargs)
+
+
+def test_numbers_of_numpy_are_those_of_python(tmp_path: Path) -> None:
+    sizes = {"input_dim": np.int64(4), "action_dim": np.int32(2), "critic_dim": np.int64(3)}
+    model = ImprovedSSM(**sizes, discrete=np.bool_(True), log_std_init=np.float32(-1.0))
+    save_model(tmp_path / "model.safetensors", model)
+    assert load_model(tmp_path / "model.safetensors").config() == model.config()
 
 
 def test_bad_input() -> None:

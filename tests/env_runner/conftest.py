@@ -55,6 +55,8 @@ class Counter(gymnasium.Env):
                 reward = float("inf")
             if self.nan_in == "large":
                 obs[1] = 1e300
+            if self.nan_in == "large reward":
+                reward = 1e39
         over = self.count >= self.length
         return (
             obs,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
 from ssm_fast.env_runner.environment import Environment, MetaEnvironment
@@ -127,6 +127,15 @@ def test_elapsed_counts_in_the_time_limit_alone():
         pytest.raises(ValueError, match="elapsed needs a time limit"),
     ):
         bare.reset(elapsed=[0])
+    makers = [
+        lambda limit=limit: gymnasium.make("Counter-v0", length=9, max_episode_steps=limit)
+        for limit in (4, 2)
+    ]
+    with Environment.wrap(SyncVectorEnv(makers)) as rows:
+        rows.reset(elapsed=[3, 1])
+        assert rows.step(np.zeros((2, 2)))[3].all()
+        with pytest.raises(ValueError, match=r"elapsed must lie in \[0, \[4, 2\]\), got \[3, 2\]"):
+            rows.reset(elapsed=[3, 2])
     with closing(MujocoVectorEnv("HalfCheetah-v5", 2, max_episode_steps=5)) as vector:
         vector.reset(seed=0)
         vector.step(np.zeros((2, 6)))
@@ -263,13 +272,13 @@ def test_unsupported_spaces_are_named_and_the_environments_closed(kwargs, text, 
     assert len(closed) == 3
 
 
-@pytest.mark.parametrize("nan_in", ["obs", "reward", "large"])
+@pytest.mark.parametrize("nan_in", ["obs", "reward", "large", "large reward"])
 def test_nan_from_an_environment_names_its_index_and_step(nan_in):
     env = Environment("Counter-v0", 3, seed=20, nan_in=nan_in, nan_seed=21, length=9)
     env.reset()
     for _ in range(4):
         env.step(np.zeros((3, 2)))
-    what = "reward" if nan_in == "reward" else "observation"
+    what = "reward" if "reward" in nan_in else "observation"
     with pytest.raises(
         FloatingPointError, match=rf"Counter-v0: environment 1 .*non-finite {what} at step 5 "
     ):
@@ -433,6 +442,29 @@ def test_wrap_equals_the_environment_made_by_id():
         assert env.env_name == "CartPole-v1"
         for got, expected in zip(_run(env), want, strict=True):
             np.testing.assert_array_equal(got, expected)
+
+
+class OneSeed(VectorEnv):
+    """Noise, seeded as the `reset` of Gymnasium's `VectorEnv` is: with one number or none."""
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+    num_envs = 2
+    single_observation_space = spaces.Box(0.0, 1.0, (3,), np.float32)
+    single_action_space = spaces.Discrete(2)
+    observation_space = spaces.Box(0.0, 1.0, (2, 3), np.float32)
+    action_space = spaces.MultiDiscrete([2, 2])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        return self.np_random.random((2, 3), np.float32), {}
+
+
+def test_wrap_seeds_a_vector_environment_as_gymnasium_does():
+    with Environment.wrap(OneSeed()) as env:
+        want = OneSeed().reset(seed=5)[0]
+        np.testing.assert_array_equal(env.reset(seed=5)[0], want)
+        assert not np.array_equal(env.reset()[0], want)
+        np.testing.assert_array_equal(env.reset(seed=5)[0], want)
 
 
 def test_auto_takes_the_vector_physics_where_it_can():

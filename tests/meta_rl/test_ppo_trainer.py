@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import signal
 import subprocess
 import sys
@@ -480,6 +481,50 @@ class TestTrain:
         assert len(result.episode_returns) == 24
         assert len(result.episode_returns) - result.metrics[-1]["episodes"] < 23
 
+    def test_episodes_after_the_ones_of_an_ended_run(self) -> None:
+        trainer = PPOTrainer(ImprovedSSM(3, 1), num_steps=8, checkpoint_interval=2)
+        with Environment("Pendulum-v1", 2, max_episode_steps=20) as env:
+            trainer.iteration = 13  # at a reset: nothing is lost
+            assert trainer.timesteps_for(env, 23, ended=10) == trainer.timesteps_for(env, 23)
+            assert trainer.timesteps_for(env, 23, ended=0) == (13 + 31) * 16
+            trainer.iteration = 3  # until the next reset 4 episodes a row
+            assert trainer.timesteps_for(env, 10, ended=2) == (3 + 10) * 16
+            assert trainer.timesteps_for(env, 10, ended=1) == (13 + 3) * 16
+
+    def test_a_flag_of_numpy_is_one_of_python(self, tmp_path: Path) -> None:
+        _, trainer = _resumable("CartPole-v1", anneal_lr=np.bool_(True))
+        trainer.save(tmp_path / "state.pt")
+        _resumable("CartPole-v1")[1].load(tmp_path / "state.pt")
+        with pytest.raises(TypeError, match="scale_rewards must be a bool, got str"):
+            PPOTrainer(trainer.model, scale_rewards="False")
+
+    def test_frozen_parameters(self) -> None:
+        env, trainer = _resumable("Pendulum-v1")
+        model = trainer.model
+        model.log_std.requires_grad_(False)
+        before = model.log_std.clone(), model.actor.weight.clone()
+        PPOTrainer(model, entropy_coef=0.01, num_steps=32, seed=0).train(env, 64)
+        assert torch.equal(model.log_std, before[0])
+        assert not torch.equal(model.actor.weight, before[1])
+        with pytest.raises(ValueError, match="must have parameters that require gradients"):
+            PPOTrainer(model.requires_grad_(False))
+
+    @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+    def test_learns_where_no_gradients_are_recorded(self, env_id: str) -> None:
+        env, trainer = _resumable(env_id)
+        with torch.no_grad():
+            trainer.train(env, 64)
+        env, other = _resumable(env_id)
+        other.train(env, 64)
+        _assert_same(other.model.state_dict(), trainer.model.state_dict())
+
+    @pytest.mark.parametrize(
+        ("options", "B"), [({"mini_batch_size": 1}, 2), ({"num_steps": 1, "sequence_length": 1}, 1)]
+    )
+    def test_minibatches_of_one_step(self, options: dict[str, Any], B: int) -> None:
+        with pytest.raises(ValueError, match="a minibatch must have 2 steps or more"):
+            PPOTrainer(ImprovedSSM(3, 1), **options).train(Environment("Pendulum-v1", B), 64)
+
     def test_staggered_resets(self) -> None:
         trainer = PPOTrainer(ImprovedSSM(3, 1), staggered_resets=True)
         with Environment("Pendulum-v1", 4, max_episode_steps=20) as env:
@@ -653,7 +698,7 @@ trainer.train(env, 7 * 64, run=RunDirectory(sys.argv[3]), callback=callback)
 """
 
 
-def _resumable(env_id: str) -> tuple[Environment, PPOTrainer]:
+def _resumable(env_id: str, **more: Any) -> tuple[Environment, PPOTrainer]:
     # five episodes of 12 steps fit into the two iterations between checkpoints
     env = Environment(env_id, batch_size=2, max_episode_steps=12)
     torch.manual_seed(7)
@@ -665,7 +710,7 @@ def _resumable(env_id: str) -> tuple[Environment, PPOTrainer]:
         discrete=env.discrete,
         normalize_observations=True,
     )
-    options: dict[str, Any] = {"num_steps": 32, "checkpoint_interval": 2, "seed": 11}
+    options = {"num_steps": 32, "checkpoint_interval": 2, "seed": 11, **more}
     return env, PPOTrainer(model, ppo_epochs=2, mini_batch_size=32, **options)
 
 
@@ -715,6 +760,7 @@ class TestResume:
                 m: dict[str, float], stop_at: int = stop_at, metrics: Any = metrics
             ) -> None:
                 metrics.append(m)
+                torch.rand(1)  # as a policy does that is watched
                 if m["iteration"] == stop_at:
                     raise KeyboardInterrupt
 
@@ -762,6 +808,40 @@ class TestResume:
         trainer.train(env, 64, run=run)
         with pytest.raises(ValueError, match=r"batch_size must be 2 as in the run .* got 3"):
             trainer.train(Environment("CartPole-v1", batch_size=3), 64, run=run, resume=True)
+
+    def test_a_file_that_a_callback_saves(self, tmp_path: Path) -> None:
+        env, trainer = _resumable("Pendulum-v1")
+
+        def callback(metrics: dict[str, float]) -> None:
+            if metrics["iteration"] == 4:  # where a checkpoint is due
+                trainer.save(tmp_path / "state.pt")
+
+        trainer.train(env, 4 * 64, callback=callback)
+        trainer.train(env, 2 * 64)
+        env, other = _resumable("Pendulum-v1")
+        other.load(tmp_path / "state.pt")
+        other.train(env, 2 * 64)
+        _assert_same(other.model.state_dict(), trainer.model.state_dict())
+
+    @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))]
+    )
+    def test_a_copy_learns_on_its_own(self, env_id: str, copied: Any, tmp_path: Path) -> None:
+        env, trainer = _resumable(env_id)
+        trainer.train(env, 64)
+        trainer.save(tmp_path / "state.pt")
+        other = copied(trainer)
+        before = copy.deepcopy(trainer.model.state_dict())
+        other.train(_resumable(env_id)[0], 128)
+        _assert_same(trainer.model.state_dict(), before)
+        trainer.train(env, 128)
+        _assert_same(other.model.state_dict(), trainer.model.state_dict())
+        with pytest.raises(AssertionError):
+            _assert_same(other.model.state_dict(), before)
+        other.load(tmp_path / "state.pt")
+        other.train(env, 128)
+        _assert_same(other.model.state_dict(), trainer.model.state_dict())
 
     def test_a_file_goes_on_with_any_number_of_environments(self, tmp_path: Path) -> None:
         env, trainer = _resumable("CartPole-v1")
