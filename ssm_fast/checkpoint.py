@@ -110,8 +110,9 @@ def save_model(
 
     Raises:
         TypeError: If ``model`` is of another class, or ``metadata`` holds something but strings.
-        ValueError: If a weight is not finite (the old file is then untouched), or ``metadata``
-            uses a key of the format itself.
+        ValueError: If a weight is not finite, the model is not as its configuration makes it (a
+            module or a weight in another's place would be lost), or ``metadata`` uses a key of the
+            format itself. The old file is then untouched.
         OSError: If the file cannot be written.
     """
     from safetensors.torch import save
@@ -133,8 +134,17 @@ def save_model(
         header[key] = value
     if (size := sum(len(text.encode()) for item in header.items() for text in item)) > 2**19:
         raise ValueError(f"metadata must be smaller than {2**19} bytes, got {size}")
+    weights = model.state_dict()
+    made = _skeleton(type(model), header["config"], len(weights))
+    try:
+        _check_modules(model, made)
+        _check_shapes({key: list(tensor.shape) for key, tensor in weights.items()}, made)
+        _check_dtypes({key: tensor.dtype for key, tensor in weights.items()}, made)
+    except ValueError as error:
+        message = f"the model must be as {name}({header['config']}) makes it to be saved: {error}"
+        raise ValueError(message) from error
     tensors: dict[str, Tensor] = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in weights.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{key} of the model must be finite to be saved, got NaN or Inf")
         # A copy of its own: parameters may be views of one storage, which the format refuses.
@@ -202,7 +212,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Model, dict[str, str]
             raise ValueError(f"unknown class {name!r}, expected one of {sorted(_MODELS)}")
         names = list(file.keys())
         model = _skeleton(_MODELS[name], header["config"], len(names))
-        tensors = _tensors(file, names, model.state_dict())
+        tensors = _tensors(file, names, model)
     model.load_state_dict(tensors, assign=True)
     return model, _metadata(header)
 
@@ -301,29 +311,48 @@ def _skeleton(cls: type[Model], config: str, num_tensors: int) -> Model:
         raise ValueError(f"config is not one of a {cls.__name__} ({error})") from error
 
 
-def _tensors(
-    file: Any,
-    names: list[str],
-    expected: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """The tensors of a file, exactly the ``expected`` ones."""
-    missing, extra = sorted(set(expected) - set(names)), sorted(set(names) - set(expected))
+def _check_modules(model: Model, made: Model) -> None:
+    """Raise unless two models have the same modules, with the same options."""
+    own, expected = dict(model.named_modules()), dict(made.named_modules())
+    for name in reversed(own | expected):  # what lies within others first
+        if name and repr(own.get(name)) != repr(expected.get(name)):
+            raise ValueError(f"{name} must be {expected.get(name)}, got {own.get(name)}")
+
+
+def _check_shapes(shapes: Mapping[str, list[int]], made: Model) -> None:
+    """Raise unless tensors have the names and shapes of those of a model."""
+    expected = made.state_dict()
+    missing, extra = (
+        sorted(expected.keys() - shapes.keys()),
+        sorted(shapes.keys() - expected.keys()),
+    )
     if missing or extra:
         raise ValueError(f"tensors missing: {missing[:8]}, not expected: {extra[:8]}")
     for name, wanted in expected.items():
-        shape = list(file.get_slice(name).get_shape())
-        if shape != list(wanted.shape):
-            raise ValueError(f"{name} must have shape {list(wanted.shape)}, got {shape}")
-    tensors: dict[str, Tensor] = {}
-    weights: torch.dtype | None = None  # one dtype for all; the statistics have theirs
-    for name, wanted in expected.items():
-        tensor: Tensor = file.get_tensor(name)
+        if shapes[name] != list(wanted.shape):
+            raise ValueError(f"{name} must have shape {list(wanted.shape)}, got {shapes[name]}")
+
+
+def _check_dtypes(dtypes: Mapping[str, torch.dtype], made: Model) -> None:
+    """Raise unless the weights have one dtype, and the statistics theirs."""
+    weights: torch.dtype | None = None
+    for name, wanted in made.state_dict().items():
+        dtype = dtypes[name]
         if wanted.dtype == torch.float32:
-            weights = weights or tensor.dtype
-            if tensor.dtype != weights or weights not in _DTYPES:
-                raise ValueError(f"{name} has dtype {tensor.dtype}, others {weights}")
-        elif tensor.dtype != wanted.dtype:
-            raise ValueError(f"{name} must have dtype {wanted.dtype}, got {tensor.dtype}")
+            weights = weights or dtype
+            if dtype != weights or weights not in _DTYPES:
+                raise ValueError(f"{name} has dtype {dtype}, others {weights}")
+        elif dtype != wanted.dtype:
+            raise ValueError(f"{name} must have dtype {wanted.dtype}, got {dtype}")
+
+
+def _tensors(file: Any, names: list[str], made: Model) -> dict[str, Tensor]:
+    """The tensors of a file, exactly those of a model that was made without memory."""
+    _check_shapes({name: list(file.get_slice(name).get_shape()) for name in names}, made)
+    mapped: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
+    _check_dtypes({name: tensor.dtype for name, tensor in mapped.items()}, made)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in mapped.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or Inf")
         if name.endswith(("obs_norm.var", "obs_norm.count")) and bool((tensor < 0).any()):

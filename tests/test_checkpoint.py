@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_save
 from torch import Tensor
+from torch.nn.utils import prune
 
 from ssm_fast.checkpoint import load_model, read_metadata, save_model, write_atomic
 from ssm_fast.core import ImprovedSSM, StateSpaceModel
@@ -164,6 +165,46 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
             save_model(tmp_path / "m", model)
     with pytest.raises(TypeError, match="cls must be one of"):
         load_model(tmp_path / "m", torch.nn.Linear)
+
+
+def _with_relu(model: StateSpaceModel) -> None:
+    model.C[1] = torch.nn.ReLU()
+
+
+def _with_another_eps(model: StateSpaceModel) -> None:
+    model.C.append(torch.nn.LayerNorm(2, 1e-3, elementwise_affine=False))
+
+
+def _pruned(model: StateSpaceModel) -> None:
+    prune.random_unstructured(model, "A", 0.5)
+
+
+def _of_two_dtypes(model: StateSpaceModel) -> None:
+    model.C.double()
+
+
+def _wider(model: StateSpaceModel) -> None:
+    model.D = torch.nn.Parameter(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with_relu, r"C.1 must be Tanh\(\), got ReLU\(\)"),
+        (_with_another_eps, r"C.3 must be None, got LayerNorm\(\(2,\), eps=0.001"),
+        (_pruned, r"tensors missing: \['A'\], not expected: \['A_mask', 'A_orig'\]"),
+        (_of_two_dtypes, "C.0.weight has dtype torch.float64, others torch.float32"),
+        (_wider, r"D must have shape \[2, 4\], got \[3, 4\]"),
+    ],
+)
+def test_a_model_whose_file_would_be_another_one_is_refused(
+    change: Callable[[StateSpaceModel], None], message: str, tmp_path: Path
+) -> None:
+    model = StateSpaceModel()
+    change(model)
+    with pytest.raises(ValueError, match=rf"must be as StateSpaceModel\(.*{message}"):
+        model.save(tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -147,7 +147,7 @@ class Player:
             return (
                 policy.mean if policy.log_std is not None else choose_action(policy.mean, True)[0]
             )
-        noise = torch.empty(policy.mean.shape, dtype=policy.mean.dtype)
+        noise = torch.empty(policy.mean.shape, dtype=policy.mean.dtype, device="cpu")
         if policy.log_std is None:
             gumbel = -noise.exponential_(generator=self._generator).log()
             return (policy.mean + gumbel.to(policy.mean)).argmax(-1)

@@ -218,7 +218,8 @@ class StandardAdapter:
         """
         before = self.snapshot()
         try:
-            return self._take_steps(loss_of, distribution, kl)
+            with torch.enable_grad():  # an agent may call it where it acts without gradients
+                return self._take_steps(loss_of, distribution, kl)
         except BaseException:
             self.restore(before)
             raise

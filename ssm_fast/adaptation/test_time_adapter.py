@@ -227,7 +227,9 @@ class TestTimeAdapter(StandardAdapter):
         self._calls += 1
 
         def loss_of(_: int) -> Tensor:
-            i = torch.randperm(S, generator=generator)[: self.batch_size].to(start.device)
+            i = torch.randperm(S, generator=generator, device="cpu")[: self.batch_size].to(
+                start.device
+            )
             return self._objective(
                 self.model,
                 {name: part[i] for name, part in x.items()},
@@ -421,7 +423,8 @@ def _row(name: str, x: Any, size: int) -> Tensor:
     Raises:
         ValueError: There are more or less numbers, or one is not finite.
     """
-    row = torch.as_tensor(x).reshape(1, 1, -1)
+    row = x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+    row = row.reshape(1, 1, -1)
     if row.shape[2] != size:
         raise ValueError(f"{name} must have size {size}, got {row.shape[2]}")
     if not bool(torch.isfinite(row).all()):

@@ -75,9 +75,10 @@ class ValueEnsemble:
         B, T, F = f.shape
         K, device = self.num_heads, f.device
         generator = torch.Generator().manual_seed(self._seed)
-        directions = torch.randn(K, F, generator=generator, dtype=f.dtype).to(device)
+        directions = torch.randn(K, F, generator=generator, dtype=f.dtype, device="cpu").to(device)
         blocks = -(-T // self.block_length)
-        weights = torch.empty(K, B, blocks, dtype=f.dtype).exponential_(generator=generator)
+        weights = torch.empty(K, B, blocks, dtype=f.dtype, device="cpu")
+        weights = weights.exponential_(generator=generator)
         weights = weights.to(device).repeat_interleave(self.block_length, -1)[..., :T]
         weights = weights / min(self.block_length, T)
         m, X = weights.reshape(K, B * T), f.reshape(B * T, F)

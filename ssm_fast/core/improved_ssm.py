@@ -18,11 +18,14 @@ from ssm_fast.nn.ssm_layer import (
     Norm,
     SSMLayer,
     check_dtype,
+    is_called,
     is_untouched,
     last_state,
     linear_layer,
     orthogonal_,
+    run_layer,
     runs_fused,
+    step_layer,
     tanh_layer,
 )
 from ssm_fast.ops.backend import is_plain, is_watched, needs_autograd
@@ -300,6 +303,7 @@ class ImprovedSSM(nn.Module):
         if self.log_std is None:
             action, log_prob = choose_action(mean, deterministic, noise)  # [B], [B]
         else:
+            mean = mean.to(self.log_std.dtype)  # under autocast it has another
             action = mean.detach()
             if not deterministic:
                 std = self.log_std.detach().exp()  # [K]
@@ -428,7 +432,8 @@ class ImprovedSSM(nn.Module):
                 ) from error
             entropy = -(log_probs.exp() * log_probs).sum(-1)  # [B, T]
         else:
-            check_dtype("actions", actions, mean)
+            check_dtype("actions", actions, self.log_std)
+            mean = mean.to(self.log_std.dtype)  # under autocast it has another
             log_prob = gaussian_log_prob(actions, mean, self.log_std)  # [B, T]
             entropy = gaussian_entropy(self.log_std).expand_as(value)  # [B, T]
         return log_prob, value, entropy
@@ -520,12 +525,16 @@ class ImprovedSSM(nn.Module):
         for layer, s in zip(cast("list[SSMLayer]", self.layers), state, strict=True):
             residual = h if self.use_residual else None  # [B, H] or [B, T, H]
             if one_step:
-                y, s_next = layer.step(h, s)  # [B, H], [B, N]
+                y, s_next = step_layer(layer, h, s)  # [B, H], [B, N]
                 h = y.tanh() if residual is None else residual + y.tanh()
             else:
-                s_next = layer.states(h, s, reset)  # [B, T, N]
-                h = layer.readout(s_next, h, tanh=True, residual=residual)
-                s_next = s_next if every_state else last_state(s_next, s)
+                if is_called(layer):
+                    y, s_next = run_layer(layer, h, s, reset, every_state=every_state)
+                    h = fused_output(y, None, None, residual, NORM_EPS, True)
+                else:  # the tanh and the residual in the pass of the norm
+                    s_next = layer.states(h, s, reset)  # [B, T, N]
+                    h = layer.readout(s_next, h, tanh=True, residual=residual)
+                    s_next = s_next if every_state else last_state(s_next, s)
             states.append(s_next)
         return h, states
 

@@ -13,6 +13,7 @@ from ssm_fast.checks import check_count
 from ssm_fast.nn.ssm_layer import (
     SPECTRAL_RADIUS,
     check_dtype,
+    in_autocast,
     is_untouched,
     last_state,
     orthogonal_,
@@ -149,6 +150,10 @@ class StateSpaceModel(nn.Module):
                 f"reset must have shape {list(x.shape[:-1])}, as x without its features, "
                 f"got {list(reset.shape)}"
             )
+        if x.ndim == 2 and in_autocast(x):  # the scan keeps its state in float32
+            first = None if reset is None else reset.unsqueeze(1)  # [B, 1]
+            y, h = self.forward(x.unsqueeze(1), h, first)  # [B, 1, O], [B, N]
+            return y.squeeze(1), h
         u = product(x, self.B)  # [B, N] or [B, T, N]
         if x.ndim == 3:
             s = dense_scan(u, self.A, h, reset)  # [B, T, N]

@@ -202,8 +202,8 @@ def _gradients(
     steps = len(inner) // G
     gradients = vector.new_empty(G, len(vector))
     of_rates = torch.empty_like(gradients) if learn_rates else None
-    inner_losses = torch.empty(steps, G, dtype=torch.float64)
-    outer_losses = torch.empty(steps + 1, G, dtype=torch.float64)
+    inner_losses = torch.empty(steps, G, dtype=torch.float64, device="cpu")
+    outer_losses = torch.empty(steps + 1, G, dtype=torch.float64, device="cpu")
     network.native(
         vector.data_ptr(),
         rate.data_ptr(),

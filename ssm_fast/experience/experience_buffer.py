@@ -52,7 +52,7 @@ class ExperienceBuffer:
         self.device = torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
         self._fields: dict[str, Tensor] = {}  # [max_size, ...]
-        self._run = torch.zeros(0, dtype=torch.int64)  # [max_size], see _advance
+        self._run = torch.zeros(0, dtype=torch.int64, device="cpu")  # [max_size], see _advance
         self._size = 0
         self._next = 0  # where the next step goes
         self._last_run = 0  # of the last step
@@ -148,7 +148,7 @@ class ExperienceBuffer:
         check_count("n", n)
         check_count("length", length)
         first = self._draw_ends(n, length) - (length - 1)  # [n]
-        steps = (first.unsqueeze(1) + torch.arange(length)) % self.max_size  # [n, L]
+        steps = (first.unsqueeze(1) + torch.arange(length, device="cpu")) % self.max_size  # [n, L]
         steps = steps.to(self.device)
         sequences = {name: x[steps] for name, x in self._fields.items() if name != "state"}
         if "reset" not in sequences:
@@ -161,8 +161,10 @@ class ExperienceBuffer:
         """The most consecutive steps that are stored; 0 in an empty buffer."""
         if self._size == 0:
             return 0
-        steps_back = self._run[self._places(torch.arange(self._size))]
-        stored = torch.arange(1, self._size + 1)  # what came before the oldest step is gone
+        steps_back = self._run[self._places(torch.arange(self._size, device="cpu"))]
+        stored = torch.arange(
+            1, self._size + 1, device="cpu"
+        )  # what came before the oldest step is gone
         return int(torch.minimum(steps_back, stored).max())
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -173,7 +175,7 @@ class ExperienceBuffer:
         """
         from safetensors.torch import save
 
-        order = self._places(torch.arange(self._size))
+        order = self._places(torch.arange(self._size, device="cpu"))
         tensors = {name: x[order.to(self.device)].cpu() for name, x in self._fields.items()}
         tensors["_run"] = self._run[order]
         tensors["_generator"] = self._generator.get_state()
@@ -256,7 +258,7 @@ class ExperienceBuffer:
                 name: torch.empty(self.max_size, *x.shape[1:], dtype=x.dtype, device=self.device)
                 for name, x in steps.items()
             }
-            self._run = torch.zeros(self.max_size, dtype=torch.int64)
+            self._run = torch.zeros(self.max_size, dtype=torch.int64, device="cpu")
         if M == 0:
             return
         steps["_run"] = self._advance(M, continues or bool(steps.get("reset", _FALSE)[0]))
@@ -274,7 +276,7 @@ class ExperienceBuffer:
         """For each of M new steps, how many steps one can go back to from it, itself included."""
         before = self._last_run if continues else 0
         self._last_run = before + M
-        return torch.arange(before + 1, before + M + 1)
+        return torch.arange(before + 1, before + M + 1, device="cpu")
 
     def _check(self, steps: dict[str, Tensor]) -> None:
         for name in _RESERVED:
@@ -309,9 +311,9 @@ class ExperienceBuffer:
         check_count("n", n)
         if self._size == 0:
             raise ValueError("the buffer is empty")
-        return self._places(torch.randint(self._size, (n,), generator=self._generator)).to(
-            self.device
-        )
+        return self._places(
+            torch.randint(self._size, (n,), generator=self._generator, device="cpu")
+        ).to(self.device)
 
     def _draw_ends(self, n: int, length: int) -> Tensor:
         """Last steps of stored sequences, uniformly: ``[n]``."""
@@ -320,15 +322,17 @@ class ExperienceBuffer:
 
         # Most draws fit, unless the pieces are hardly longer than a sequence.
         ends = self._places(
-            torch.randint(length - 1, self._size, (2 * n,), generator=self._generator)
+            torch.randint(length - 1, self._size, (2 * n,), generator=self._generator, device="cpu")
         )
         ends = ends[self._run[ends] >= length]
         if len(ends) < n:
-            order = self._places(torch.arange(length - 1, self._size))
+            order = self._places(torch.arange(length - 1, self._size, device="cpu"))
             possible = order[self._run[order] >= length]
             if len(possible) == 0:
                 raise ValueError(f"no {length} consecutive steps are stored")
-            more = torch.randint(len(possible), (n - len(ends),), generator=self._generator)
+            more = torch.randint(
+                len(possible), (n - len(ends),), generator=self._generator, device="cpu"
+            )
             ends = torch.cat([ends, possible[more]])
         return ends[:n]
 
@@ -342,6 +346,7 @@ _FALSE = (False,)
 
 def _tensor(name: str, x: Any) -> Tensor:
     try:
-        return torch.as_tensor(x).detach()
+        tensor = x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+        return tensor.detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor, array or number, got {x!r:.80}") from error

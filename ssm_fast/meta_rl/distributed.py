@@ -230,7 +230,7 @@ class _Processes(World):
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
 
     def rows(self, count: int) -> Rows:
-        counts = self.gather(torch.tensor([count])).tolist()
+        counts = self.gather(torch.tensor([count], device="cpu")).tolist()
         return Rows(sum(counts[: self.rank]), count, sum(counts))
 
     def split(self, batch: Tensor) -> Part:
@@ -250,7 +250,7 @@ class _Processes(World):
         return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
     def gather(self, x: Tensor, dim: int = 0) -> Tensor:
-        sizes = torch.cat(self._gather(torch.tensor([x.shape[dim]]))).tolist()
+        sizes = torch.cat(self._gather(torch.tensor([x.shape[dim]], device="cpu"))).tolist()
         rows = x.movedim(dim, 0)
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # [most, ...]
         padded[: len(rows)] = rows
@@ -281,11 +281,13 @@ class _Processes(World):
         """Counts, means and population variances `[P]` of `P` samples over all ranks."""
         moments = [torch.var_mean(x.double(), correction=0) for x in samples]
         variances, means = (torch.stack(column) for column in zip(*moments, strict=True))
-        return self._merge(torch.tensor(counts), means, variances)
+        return self._merge(torch.tensor(counts, device="cpu"), means, variances)
 
     def update(self, norm: RunningNorm, x: Tensor) -> None:
         count, mean, variance = norm.moments(x)
-        total, mean, variance = self._merge(torch.full(mean.shape, count), mean, variance)
+        total, mean, variance = self._merge(
+            torch.full(mean.shape, count, device="cpu"), mean, variance
+        )
         norm.merge(int(total[0]), mean, variance)
 
     def _merge(
@@ -305,7 +307,7 @@ class _Processes(World):
 
     def exchange(self, value: Any) -> list[Any]:
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        lengths = torch.cat(self._gather(torch.tensor([len(text)]))).tolist()
+        lengths = torch.cat(self._gather(torch.tensor([len(text)], device="cpu"))).tolist()
         texts = torch.split(self.gather(text), lengths)
         return [json.loads(bytes(text.tolist())) for text in texts]
 
@@ -316,7 +318,9 @@ class _Processes(World):
             yield
         except _SHARED_ERRORS as error:
             failure = error
-        failed = torch.cat(self._gather(torch.tensor([failure is not None])))  # [ranks]
+        failed = torch.cat(
+            self._gather(torch.tensor([failure is not None], device="cpu"))
+        )  # [ranks]
         if not bool(failed.any()):
             return
         rank = int(failed.nonzero()[0])

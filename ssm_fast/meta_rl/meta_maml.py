@@ -219,7 +219,8 @@ class MetaMAML:
             The mean query loss of the adapted weights, before the step.
 
         Raises:
-            ValueError: There is no task, a shape does not fit, or a set is empty.
+            ValueError: There is no task, a shape does not fit, a set is empty, or the model has other
+                parameters than it had.
             TypeError: A dtype does not fit.
             FloatingPointError: A loss or gradient is not finite. Weights and optimizer are as
                 before.
@@ -264,9 +265,11 @@ class MetaMAML:
             The gradient's norm before clipping.
 
         Raises:
+            ValueError: The model has other parameters than it had.
             FloatingPointError: The norm is not finite: weights and optimizer are as before. Or a
                 weight after the step is not: weights and rates are as before.
         """
+        self._check_model()
         parameters = [*self._parameters.values(), *self._rates.values()]
         gradients = [
             *(gradient.weights[name] for name in self._parameters),
@@ -425,6 +428,15 @@ class MetaMAML:
             return (*positional, state), named
         return (), named | {second.name: state}
 
+    def _check_model(self) -> None:
+        own = dict(self.model.named_parameters())
+        for name, parameter in self._parameters.items():
+            if own.get(name) is not parameter:
+                raise ValueError(
+                    f"{name} of the model must stay the parameter that the optimizer was made with: "
+                    "load_state_dict() without assign=True keeps it"
+                )
+
     def _check_task(self, i: int, task: TaskData) -> None:
         if not isinstance(task, (tuple, list)) or len(task) != len(_PARTS):
             raise ValueError(f"task {i} must be ({', '.join(_PARTS)})")
@@ -446,10 +458,12 @@ class MetaMAML:
                         f"{name}{of_task} must be on the model's device {weight.device}, "
                         f"got {leaf.device}"
                     )
-            first = leaves[0]
-            if name.endswith("_x") and first.is_floating_point() and first.dtype != weight.dtype:
+            dtypes = [leaf.dtype for leaf in leaves if leaf.is_floating_point()]
+            if (
+                name.endswith("_x") and dtypes and weight.dtype not in dtypes
+            ):  # a reset may have others
                 raise TypeError(
-                    f"{name}{of_task} must have the model's dtype {weight.dtype}, got {first.dtype}"
+                    f"{name}{of_task} must have the model's dtype {weight.dtype}, got {dtypes[0]}"
                 )
 
 

@@ -704,7 +704,7 @@ class MetaRLTrainer:
         """
         figures, weights = [], []
         for _ in range(self.outer_epochs):
-            order = torch.randperm(len(rounds[0]["rewards"]))
+            order = torch.randperm(len(rounds[0]["rewards"]), device="cpu")
             for minibatch in order.split(self.tasks_per_minibatch):  # type: ignore[no-untyped-call]
                 tasks, weight = self.world.split(minibatch)
                 batches = [{name: x[tasks] for name, x in batch.items()} for batch in rounds]

@@ -96,7 +96,8 @@ class PpoEpoch:
                 raise ValueError(f"{name} must have shape {[S, L]}, got {list(tensor.shape)}")
             if tensor.dtype != x.dtype:
                 raise TypeError(f"{name} must have dtype {x.dtype}, got {tensor.dtype}")
-        if order.dtype != torch.int64 or not torch.equal(order.sort().values, torch.arange(S)):
+        every = torch.arange(S, device="cpu")
+        if order.dtype != torch.int64 or not torch.equal(order.sort().values, every):
             raise ValueError(f"order must hold the numbers 0 to {S - 1} as int64, each once")
         vector = self._weights.vector
         m, v, steps = self._state()
@@ -109,7 +110,7 @@ class PpoEpoch:
                 raise ValueError(f"{name} must be {x.dtype} of shape {list(vector.shape)}")
         (group,) = self._optimizer.param_groups
         objective, count = self._objective, -(-S // minibatch)
-        figures = torch.empty(count, len(FIGURES), dtype=torch.float64)  # [M, 6]
+        figures = torch.empty(count, len(FIGURES), dtype=torch.float64, device="cpu")  # [M, 6]
         taken = self._gradient.native.ppo_epoch(
             [t.data_ptr() for t in (x, actions, log_probs, *rest, reset, states)],
             (S, L),
@@ -133,7 +134,7 @@ class PpoEpoch:
         vector = self._weights.vector
         state = self._optimizer.state[vector]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = torch.zeros_like(vector, memory_format=torch.preserve_format)
         return state["exp_avg"], state["exp_avg_sq"], state["step"]

@@ -468,7 +468,9 @@ class PPOTrainer:
         step, row = (rollout.terminated | rollout.truncated).cpu().T.nonzero().unbind(1)  # [E]
         place = step * rows.total + rows.first + row  # [E]
         columns = (place, rollout.episode_returns, rollout.episode_lengths)
-        table = torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in columns], dim=1)
+        table = torch.stack(
+            [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in columns], dim=1
+        )
         table = self.world.gather(table)  # [E, 3]
         _, returns, lengths = table[table[:, 0].argsort()].unbind(1)
         return returns.tolist(), lengths.long().tolist()
@@ -575,7 +577,7 @@ class PPOTrainer:
             self._observation, _ = env.reset(seed=seed + rows.first, elapsed=elapsed)
         self._state = self.model.init_hidden(env.batch_size)
         self._reset = np.ones(env.batch_size, dtype=np.bool_)
-        self._return = torch.zeros(env.batch_size, dtype=torch.float64)
+        self._return = torch.zeros(env.batch_size, dtype=torch.float64, device="cpu")
         self._env = env
 
     def _episode_seed(self, iteration: int) -> int:
@@ -800,7 +802,7 @@ class PPOTrainer:
 
     def _minibatches(self, S: int, L: int) -> Iterator[Tensor]:
         """Shuffles `S` sequences into minibatches of about `mini_batch_size` steps."""
-        order = torch.randperm(S, generator=self._shuffle)
+        order = torch.randperm(S, generator=self._shuffle, device="cpu")
         yield from torch.split(order, max(1, self.mini_batch_size // L))
 
     def _sequence_length_for(self, T: int) -> int:

@@ -18,7 +18,9 @@ from ssm_fast.nn.ssm_layer import (
     SSMLayer,
     check_dtype,
     check_norm,
-    last_state,
+    is_called,
+    run_layer,
+    step_layer,
 )
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -187,6 +189,7 @@ class SSM(nn.Module):
     def _forward_padded(
         self, x: Tensor, hx: Tensor | None, reset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        _check_tensor("input", x)
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
             layout = "[B, T, I]" if self.batch_first else "[T, B, I]"
             raise ValueError(
@@ -209,9 +212,9 @@ class SSM(nn.Module):
         h_n: list[Tensor] = []
         for i, layer in enumerate(self._ssm_layers()):
             s0 = None if hx is None else hx[i]  # [B, N]
-            s = layer.states(x, s0, reset, self.batch_first)  # as x, N features
-            h_n.append(last_state(s if self.batch_first else s.transpose(0, 1), s0))
-            x = self._join(i, x, layer.readout(s, x))  # as x, H features
+            y, s = run_layer(layer, x, s0, reset, self.batch_first)  # as x with H features, [B, N]
+            h_n.append(s)
+            x = self._join(i, x, y)  # as x, H features
         h = torch.stack(h_n)  # [L, B, N]
         return (x, h) if batched else (x.squeeze(batch_dim), h.squeeze(1))
 
@@ -229,7 +232,7 @@ class SSM(nn.Module):
         # holds the real ones in the same order.
         batch_sizes = packed.batch_sizes  # [T], on the CPU
         T, B = batch_sizes.shape[0], int(batch_sizes[0])
-        real = torch.arange(B) < batch_sizes.unsqueeze(1)  # [T, B]
+        real = torch.arange(B, device="cpu") < batch_sizes.unsqueeze(1)  # [T, B]
         rows = real.flatten().nonzero().squeeze(1).to(x.device)  # [sum of lengths]
         last = (real.sum(0) - 1).to(x.device)  # [B]
         every = torch.arange(B, device=x.device)  # [B]
@@ -249,10 +252,14 @@ class SSM(nn.Module):
         h_n: list[Tensor] = []
         for i, layer in enumerate(self._ssm_layers()):
             s0 = None if hx is None else hx[i]  # [B, N]
-            s = layer.states(pad(x), s0, padded_reset, batch_first=False)  # [T, B, N]
+            if is_called(layer):
+                y, s = run_layer(layer, pad(x), s0, padded_reset, False, every_state=True)
+                y = y.flatten(0, 1).index_select(0, rows)  # [sum of lengths, H]
+            else:  # only the real rows are read out
+                s = layer.states(pad(x), s0, padded_reset, batch_first=False)  # [T, B, N]
+                y = layer.readout(s.flatten(0, 1).index_select(0, rows), x)
             h_n.append(s[last, every])  # [B, N]: what padding drives the state to is never read
-            s = s.flatten(0, 1).index_select(0, rows)  # [sum of lengths, N]
-            x = self._join(i, x, layer.readout(s, x))  # [sum of lengths, H]
+            x = self._join(i, x, y)  # [sum of lengths, H]
         h = torch.stack(h_n)  # [L, B, N]
         if packed.unsorted_indices is not None:
             h = h.index_select(1, packed.unsorted_indices)  # [L, B, N]
@@ -277,6 +284,7 @@ class SSM(nn.Module):
             ValueError: If a shape does not fit.
             TypeError: If a dtype does not fit.
         """
+        _check_tensor("x", x)
         if x.ndim not in (1, 2) or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"x must have shape [B, I] or [I] with I = {self.input_size}, got {list(x.shape)}"
@@ -296,7 +304,7 @@ class SSM(nn.Module):
             h = h.masked_fill(reset.bool().unsqueeze(1), 0.0)  # [L, B, N]
         h_next: list[Tensor] = []
         for i, layer in enumerate(self._ssm_layers()):
-            y, s = layer.step(x, None if h is None else h[i])  # [B, H], [B, N]
+            y, s = step_layer(layer, x, None if h is None else h[i])  # [B, H], [B, N]
             h_next.append(s)
             x = self._join(i, x, y)  # [B, H]
         h = torch.stack(h_next)  # [L, B, N]
@@ -325,6 +333,7 @@ class SSM(nn.Module):
             TypeError: If a dtype does not fit.
         """
         time = 1 if self.batch_first else 0
+        _check_tensor("input", input)
         if input.ndim != 3 or input.shape[-1] != self.input_size or input.shape[time] == 0:
             layout = "[B, T, I]" if self.batch_first else "[T, B, I]"
             raise ValueError(
@@ -342,9 +351,9 @@ class SSM(nn.Module):
         for i, layer in enumerate(self._ssm_layers()):
             before = states[:, :, i]  # as x, N features
             s0 = before.select(time, 0)  # [B, N]
-            s = layer.states(x, s0, reset, self.batch_first, before)  # as x, N features
+            y, s = run_layer(layer, x, s0, reset, self.batch_first, before, every_state=True)
             after.append(s)
-            x = self._join(i, x, layer.readout(s, x))  # as x, H features
+            x = self._join(i, x, y)  # as x, H features
         return x, torch.stack(after, 2)
 
     def flatten_parameters(self) -> None:
@@ -375,8 +384,6 @@ class SSM(nn.Module):
 
     def _check_dtypes(self, x: Tensor, hx: Tensor | None) -> None:
         weight = self._ssm_layers()[0].A
-        if not isinstance(x, Tensor):
-            raise TypeError(f"input must be a tensor, got {type(x).__name__}")
         if hx is not None and not isinstance(hx, Tensor):
             raise TypeError(
                 f"hx must be one tensor [L, B, N], got {type(hx).__name__}: there is no cell state"
@@ -403,6 +410,11 @@ class SSM(nn.Module):
         if not same or reset.data.ndim != 1 or not torch.equal(_order(reset), _order(packed)):
             raise ValueError("reset must be packed like input (same lengths, same order), [T] each")
         return reset.data
+
+
+def _check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def _order(packed: PackedSequence) -> Tensor:

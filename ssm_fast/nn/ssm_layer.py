@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch.nn.modules.module import (
 
 from ssm_fast.checks import check_count
 from ssm_fast.ops import dense_scan, norm_scan
+from ssm_fast.ops.backend import needs_autograd, normalised
 from ssm_fast.ops.linear import linear
 from ssm_fast.ops.output_norm import fused_output
 
@@ -150,7 +151,13 @@ class SSMLayer(nn.Module):
             self.norm.reset_parameters()
 
     def forward(
-        self, x: Tensor, s0: Tensor | None = None, reset: Tensor | None = None
+        self,
+        x: Tensor,
+        s0: Tensor | None = None,
+        reset: Tensor | None = None,
+        *,
+        restart: Tensor | None = None,
+        every_state: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Run a whole sequence.
 
@@ -158,9 +165,12 @@ class SSMLayer(nn.Module):
             x: Inputs ``[B, T, I]``, any batch and time stride.
             s0: State before the first step ``[B, N]``; zeros when ``None``.
             reset: ``[B, T]``, boolean or 0/1: where it is set, ``x_t`` is the first of an episode.
+            restart: As in `states`.
+            every_state: Return the states of all steps.
 
         Returns:
-            Outputs ``[B, T, H]`` and the last state ``[B, N]`` (``s0`` when ``T`` is 0).
+            Outputs ``[B, T, H]`` and the last state ``[B, N]`` (``s0`` when ``T`` is 0), or every
+            state ``[B, T, N]``.
 
         Raises:
             ValueError: If a shape does not fit.
@@ -171,8 +181,8 @@ class SSMLayer(nn.Module):
                 f"x must have shape [B, T, I] = [B, T, {self.input_size}], got {list(x.shape)}"
             )
         check_dtype("x", x, self.B)
-        s = self.states(x, s0, reset)  # [B, T, N]
-        return self.readout(s, x), last_state(s, s0)
+        s = self.states(x, s0, reset, restart=restart)  # [B, T, N]
+        return self.readout(s, x), s if every_state else last_state(s, s0)
 
     def step(self, x: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Advance one step; equal to ``forward`` on a sequence of length 1, and cheaper.
@@ -187,15 +197,18 @@ class SSMLayer(nn.Module):
         Returns:
             The output ``[B, H]`` and the new state ``[B, N]``.
         """
+        if in_autocast(x):  # the scan keeps its state in float32
+            y, s = self.forward(x.unsqueeze(1), s)  # [B, 1, H], [B, N]
+            return y.squeeze(1), s
         z = F.linear(x, self.B, self.bias)  # [B, N]
         if s is not None:
             z = torch.addmm(z, s, self.A.t())  # [B, N]
         norm = self.norm
         if self.normalize_state and norm is not None:
-            z = F.layer_norm(z, (self.state_size,), norm.weight, norm.bias, norm.eps)  # [B, N]
+            z = layer_norm(norm, z)  # [B, N]
         y = torch.addmm(F.linear(x, self.D), z, self.C.t())  # [B, H]
         if norm is not None and not self.normalize_state:
-            y = F.layer_norm(y, (self.hidden_size,), norm.weight, norm.bias, norm.eps)  # [B, H]
+            y = layer_norm(norm, y)  # [B, H]
         return y, z
 
     def states(
@@ -230,12 +243,25 @@ class SSMLayer(nn.Module):
             reset = None if reset is None else reset.transpose(0, 1)  # [B, T]
         norm = self.norm
         if self.normalize_state and norm is not None:
-            s: Tensor = norm_scan(
-                u, self.A, norm.weight, norm.bias, s0, reset, norm.eps
-            )  # [B, T, N]
+            if is_changed(norm):
+                s = self._states_by_steps(u, norm, s0, reset)  # [B, T, N]
+            else:
+                s = norm_scan(u, self.A, norm.weight, norm.bias, s0, reset, norm.eps)  # [B, T, N]
         else:
             s = dense_scan(u, self.A, s0, reset)  # [B, T, N]
         return s if batch_first else s.transpose(0, 1)
+
+    def _states_by_steps(
+        self, u: Tensor, norm: nn.Module, s: Tensor | None, reset: Tensor | None
+    ) -> Tensor:
+        """`norm_scan` with a norm that has to be called: somebody else's, or one with hooks."""
+        states = []
+        for t in range(u.shape[1]):
+            if s is not None and reset is not None:
+                s = s.masked_fill(reset[:, t].bool().unsqueeze(1), 0.0)  # [B, N]
+            s = norm(u[:, t] if s is None else torch.addmm(u[:, t], s, self.A.t()))  # [B, N]
+            states.append(s)
+        return torch.stack(states, 1) if states else u
 
     def readout(
         self, s: Tensor, x: Tensor, *, tanh: bool = False, residual: Tensor | None = None
@@ -253,10 +279,9 @@ class SSMLayer(nn.Module):
         """
         z = product(s, self.C, add=product(x, self.D))  # [..., H]
         norm = None if self.normalize_state else self.norm
+        if norm is not None and is_changed(norm):
+            z, norm = norm(z), None  # [..., H]
         weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
-        if norm is not None and (weight is None or bias is None):
-            z = F.layer_norm(z, (self.hidden_size,), weight, bias, norm.eps)  # [..., H]
-            weight = bias = None
         if weight is None and residual is None and not tanh:
             return z
         return fused_output(z, weight, bias, residual, 1e-5 if norm is None else norm.eps, tanh)
@@ -313,7 +338,12 @@ def tanh_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether nobody has put a hook on it, or on all modules, or another method into it."""
-    return not (
+    return not (_is_hooked(module) or "step" in module.__dict__)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does something beside its class's ``forward``."""
+    return bool(
         _global_forward_hooks
         or _global_forward_pre_hooks
         or _global_backward_hooks
@@ -323,8 +353,89 @@ def is_untouched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or "step" in module.__dict__
     )
+
+
+def is_called(layer: SSMLayer) -> bool:
+    """Whether a layer has to be called for its hooks, or its own ``forward``, to run."""
+    return _is_hooked(layer) or type(layer).forward is not SSMLayer.forward
+
+
+def is_changed(norm: nn.Module) -> bool:
+    """Whether a norm is not torch's with a weight and a bias, or has hooks: then it has to be called."""
+    return (
+        type(norm) is not nn.LayerNorm
+        or norm.weight is None
+        or norm.bias is None
+        or _is_hooked(norm)
+    )
+
+
+def layer_norm(norm: nn.LayerNorm, z: Tensor) -> Tensor:
+    """The norm of rows ``[B, H]``, with right derivatives of every order, which torch's has not."""
+    if is_changed(norm):
+        normed: Tensor = norm(z)
+        return normed
+    if not needs_autograd(z, norm.weight, norm.bias):
+        return F.layer_norm(z, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    if z.device.type == "cpu" and z.dtype not in (torch.float32, torch.float64):
+        return normalised(z, norm.eps)[0] * norm.weight + norm.bias
+    return fused_output(z, norm.weight, norm.bias, None, norm.eps, False)
+
+
+def run_layer(
+    layer: SSMLayer,
+    x: Tensor,
+    s0: Tensor | None,
+    reset: Tensor | None,
+    batch_first: bool = True,
+    restart: Tensor | None = None,
+    every_state: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `SSMLayer.forward` returns, through a call of the layer where it has to be called.
+
+    Args:
+        layer: The layer.
+        x: As in `SSMLayer.states`, and so are the next four.
+        s0: See there.
+        reset: See there.
+        batch_first: See there.
+        restart: See there.
+        every_state: Return the states of all steps.
+
+    Returns:
+        Outputs, laid out as ``x``, and the last state ``[B, N]``, or every state, laid out as ``x``.
+    """
+    if not is_called(layer):
+        s = layer.states(x, s0, reset, batch_first, restart)  # as x, N features
+        y = layer.readout(s, x)  # as x, H features
+        return y, s if every_state else last_state(s if batch_first else s.transpose(0, 1), s0)
+    if not batch_first:
+        x = x.transpose(0, 1)  # [B, T, I]
+        reset = None if reset is None else reset.transpose(0, 1)  # [B, T]
+        restart = None if restart is None else restart.transpose(0, 1)  # [B, T, N]
+    # Somebody else's forward need not know of what is not asked for.
+    more: dict[str, Any] = {"every_state": True} if every_state else {}
+    if restart is not None:
+        more["restart"] = restart
+    y, s = layer(x, s0, reset, **more)
+    if not batch_first:
+        y, s = y.transpose(0, 1), s.transpose(0, 1) if every_state else s
+    return y, s
+
+
+def step_layer(layer: SSMLayer, x: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`SSMLayer.step`, through a call of the layer where it has to be called."""
+    if not is_called(layer) or "step" in layer.__dict__:
+        return layer.step(x, s)
+    y, s = layer(x.unsqueeze(1), s)  # [B, 1, H], [B, N]
+    return y.squeeze(1), s
+
+
+def in_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses the dtypes of operations on a tensor."""
+    kind = x.device.type
+    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
 
 
 def last_state(s: Tensor, s0: Tensor | None) -> Tensor:
@@ -368,9 +479,7 @@ def check_radius(spectral_radius: float) -> float:
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
     """Raise unless ``x`` has the dtype of the parameters, or autocast chooses the dtypes."""
     if x.dtype != weight.dtype and not (
-        x.dtype in (torch.float16, torch.bfloat16)
-        and x.device.type in ("cpu", "cuda")
-        and torch.is_autocast_enabled(x.device.type)
+        x.dtype in (torch.float16, torch.bfloat16) and in_autocast(x)
     ):
         raise TypeError(
             f"{name} must have the parameters' dtype {weight.dtype}, got {x.dtype}: convert it, or use "

@@ -230,8 +230,8 @@ def _keys(x: Tensor) -> int:
 
 
 with torch.inference_mode():
-    _PLAIN = {_keys(torch.empty(0))}
-_PLAIN.add(_keys(torch.empty(0)))
+    _PLAIN = {_keys(torch.empty(0, device="cpu"))}
+_PLAIN.add(_keys(torch.empty(0, device="cpu")))
 
 
 def is_plain(x: Tensor) -> bool:

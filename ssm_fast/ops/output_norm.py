@@ -181,6 +181,10 @@ def run_output_norm_grad(
     assert rows is not None
     weight = None if weight is None else last_contiguous(weight)
     bias = None if bias is None else last_contiguous(bias)
+    mean, rstd = (
+        mean.contiguous(),
+        rstd.contiguous(),
+    )  # as hooks on saved tensors may not leave them
     native_kernel("output_norm_grad", z.dtype)(
         *row_address(grads),
         *row_address(rows),

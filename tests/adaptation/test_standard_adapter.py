@@ -56,6 +56,14 @@ class TestUpdateStep:
             assert (loss, steps) == (pytest.approx(losses[0], rel=1e-5), 3)
         torch.testing.assert_close(weights_of(adapter.model), weights_of(other))
 
+    def test_where_no_gradients_are_recorded(self) -> None:
+        model, x, y = regression()
+        adapter, other = StandardAdapter(model), StandardAdapter(model)
+        with torch.no_grad():
+            adapter.update_step(x, y)
+        other.update_step(x, y)
+        assert_equal(weights_of(adapter.model), weights_of(other.model))
+
     def test_a_copy_adapts_on_its_own(self) -> None:
         model, x, y = regression()
         adapter = StandardAdapter(model, StandardAdaptationConfig(1e-2))

@@ -622,7 +622,7 @@ class TestNativeStep:
         with torch.no_grad():
             native = model.get_action(x[:, 0], h, True)
         modules = model.get_action(x[:, 0], h, True)
-        assert torch.equal(native[2], modules[2])
+        torch.testing.assert_close(native[2], modules[2].detach(), rtol=1e-12, atol=1e-12)
 
     def test_leaves_changed_models_to_the_modules(self) -> None:
         x, h, _, _ = inputs(make())
@@ -673,9 +673,32 @@ class TestNativeStep:
             model = make(normalize_observations=change is single_statistics)
             change(model)
             with torch.no_grad():
-                native = model.get_action(x[:, 0], h, True)
-            for one, other in zip(native, model.get_action(x[:, 0], h, True), strict=True):
-                assert torch.equal(one, other.detach())
+                assert not model.can_step_natively(x[:, 0], h)
+                without = model.get_action(x[:, 0], h, True)
+            for one, other in zip(without, model.get_action(x[:, 0], h, True), strict=True):
+                torch.testing.assert_close(one, other.detach(), rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("every_state", [True, False])
+    def test_hooks_on_layers_run(self, every_state: bool) -> None:
+        model, other = make(), make()
+        x, h, reset, _ = inputs(model)
+        calls = []
+        for layer in model.layers:
+            layer.register_forward_hook(lambda *_: calls.append(1))
+        run = ImprovedSSM.unroll if every_state else ImprovedSSM.forward
+        torch.testing.assert_close(run(model, x, h, reset), run(other, x, h, reset))
+        assert len(calls) == L
+        torch.testing.assert_close(model(x[:, 0], h), other(x[:, 0], h))
+        assert len(calls) == 2 * L
+
+    def test_actions_under_autocast(self) -> None:
+        model = make(dtype=torch.float32)
+        x, h, _, _ = inputs(model)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            action, log_prob, _, h_next = model.get_action(x[:, 0], h)
+            again, _, _ = model.evaluate_actions(x[:, 0], action, h)
+        assert action.dtype == log_prob.dtype == h_next.dtype == torch.float32
+        torch.testing.assert_close(again, log_prob, rtol=0, atol=0)
 
     def test_reads_the_weights_of_functional_call(self) -> None:
         model, other = make(), make(seed=5)

@@ -667,6 +667,12 @@ class TestBadInput:
         ]
         for tasks, error, match in cases:
             self.untouched(maml, lambda tasks=tasks: maml.meta_update(tasks), error, match)
+        reset = torch.zeros(x["x"].shape[:2])  # float32, beside float64 observations
+        maml.meta_update([({"reset": reset, **x}, y, x, y)])
+        maml.model.load_state_dict(make("standard").state_dict(), assign=True)
+        with pytest.raises(ValueError, match="of the model must stay the parameter that"):
+            maml.meta_update(make_tasks())
+        maml = MetaMAML(make("standard"))
         state = torch.zeros(B + 1, N, dtype=torch.float64)
         with pytest.raises(ValueError, match="hidden_state must have shape"):
             maml.meta_update(make_tasks(), state)

@@ -521,6 +521,11 @@ def test_half_precision_on_the_cpu_says_what_to_do() -> None:
 
 def test_a_pair_of_states_and_an_array_are_refused_by_name() -> None:
     layer, x, h = SSM(3, 4, batch_first=True), torch.randn(2, 5, 3), torch.zeros(1, 2, 4)
+    for wrong in ([[0.0]], None):
+        with pytest.raises(TypeError, match="input must be a tensor, got"):
+            layer(wrong)
+        with pytest.raises(TypeError, match="x must be a tensor, got"):
+            layer.step(wrong)
     with pytest.raises(TypeError, match=r"hx must be one tensor \[L, B, N\], got tuple"):
         layer(x, (h, h))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="input must be a tensor, got ndarray"):

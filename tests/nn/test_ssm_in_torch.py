@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import jacfwd, jacrev
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import pack_sequence
 
 from ssm_fast import SSM
+from ssm_fast.nn import SSMLayer
 
 NORMS = [None, "output", "state"]
 L, N = 2, 4
@@ -184,3 +187,125 @@ def test_two_processes_learn_as_one_with_the_whole_batch(tmp_path: Path) -> None
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+class TestHooks:
+    """Layers of a stack with hooks, which a fast path must not pass over."""
+
+    @pytest.mark.parametrize("batch_first", [True, False])
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_run_wherever_a_layer_does(self, norm: Any, batch_first: bool) -> None:
+        module, other = (make(norm, batch_first=batch_first) for _ in range(2))
+        calls: list[str] = []
+        for layer in module.layers:
+            layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+            layer.register_forward_hook(lambda *_: calls.append("after"))
+        if norm is not None:
+            module.layers[0].norm.register_forward_hook(lambda *_: calls.append("norm"))
+        x, h, reset = inputs()
+        if not batch_first:
+            x, reset = x.transpose(0, 1), reset.transpose(0, 1)
+        states = torch.randn(*x.shape[:2], L, N)
+        packed = pack_sequence([x[0], x[1, :2]])
+
+        def run(module: SSM) -> list[tuple[Tensor, Tensor]]:
+            y, h_n = module(packed)
+            return [
+                module(x, h, reset=reset),
+                (y.data, h_n),
+                module.step(x[:, 0], None if not batch_first else h, reset=reset[:, 0]),
+                module.replay(x, states, reset=reset),
+            ]
+
+        expected = run(other)
+        for result, wanted in zip(run(module), expected, strict=True):
+            torch.testing.assert_close(result, wanted)
+        assert calls.count("before") == calls.count("after") == 4 * L
+        assert bool(calls.count("norm")) == (norm is not None)
+
+    def test_change_what_comes_out(self) -> None:
+        module = make()
+        x, h, _ = inputs()
+        y, h_n = module(x, h)
+        module.layers[-1].register_forward_hook(lambda module, args, out: (out[0] + 1.0, out[1]))
+        torch.testing.assert_close(module(x, h), (y + 1.0, h_n))
+
+    def test_backward(self) -> None:
+        module, seen = make(), []
+        module.layers[0].register_full_backward_hook(lambda *_: seen.append(1))
+        module(inputs()[0].requires_grad_())[0].sum().backward()
+        assert seen == [1]
+
+    @pytest.mark.parametrize("change", ["pruned", "spectral_norm"])
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_weights_that_a_hook_computes_train(self, norm: Any, change: str) -> None:
+        module = make(norm)
+        layer = module.layers[0]
+        if change == "pruned":
+            prune.random_unstructured(layer, "A", 0.5)
+        else:
+            nn.utils.spectral_norm(layer, "A")
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        x, h, reset = inputs()
+        for _ in range(2):
+            before = layer.get_parameter("A_orig").detach().clone()
+            optimizer.zero_grad()
+            y, _ = module(x, h, reset=reset)
+            y_step, _ = module.step(x[:, 0], h)
+            (y.square().sum() + y_step.square().sum()).backward()
+            optimizer.step()
+            assert not torch.equal(layer.get_parameter("A_orig"), before)
+
+    def test_a_forward_of_ones_own(self) -> None:
+        class Doubled(SSMLayer):
+            def forward(self, x: Tensor, s0: Any = None, reset: Any = None) -> Any:
+                y, s = super().forward(x, s0, reset)
+                return 2.0 * y, s
+
+        module, other = make(), make()
+        module.layers[-1] = Doubled(5, 5, N, norm="state")
+        module.load_state_dict(other.state_dict())
+        x, h, reset = inputs()
+        module.residual = other.residual = False
+        y, h_n = other(x, h, reset=reset)
+        torch.testing.assert_close(module(x, h, reset=reset), (2.0 * y, h_n))
+        y, h_n = other.step(x[:, 0], h)
+        torch.testing.assert_close(module.step(x[:, 0], h), (2.0 * y, h_n))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_autocast_keeps_the_state_of_steps_in_float32(norm: Any) -> None:
+    module = make(norm)
+    x, h, _ = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, h_n = module(x[:, :1], h)
+        y_step, h_step = module.step(x[:, 0], h)
+    assert h_step.dtype == torch.float32
+    assert torch.equal(y_step, y[:, 0])
+    assert torch.equal(h_step, h_n)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_derivatives_of_a_step(norm: Any) -> None:
+    """Of every order and in every mode, where those of torch's layer_norm are wrong."""
+    module = make(norm, activation=None).double()
+    x, h = torch.randn(2, 3).double(), torch.randn(L, 2, N).double()
+
+    def stepped(x: Tensor) -> Tensor:
+        return module.step(x, h)[0].sin().sum()
+
+    def whole(x: Tensor) -> Tensor:
+        return module(x.unsqueeze(1), h)[0].sin().sum()
+
+    def third(f: Any) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        for _ in range(3):
+            (grad,) = torch.autograd.grad(y, leaf, create_graph=True)
+            y = grad.square().sum()
+        return grad
+
+    torch.testing.assert_close(third(stepped), third(whole))
+    expected = jacrev(jacrev(whole))(x)
+    for outer, inner in ((jacrev, jacfwd), (jacfwd, jacrev), (jacfwd, jacfwd)):
+        torch.testing.assert_close(outer(inner(stepped))(x), expected)

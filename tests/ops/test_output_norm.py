@@ -98,6 +98,21 @@ def test_any_layout(layout):
     torch.testing.assert_close(actual, expected)
 
 
+def test_saved_tensors_of_another_layout():
+    tensors = problem((3, 5, 8), True, True, torch.float64)
+    mine, theirs = leaves_of(*tensors), leaves_of(*tensors)
+    output_norm(*theirs).sum().backward()
+
+    def pack(x):
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[..., 0]):
+        y = output_norm(*mine).sum()
+    y.backward()
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 @every_option
 def test_vmap_over_weights_is_groups(norm, tanh, residual):
     many = [problem((4, 9), norm, residual, seed=seed) for seed in range(3)]

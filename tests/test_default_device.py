@@ -1,0 +1,124 @@
+"""Models and data on the CPU, where torch makes new tensors elsewhere: on a GPU, or here nowhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+
+from ssm_fast import SSM
+from ssm_fast.adaptation import StandardAdapter, TestTimeAdapter
+from ssm_fast.core import ImprovedSSM, StateSpaceModel
+from ssm_fast.env_runner import Environment
+from ssm_fast.experience import ExperienceBuffer
+from ssm_fast.meta_rl.meta_maml import MetaMAML
+from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
+
+X, Y = torch.randn(4, 6, 3), torch.randn(4, 6, 2)
+
+
+def _packed() -> Callable[[], Tensor]:
+    layer, sequences = SSM(3, 5), pack_sequence([X[0], X[1, :4]])
+    return lambda: layer(sequences)[0].data
+
+
+def _meta_update() -> Callable[[], Tensor]:
+    maml = MetaMAML(StateSpaceModel(8, 3, 2))
+    maml.meta_update([(X, Y, X, Y)] * 2)
+
+    def run() -> Tensor:
+        maml.meta_update([(X, Y, X, Y)] * 2)
+        return maml.model.get_parameter("A")
+
+    return run
+
+
+def _ppo(env_id: str) -> Callable[[], Tensor]:
+    env = Environment(env_id, 2, max_episode_steps=12)
+    model = ImprovedSSM(env.input_dim, env.action_dim, 4, 8, discrete=env.discrete)
+    trainer = PPOTrainer(model, num_steps=16, seed=0, ppo_epochs=2)
+
+    def run() -> Tensor:
+        trainer.train(env, 64)
+        return model.encoder.weight
+
+    return run
+
+
+def _adapt() -> Callable[[], Tensor]:
+    adapter = StandardAdapter(StateSpaceModel(8, 3, 2))
+
+    def run() -> Tensor:
+        adapter.update_step(X, Y)
+        return adapter.model.get_parameter("A")
+
+    return run
+
+
+def _adapt_while_playing() -> Callable[[], Tensor]:
+    adapter = TestTimeAdapter(ImprovedSSM(3, 2), seed=0)
+    for i in range(40):
+        adapter.store_transition(X[0, i % 6], Y[0, i % 6], float(i), X[1, i % 6], False)
+
+    def run() -> Tensor:
+        adapter.adapt()
+        return adapter.model.get_parameter("encoder.weight")
+
+    return run
+
+
+def _buffer() -> Callable[[], Tensor]:
+    buffer = ExperienceBuffer(10, "cpu", seed=0)
+
+    def run() -> Tensor:
+        buffer.extend(X[0], Y[0])
+        sequences = buffer.sample_sequences(8, 2)["targets"]  # [8, 2, 2]
+        return torch.cat((buffer.get_batch(8)[0], sequences[:, 0]), 1)
+
+    return run
+
+
+CASES: dict[str, Callable[[], Callable[[], Tensor]]] = {
+    "packed": _packed,
+    "meta-update": _meta_update,
+    "PPO, native": lambda: _ppo("Pendulum-v1"),
+    "PPO": lambda: _ppo("CartPole-v1"),
+    "adapter": _adapt,
+    "test-time adapter": _adapt_while_playing,
+    "buffer": _buffer,
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_results_do_not_depend_on_it(case: Any) -> None:
+    results = []
+    for default in ("cpu", "meta"):
+        torch.manual_seed(0)
+        run = case()
+        with torch.device(default):
+            results.append(run().detach().clone())
+    assert torch.equal(*results)
+
+
+def test_a_step_that_is_imported_under_another_default_device(tmp_path: Path) -> None:
+    program = """
+import torch
+torch.set_default_device("meta")
+from ssm_fast.core import ImprovedSSM
+torch.set_default_device("cpu")
+model = ImprovedSSM(3, 2)
+with torch.no_grad():
+    assert model.can_step_natively(torch.randn(4, 3), model.init_hidden(4))
+meta = model.to("meta")
+with torch.no_grad():
+    action = meta.get_action(torch.empty(4, 3, device="meta"))[0]
+assert action.device.type == "meta"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
