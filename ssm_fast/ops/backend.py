@@ -212,13 +212,14 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 
 def needs_reference() -> bool:
-    """Whether torch's own formulas alone give the right tangents: forward mode inside forward mode.
+    """Whether torch's own formulas alone give the right derivatives: forward mode inside forward mode.
 
     torch takes what a Function's jvp has saved for constant there. torch.compile leaves the jvp of an
-    op out in any forward mode.
+    op out in any forward mode, and fails at its gradient inside a transform of torch.func.
     """
     if torch.compiler.is_compiling():
-        return torch.autograd.forward_ad._current_level >= 0
+        in_transform: bool = torch._C._are_functorch_transforms_active()
+        return in_transform or torch.autograd.forward_ad._current_level >= 0
     if not torch._C._are_functorch_transforms_active():
         return False
     levels = retrieve_all_functorch_interpreters()

@@ -1,4 +1,4 @@
-"""Forward mode inside forward mode, and compiled."""
+"""Forward mode inside forward mode, and transforms in compiled functions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import hessian, jacfwd, jvp
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 from ssm_fast import SSM, ops
 from ssm_fast.ops.linear import linear
@@ -80,6 +80,28 @@ def test_compiled(name: str, order: int) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(derivative, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), derivative(*inputs))
+
+
+@pytest.mark.parametrize("name", _cases())
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "vmap", "vmap of grad", "grad of vmap"])
+def test_transforms_in_a_compiled_function(name: str, transform: str) -> None:
+    f, inputs = _cases()[name]
+    several = tuple(torch.stack((x, 0.5 * x)) for x in inputs)
+
+    def loss(*x: Tensor) -> Tensor:
+        return f(*x, impl="auto").square().sum()
+
+    every = tuple(range(len(inputs)))
+    transformed, arguments = {
+        "grad": (grad(loss, every), inputs),
+        "jacrev": (jacrev(loss, every), inputs),
+        "vmap": (vmap(loss), several),
+        "vmap of grad": (vmap(grad(loss, every)), several),
+        "grad of vmap": (grad(lambda *x: vmap(loss)(*x).sum(), every), several),
+    }[transform]
+    torch._dynamo.reset()
+    compiled = torch.compile(transformed, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), transformed(*arguments))
 
 
 def test_linear() -> None:
