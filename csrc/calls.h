@@ -14,9 +14,19 @@ namespace ssm_fast {
 constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
 constexpr Index kLinearRows = 96;    // rows of a linear call that are worth a thread
 
+// torch sets OpenMP's number of threads in a thread of Python when it is first asked for it there: what asks it.
+inline void (*on_new_thread)() = nullptr;
+
+inline Index most_threads() {
+  thread_local bool is_new = true;
+  if (is_new && on_new_thread) on_new_thread();
+  is_new = false;
+  return omp_get_max_threads();
+}
+
 inline int threads_for(double work, Index rows) {
   if (work < kSerialWork || omp_in_parallel()) return 1;
-  const Index threads = omp_get_max_threads();
+  const Index threads = most_threads();
   return int(threads < rows ? threads : (rows < 1 ? 1 : rows));
 }
 

@@ -573,6 +573,14 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     return names;
   });
   m.def("num_threads", [] { return omp_get_max_threads(); });
+  m.def("on_new_thread", [](py::function function) {
+    static PyObject* called;  // for good: threads outlive the module
+    called = function.release().ptr();
+    on_new_thread = [] {
+      const py::gil_scoped_acquire acquire;
+      py::handle(called)();
+    };
+  });
   m.def("dense_scan_float32", &dense_scan<float>);
   m.def("dense_scan_float64", &dense_scan<double>);
   py::enum_<Sweep>(m, "Sweep")

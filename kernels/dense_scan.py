@@ -19,6 +19,7 @@ from ssm_fast.kernels.recurrence import (
     plan,
     resident_matrix,
     strides,
+    wide,
 )
 from ssm_fast.ops.backend import empty_states, last_contiguous
 
@@ -151,7 +152,7 @@ def chunked(
         return
     power = torch.linalg.matrix_power(A.double(), L)
     safe = (power.abs().amax((1, 2)) <= LARGEST_POWER).view(torch.uint8)  # [G], not of NaN
-    state = torch.float64 if u.dtype == torch.float64 else torch.float32
+    state = wide(u.dtype)
     e = u.new_empty(G, B, ends, N, dtype=state)
     starts = torch.empty_like(e)
     cut = None if reset is None else reset.new_empty(G, B, ends)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_fast.kernels.recurrence import OPTIONS, accumulator, chunk_length, only_if, strides
+from ssm_fast.kernels.recurrence import OPTIONS, accumulator, chunk_length, only_if, strides, wide
 
 STEPS = 8  # that `steps_of` reads at once
 MANY_COLUMNS = 1 << 14  # from here on there are enough of them: programs are wide, time is not cut
@@ -200,7 +200,7 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: b
         return h
     chunks = triton.cdiv(T, L)
     planes = 4 if b.is_complex() else 2
-    state = torch.float64 if tensors[1].dtype == torch.float64 else torch.float32
+    state = wide(tensors[1].dtype)
     carry = tensors[1].new_empty(planes, chunks - 1, M * C, dtype=state)
     launch("ends", *tensors[:3], None, carry, L, chunks - 1, reverse, shift)
     launch("fix", *tensors, carry, L, chunks, reverse, shift)

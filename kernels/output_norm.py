@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_fast.kernels.recurrence import OPTIONS, accumulator, strides
+from ssm_fast.kernels.recurrence import OPTIONS, accumulator, strides, wide
 from ssm_fast.ops.backend import last_contiguous
 
 MAX_FEATURES = 8192
@@ -134,7 +133,8 @@ def output_norm(
     """The op ``ssm_fast::output_norm``: y, and the mean and rstd of each row if ``save``."""
     y = z.new_empty(z.shape)
     saved = z.shape[:-1] if save and weight is not None else (0,)
-    mean, rstd = z.new_empty(saved), z.new_empty(saved)
+    # Not in half precision: the gradient takes the difference of z and its mean.
+    mean, rstd = (z.new_empty(saved, dtype=wide(z.dtype)) for _ in range(2))
     if y.numel() == 0:
         return y, mean, rstd
     rows, added = grouped(z, weight), grouped(residual, weight)
@@ -170,8 +170,7 @@ def output_norm_grad(
     G, M, H = rows.shape
     features, tile, warps = tile_of("output_norm", H)
     count = min(PARTS, triton.cdiv(M, tile))
-    state = torch.float64 if z.dtype == torch.float64 else torch.float32
-    parts = None if weight is None else z.new_empty(G, count, 2, H, dtype=state)
+    parts = None if weight is None else z.new_empty(G, count, 2, H, dtype=wide(z.dtype))
     grad_kernel[(count * G,)](
         grads, rows, weight, bias, mean.contiguous(), rstd.contiguous(), grad_z, parts,
         *strides(grads, 2), *strides(rows, 2), group_stride(weight), group_stride(bias), M, count,

@@ -63,8 +63,13 @@ def plan(op: str, rows: int, N: int, double: bool) -> Plan:
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The type of state and sums in a kernel, `wide`."""
+    return tl.float64 if wide(dtype) == torch.float64 else tl.float32
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
     """The type of state and sums: float64 for itself, float32 for everything else."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunk_length(T: int) -> int:

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -42,6 +42,7 @@ class _SequenceGradient:
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
 def num_threads() -> int: ...
+def on_new_thread(function: Callable[[], object]) -> None: ...
 
 dense_scan_float32: _Kernel
 dense_scan_float64: _Kernel
@@ -67,6 +68,10 @@ linear_grad_float32: _Kernel
 linear_grad_float64: _Kernel
 linear_tangent_float32: _Kernel
 linear_tangent_float64: _Kernel
+state_space_gradients_float32: _Kernel
+state_space_gradients_float64: _Kernel
+policy_gradients_float32: _Kernel
+policy_gradients_float64: _Kernel
 SequenceGradient_float32: type[_SequenceGradient]
 SequenceGradient_float64: type[_SequenceGradient]
 policy_step_float32: _Kernel

@@ -512,6 +512,11 @@ class TestAdapt:
                 ssm_fast.load_policy("one.safetensors"), FAMILY, 2, EVALUATION_SEED, task=task
             )
             assert f"return {result.mean:.1f} +- {result.std:.1f}" in lines[1]
+        again = ["adapt", "one.safetensors", "--method", "standard", "--episodes", "2"]
+        again += ["--adapt-every", "5"]
+        assert cli.main([*again, "--out", "three.safetensors"]) == 0
+        assert capsys.readouterr().out.startswith(f"in the task {family.test_tasks[3]}\n")
+        assert read_metadata("three.safetensors") == read_metadata("one.safetensors")
         assert cli.main([*play, "--video", "one.mp4"]) == 0
         assert re.fullmatch(
             r"one\.mp4: return \d+\.0 after \d+ steps", capsys.readouterr().out.splitlines()[-1]

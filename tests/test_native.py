@@ -74,6 +74,27 @@ def test_torch_sets_the_number_of_threads():
         torch.set_num_threads(threads)
 
 
+def test_torch_sets_the_number_of_threads_in_every_thread():
+    program = """
+import threading
+import torch
+from ssm_fast.ops import dense_scan
+from ssm_fast.ops.backend import native
+torch.set_num_threads(2)
+found = []
+def run():
+    dense_scan(torch.randn(32, 64, 64), torch.eye(64))
+    found.append(native.num_threads())
+for _ in range(2):
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+assert found == [2, 2], found
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "5"}
+    subprocess.run([sys.executable, "-I", "-c", program], check=True, env=environment)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_one_openmp_runtime_is_loaded():
     maps = Path("/proc/self/maps").read_text().splitlines()

@@ -159,12 +159,13 @@ class StandardAdapter:
         """
         if self._average is None:
             raise ValueError("ema_decay must be set to average the weights")
-        names = [n for n, p in self.model.named_parameters() if p.requires_grad]
-        sizes = [self.model.get_parameter(name).numel() for name in names]
-        parts = torch.split(self._average, sizes)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        parts = torch.split(self._average, [p.numel() for p in trained])
+        averages = {id(p): part for p, part in zip(trained, parts, strict=True)}
         own: dict[str, Tensor] = {n: t.clone() for n, t in self.model.state_dict().items()}
-        for name, part in zip(names, parts, strict=True):
-            own[name] = part.view_as(own[name]).clone()
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):  # tied ones too
+            if id(parameter) in averages:
+                own[name] = averages[id(parameter)].view_as(own[name]).clone()
         return own
 
     def take_average(self) -> None:
@@ -215,7 +216,14 @@ class StandardAdapter:
             loss_of: The loss at the weights of the model, of each step.
             distribution: Of the actions, at the weights of the model.
             kl: What the trust region bounds; by default the divergence from the policy before.
+
+        Raises:
+            RuntimeError: It is called inside ``torch.inference_mode()``.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "an adapter learns by gradients: use torch.no_grad() around it instead of inference_mode()"
+            )
         before = self.snapshot()
         try:
             with torch.enable_grad():  # an agent may call it where it acts without gradients

@@ -283,6 +283,8 @@ class TestTimeAdapter(StandardAdapter):
             ValueError: A shape does not fit, or a number is not finite.
             FloatingPointError: The policy is not finite there.
         """
+        if not self._following:
+            self._forget_steps(1)  # those of adapt_online
         model = policy_of(self)
         weight = model.encoder.weight
         x = _row("observation", observation, model.input_dim).to(weight)  # [1, 1, I]

@@ -26,6 +26,7 @@ from ssm_fast.cli.environments import (
     environment_of,
     policy_file,
     route_mujoco_warnings,
+    stored_task,
     task_of,
 )
 from ssm_fast.cli.evaluate import trained_meta_rl
@@ -64,7 +65,13 @@ class AdaptationReport:
 def run_adaptation(options: Adapt) -> None:
     """Adapts a copy of a policy, writes it, and prints the comparison with the policy as it was."""
     replaced = " (another one was there before)" if options.out.exists() else ""
-    report = adapt_policy(options)
+    task = None
+    if options.task is None:
+        path = policy_file(options.path)
+        task = stored_task(path, environment_of(path, options.env))
+        if task is not None:
+            say(f"in the task {task}")
+    report = adapt_policy(options, task=task)
     say(f"{'episode':>14} {'without':>10} {'adapting':>10}")
     for i, row in enumerate(zip(report.without, report.adapting, strict=True)):
         say(f"{i + 1:>14} {row[0]:>10.1f} {row[1]:>10.1f}")
@@ -82,13 +89,15 @@ def _say_means(name: str, without: Sequence[float], adapting: Sequence[float]) -
 
 
 def adapt_policy(
-    options: Adapt, on_stage: Callable[[str], None] = lambda _: None
+    options: Adapt, on_stage: Callable[[str], None] = lambda _: None, task: Task | None = None
 ) -> AdaptationReport:
     """Adapts a copy of a policy and writes it.
 
     Args:
         options: Those of the command.
         on_stage: Called with a few words on what begins.
+        task: What to play where the options name no number; what the environment plays anyway if
+            None.
     """
     method = _method_of(options)
     options = replace(options, method=method)
@@ -113,7 +122,8 @@ def adapt_policy(
     critic = _state_of_critic(path, method)
     route_mujoco_warnings(env_id)
     torch.set_num_threads(1)
-    task = None if options.task is None else task_of(env_id, options.split, options.task)
+    if options.task is not None:
+        task = task_of(env_id, options.split, options.task)
     with _environment(env_id, task, chosen) as env:
         check_spaces(env, *spaces_of(model))
         if run is not None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
 from pathlib import Path
-
-import gymnasium
 
 from ssm_fast.checkpoint import read_metadata
 from ssm_fast.cli.messages import say
 from ssm_fast.cli.options import LONGEST_EVALUATION
 from ssm_fast.env_runner import Environment, Task, TrialEnvironment, get_family
+from ssm_fast.env_runner.film import is_mujoco
 
 # Environments of one task that a family varies.
 FAMILY_OF = {
@@ -92,8 +90,7 @@ def refuse_import(env_id: str, source: Path) -> None:
 
 def route_mujoco_warnings(env_id: str) -> None:
     """Keeps MuJoCo from writing MUJOCO_LOG.TXT and from repeating itself for every environment."""
-    spec = gymnasium.registry.get(env_id)
-    if spec is None or "mujoco" not in str(spec.entry_point) or find_spec("mujoco") is None:
+    if not is_mujoco(env_id):
         return
     import mujoco
 

@@ -245,7 +245,8 @@ class Adapt:
     env: str | None = None
     """Gymnasium id; by default the one that the policy was trained in."""
     task: int | None = None
-    """Number of the task in the task family of the environment; by default what it plays anyway."""
+    """Number of the task in the task family of the environment; by default the one that the policy
+    was adapted to, or what the environment plays anyway."""
     split: Literal["train", "test", "out_of_range"] = "test"
     """Which tasks of the family --task counts."""
     method: Annotated[

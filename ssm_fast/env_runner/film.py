@@ -14,6 +14,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import load_env_creator
 
 from ssm_fast.checks import check_count
 from ssm_fast.env_runner.environment import Environment
@@ -165,33 +166,41 @@ def backends(env_name: str) -> list[str | None]:
 
     Where it is set already, that alone.
     """
-    if not _is_mujoco(env_name) or sys.platform != "linux":
+    if not is_mujoco(env_name) or sys.platform != "linux":
         return [None]
     chosen = os.environ.get("MUJOCO_GL")
     return ["egl", "osmesa"] if chosen is None else [chosen]
 
 
-def _is_mujoco(env_name: str) -> bool:
+def is_mujoco(env_name: str) -> bool:
+    """Whether an environment is one of Gymnasium's MuJoCo tasks, or derived from one."""
     spec = gymnasium.registry.get(env_name)
-    return (
-        spec is not None and "mujoco" in str(spec.entry_point) and find_spec("mujoco") is not None
-    )
+    if spec is None or spec.entry_point is None or find_spec("mujoco") is None:
+        return False
+    try:
+        made = (
+            spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
+        )
+    except (ImportError, AttributeError):  # gymnasium.make says what is wrong with it
+        return False
+    bases = getattr(made, "__mro__", ())
+    return any(base.__module__.startswith("gymnasium.envs.mujoco") for base in bases)
 
 
 def _drawn(env_name: str, max_episode_steps: int | None) -> gymnasium.Env[Any, Any]:
     """The environment, once it has drawn a frame."""
-    is_mujoco = _is_mujoco(env_name)
-    arguments: dict[str, Any] = dict(_SIZE) if is_mujoco else {}
+    has_robot = is_mujoco(env_name)
+    arguments: dict[str, Any] = dict(_SIZE) if has_robot else {}
     if max_episode_steps is not None:
         arguments["max_episode_steps"] = max_episode_steps
     try:
         env = gymnasium.make(env_name, render_mode="rgb_array", **arguments)
-        if is_mujoco:
+        if has_robot:
             _set_camera(env.unwrapped)
         env.reset()
         env.render()
     except Exception as error:  # a driver that is missing can raise nearly anything
-        if is_mujoco:
+        if has_robot:
             raise NoOpenGL(f"{NO_OPENGL} ({type(error).__name__}: {error})") from error
         raise ValueError(f"{env_name} cannot be drawn: {error}") from error
     return env

@@ -249,6 +249,7 @@ class ExperienceBuffer:
             buffer._last_run = int(run[-1])
         return buffer
 
+    @torch.inference_mode(False)  # what is stored is good outside of it, too
     def _insert(self, steps: dict[str, Tensor], continues: bool) -> None:
         """Check steps ``[M, ...]`` and write them, in at most two pieces."""
         M = len(steps["observations"]) if "observations" in steps else 0

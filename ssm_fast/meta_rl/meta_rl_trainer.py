@@ -100,6 +100,9 @@ class PolicyBreakdown(FloatingPointError):
         super().__init__(f"task {task}: {reason}")
         self.task, self.reason = task, reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.task, self.reason)
+
 
 class MetaRLTrainer:
     """ProMP (Rothfuss et al. 2019, arXiv 1810.06784) and RL² (arXiv 1611.02779), or both at once.

@@ -97,7 +97,7 @@ class PolicyGradientTrainer:
 
     Raises:
         ValueError: A number is out of its range.
-        TypeError: A count is no integer.
+        TypeError: A count is no integer, a flag no bool, or the model no `StateSpaceModel`.
     """
 
     policy_metadata: ClassVar[dict[str, str]] = {}
@@ -116,6 +116,8 @@ class PolicyGradientTrainer:
         seed: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
+        if not isinstance(model, StateSpaceModel):
+            raise TypeError(f"model must be a StateSpaceModel, got {type(model).__name__}")
         self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
         self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
         self.entropy_coef = check_number("entropy_coef", entropy_coef, at_least=0.0)
@@ -316,6 +318,9 @@ class PolicyGradientTrainer:
                 f"loss {float(loss.detach())}, gradient norm {float(grad_norm)}"
             )
         self.optimizer.step()
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise FloatingPointError(f"parameter {name} is not finite after the update")
         return {
             "policy_loss": float(policy_loss.detach()),
             "entropy": float(entropy.detach()),

@@ -28,6 +28,9 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+# The first call of a thread lets torch apply `torch.set_num_threads` to OpenMP there.
+native.on_new_thread(torch.get_num_threads)
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -37,6 +40,7 @@ IMPLS = ("auto", "native", "triton", "reference")
 LIBRARY = torch.library.Library("ssm_fast", "DEF")
 
 _REAL = {torch.float32: "float32", torch.float64: "float64"}
+_OLDEST_TRITON = (3, 3)  # those before do not compile the kernels of linear_scan and gae
 _HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # the Triton kernels alone
 _COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
 _NAMES = _REAL | _COMPLEX
@@ -87,9 +91,14 @@ def triton_kernel(op: str, module: str) -> Callable[..., Any]:
     """The launcher of ``op``, from ``ssm_fast.kernels``; Triton is imported here and no earlier.
 
     Raises:
-        RuntimeError: Triton is not installed.
+        RuntimeError: Triton is not installed, or too old.
     """
     try:
+        import triton
+
+        if _version(triton.__version__) < _OLDEST_TRITON:
+            oldest = ".".join(map(str, _OLDEST_TRITON))
+            raise RuntimeError(f"{op} needs Triton {oldest} or newer, got {triton.__version__}")
         return getattr(importlib.import_module(f"ssm_fast.kernels.{module}"), op)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "triton":
@@ -97,6 +106,11 @@ def triton_kernel(op: str, module: str) -> Callable[..., Any]:
         raise RuntimeError(
             f"{op} on a GPU needs Triton, which is not installed: pip install 'ssm_fast[gpu]'"
         ) from error
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The numbers of major and minor version, ``(3, 6)`` of "3.6.0+git"."""
+    return tuple(int(number) for number in text.split(".")[:2])
 
 
 def choose(op: str, impl: str, device: torch.device, *, triton: bool = True) -> str:

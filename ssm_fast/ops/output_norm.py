@@ -81,7 +81,12 @@ def _(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     saved = z.shape[:-1] if save and weight is not None else (0,)
-    return z.new_empty(z.shape), z.new_empty(saved), z.new_empty(saved)
+    dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+    return (
+        z.new_empty(z.shape),
+        z.new_empty(saved, dtype=dtype),
+        z.new_empty(saved, dtype=dtype),
+    )
 
 
 @torch.library.register_fake("ssm_fast::output_norm_grad")

@@ -306,7 +306,32 @@ class TestSnapshot:
             assert_equal(one, other)
 
 
+class TestTiedWeights:
+    def test_the_average_has_each_name_of_a_weight(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+        model[2].weight = model[0].weight
+        adapter = StandardAdapter(model, StandardAdaptationConfig(1e-2, 1, ema_decay=0.5))
+        before = weights_of(model)
+        adapter.update_step(torch.randn(4, 3), torch.randn(4, 3))
+        now = weights_of(adapter.model)
+        adapter.take_average()
+        found = weights_of(adapter.model)
+        expected = {n: 0.5 * (x + now[n]) for n, x in before.items()}
+        torch.testing.assert_close(found, expected)
+        assert adapter.model[2].weight is adapter.model[0].weight
+
+
 class TestBadInput:
+    def test_inference_mode(self) -> None:
+        model, x, y = regression()
+        adapter, other = StandardAdapter(model), StandardAdapter(model)
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+            adapter.update_step(x, y)
+        adapter.update_step(x, y)
+        other.update_step(x, y)
+        assert_equal(weights_of(adapter.model), weights_of(other.model))
+
     @pytest.mark.parametrize("at", [0, 2])
     def test_a_loss_that_is_not_finite_leaves_everything_as_it_was(self, at: int) -> None:
         model, x, y = regression()

@@ -145,6 +145,15 @@ class TestAdaptOnline:
 
 
 class TestOwnLoop:
+    def test_begins_with_empty_buffers_after_adapt_online(self) -> None:
+        torch.manual_seed(0)
+        one = adapter(ImprovedSSM(4, 2, 8, 16, discrete=True), buffer_size=60)
+        one.adapt_online(Environment("CartPole-v1", 3), 1, 10)
+        for t in range(40):
+            one.store_transition(np.full(4, t / 40), 0, 1.0, np.full(4, t / 40), False)
+        assert one._recent().rewards.shape == (1, 40)  # of 60, not 20 of each of three rows
+        one.adapt()
+
     @pytest.mark.parametrize("discrete", [False, True])
     def test_store_and_adapt(self, discrete: bool) -> None:
         model = policy(discrete)

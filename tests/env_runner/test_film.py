@@ -6,11 +6,12 @@ import gymnasium
 import imageio_ffmpeg
 import pytest
 import torch
+from gymnasium.envs.mujoco.half_cheetah_v5 import HalfCheetahEnv
 
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import evaluate, get_family
 from ssm_fast.env_runner import film as film_module
-from ssm_fast.env_runner.film import NoOpenGL, _set_camera, film, usable_backend
+from ssm_fast.env_runner.film import NoOpenGL, _set_camera, film, is_mujoco, usable_backend
 from ssm_fast.policy import Policy
 
 pytestmark = pytest.mark.isa_independent
@@ -78,6 +79,22 @@ def test_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(film_module, "backends", lambda _: ["nowhere", "nothing"])
     with pytest.raises(NoOpenGL, match=r"apt-get install libegl1 .* \(MUJOCO_GL=nothing: Runtime"):
         usable_backend("HalfCheetah-v5")
+
+
+class Robot(HalfCheetahEnv):
+    """A MuJoCo task of somebody's own."""
+
+
+def test_robots_are_found_by_what_they_derive_from() -> None:
+    gymnasium.register("Robot-v0", entry_point=Robot)
+    gymnasium.register("Lost-v0", entry_point="no_such_mujoco_module:Robot")
+    try:
+        for env_id in ("HalfCheetah-v5", "ssm_fast/HalfCheetahPositions-v0", "Robot-v0"):
+            assert is_mujoco(env_id)
+        for env_id in ("CartPole-v1", "ssm_fast/CartPolePositions-v0", "Lost-v0", "NoSuchEnv-v0"):
+            assert not is_mujoco(env_id)
+    finally:
+        del gymnasium.registry["Robot-v0"], gymnasium.registry["Lost-v0"]
 
 
 @pytest.mark.parametrize(("env_id", "camera"), [("HalfCheetah-v5", 0), ("InvertedPendulum-v5", -1)])

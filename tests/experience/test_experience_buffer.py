@@ -61,6 +61,14 @@ class TestSteps:
                 other.sample_sequences(50, L)["targets"].unique(dim=0),
             )
 
+    def test_what_is_stored_in_inference_mode_is_good_outside(self) -> None:
+        buffer = ExperienceBuffer(5, seed=0)
+        with torch.inference_mode():
+            buffer.add(*step(0))
+        buffer.add(*step(1))
+        assert stored(buffer) == [0, 1]
+        assert not buffer.get_batch(3)[0].is_inference()
+
     def test_draws_uniformly(self) -> None:
         buffer = ExperienceBuffer(10, seed=0)
         buffer.extend(*steps(0, 13))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from ssm_fast.ops import backend, dense_scan
+
+triton = pytest.importorskip("triton")
 
 
 def test_a_missing_triton_is_named(monkeypatch):
@@ -18,6 +21,15 @@ def test_a_missing_triton_is_named(monkeypatch):
         RuntimeError, match="dense_scan on a GPU needs Triton, which is not installed"
     ):
         backend.triton_kernel("dense_scan", "dense_scan")
+
+
+@pytest.mark.parametrize(("version", "is_old"), [("3.2.0", True), ("3.3.0+git1", False)])
+def test_an_old_triton_is_named(monkeypatch, version, is_old):
+    monkeypatch.setattr(triton, "__version__", version)
+    backend.triton_kernel.cache_clear()
+    expected = pytest.raises(RuntimeError, match=r"gae needs Triton 3\.3 or newer, got 3\.2\.0")
+    with expected if is_old else nullcontext():
+        backend.triton_kernel("gae", "gae")
 
 
 def test_the_interpreter_needs_its_variable(monkeypatch):

@@ -52,6 +52,16 @@ def test_error_of_each_dtype(device, canaries, dtype, bound):
     torch.testing.assert_close(y.double(), expected, rtol=bound, atol=bound)
 
 
+def test_gradients_in_half_precision_far_from_zero(device, canaries):
+    z, weight, bias, _ = problem((64, 48), device=device)
+    leaves = [x.half().requires_grad_() for x in (z + 20.0, weight, bias)]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    output_norm(*leaves).sum().backward()
+    output_norm(*exact, impl="reference").sum().backward()
+    difference = leaves[1].grad.double() - exact[1].grad  # of sums of 64
+    assert float(difference.norm() / exact[1].grad.norm()) < 2e-3
+
+
 def test_tanh_near_zero_and_far_away(device):
     x = torch.cat([torch.logspace(-12, 3, 301, dtype=torch.float64), torch.zeros(1)]).to(device)
     x = torch.cat([x, -x]).unsqueeze(0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -254,6 +255,8 @@ def test_evaluation_that_diverges(third_step_breaks):
     with pytest.raises(PolicyBreakdown, match=reason) as raised:
         trainer.adapt(env, tasks_of(env), 3, seed=0)
     assert raised.value.task == 1
+    copied = pickle.loads(pickle.dumps(raised.value))
+    assert (copied.task, str(copied)) == (1, str(raised.value))
 
 
 def test_policy_that_breaks_down_while_it_plays(monkeypatch):

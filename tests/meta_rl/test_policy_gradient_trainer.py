@@ -286,6 +286,17 @@ class TestFailures:
             assert checkpoint.iteration == trainer.iteration > 0
             load_model(run.model_path, StateSpaceModel)
 
+    def test_a_step_that_overflows(self) -> None:
+        trainer = PolicyGradientTrainer(_model(), learning_rate=1e39, seed=4)
+        with pytest.raises(
+            FloatingPointError, match=r"parameter .* is not finite after the update"
+        ):
+            trainer.update(_episodes(trainer))
+
+    def test_models(self) -> None:
+        with pytest.raises(TypeError, match="model must be a StateSpaceModel, got Linear"):
+            PolicyGradientTrainer(torch.nn.Linear(2, 2))
+
     def test_a_gradient_that_overflows(self) -> None:
         model = _model()
         trainer = PolicyGradientTrainer(model, seed=4)
