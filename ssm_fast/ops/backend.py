@@ -40,7 +40,7 @@ IMPLS = ("auto", "native", "triton", "reference")
 LIBRARY = torch.library.Library("ssm_fast", "DEF")
 
 _REAL = {torch.float32: "float32", torch.float64: "float64"}
-_OLDEST_TRITON = (3, 3)  # those before do not compile the kernels of linear_scan and gae
+_OLDEST_TRITON = (3, 5)  # those before do not run every kernel in every dtype
 _HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # the Triton kernels alone
 _COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
 _NAMES = _REAL | _COMPLEX

@@ -23,11 +23,11 @@ def test_a_missing_triton_is_named(monkeypatch):
         backend.triton_kernel("dense_scan", "dense_scan")
 
 
-@pytest.mark.parametrize(("version", "is_old"), [("3.2.0", True), ("3.3.0+git1", False)])
+@pytest.mark.parametrize(("version", "is_old"), [("3.4.0", True), ("3.5.0+git1", False)])
 def test_an_old_triton_is_named(monkeypatch, version, is_old):
     monkeypatch.setattr(triton, "__version__", version)
     backend.triton_kernel.cache_clear()
-    expected = pytest.raises(RuntimeError, match=r"gae needs Triton 3\.3 or newer, got 3\.2\.0")
+    expected = pytest.raises(RuntimeError, match=r"gae needs Triton 3\.5 or newer, got 3\.4\.0")
     with expected if is_old else nullcontext():
         backend.triton_kernel("gae", "gae")
 
