@@ -322,10 +322,7 @@ def _check_modules(model: Model, made: Model) -> None:
 def _check_shapes(shapes: Mapping[str, list[int]], made: Model) -> None:
     """Raise unless tensors have the names and shapes of those of a model."""
     expected = made.state_dict()
-    missing, extra = (
-        sorted(expected.keys() - shapes.keys()),
-        sorted(shapes.keys() - expected.keys()),
-    )
+    missing, extra = sorted(expected.keys() - shapes), sorted(shapes.keys() - expected)
     if missing or extra:
         raise ValueError(f"tensors missing: {missing[:8]}, not expected: {extra[:8]}")
     for name, wanted in expected.items():

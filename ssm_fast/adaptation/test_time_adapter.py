@@ -227,9 +227,8 @@ class TestTimeAdapter(StandardAdapter):
         self._calls += 1
 
         def loss_of(_: int) -> Tensor:
-            i = torch.randperm(S, generator=generator, device="cpu")[: self.batch_size].to(
-                start.device
-            )
+            order = torch.randperm(S, generator=generator, device="cpu").to(start.device)
+            i = order[: self.batch_size]
             return self._objective(
                 self.model,
                 {name: part[i] for name, part in x.items()},

@@ -162,9 +162,8 @@ class ExperienceBuffer:
         if self._size == 0:
             return 0
         steps_back = self._run[self._places(torch.arange(self._size, device="cpu"))]
-        stored = torch.arange(
-            1, self._size + 1, device="cpu"
-        )  # what came before the oldest step is gone
+        # What came before the oldest step is gone.
+        stored = torch.arange(1, self._size + 1, device="cpu")
         return int(torch.minimum(steps_back, stored).max())
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -312,9 +311,8 @@ class ExperienceBuffer:
         check_count("n", n)
         if self._size == 0:
             raise ValueError("the buffer is empty")
-        return self._places(
-            torch.randint(self._size, (n,), generator=self._generator, device="cpu")
-        ).to(self.device)
+        chosen = torch.randint(self._size, (n,), generator=self._generator, device="cpu")
+        return self._places(chosen).to(self.device)
 
     def _draw_ends(self, n: int, length: int) -> Tensor:
         """Last steps of stored sequences, uniformly: ``[n]``."""

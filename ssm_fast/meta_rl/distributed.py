@@ -285,9 +285,8 @@ class _Processes(World):
 
     def update(self, norm: RunningNorm, x: Tensor) -> None:
         count, mean, variance = norm.moments(x)
-        total, mean, variance = self._merge(
-            torch.full(mean.shape, count, device="cpu"), mean, variance
-        )
+        counts = torch.full(mean.shape, count, device="cpu")
+        total, mean, variance = self._merge(counts, mean, variance)
         norm.merge(int(total[0]), mean, variance)
 
     def _merge(
@@ -318,9 +317,8 @@ class _Processes(World):
             yield
         except _SHARED_ERRORS as error:
             failure = error
-        failed = torch.cat(
-            self._gather(torch.tensor([failure is not None], device="cpu"))
-        )  # [ranks]
+        own = torch.tensor([failure is not None], device="cpu")
+        failed = torch.cat(self._gather(own))  # [ranks]
         if not bool(failed.any()):
             return
         rank = int(failed.nonzero()[0])

@@ -459,9 +459,8 @@ class MetaMAML:
                         f"got {leaf.device}"
                     )
             dtypes = [leaf.dtype for leaf in leaves if leaf.is_floating_point()]
-            if (
-                name.endswith("_x") and dtypes and weight.dtype not in dtypes
-            ):  # a reset may have others
+            # A reset may have another one.
+            if name.endswith("_x") and dtypes and weight.dtype not in dtypes:
                 raise TypeError(
                     f"{name}{of_task} must have the model's dtype {weight.dtype}, got {dtypes[0]}"
                 )
