@@ -26,6 +26,7 @@ def default_loss(name: str, targets: Any) -> Callable[[Tensor, Tensor], Tensor]:
         where a floating dtype does not.
 
     Raises:
+        ValueError: There are no targets.
         TypeError: The targets are no tensor, or hold neither floats nor integers.
     """
     if not isinstance(targets, Tensor):
@@ -36,6 +37,8 @@ def default_loss(name: str, targets: Any) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda output, target: _mean_squared_error(name, output, target)
     if targets.dtype == torch.bool or targets.is_complex():
         raise TypeError(f"{name} must hold floats or integers, got {targets.dtype}")
+    if targets.numel() == 0:
+        raise ValueError(f"{name} is empty, its shape is {list(targets.shape)}")
     low, high = int(targets.min()), int(targets.max())
 
     def cross_entropy(output: Tensor, target: Tensor) -> Tensor:

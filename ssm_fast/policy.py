@@ -98,7 +98,8 @@ class Policy:
             action, h = self._act(x, h, reset, deterministic)
         actions = _array(action)  # [B, K] or [B]
         if self.action_low is not None or self.action_high is not None:
-            actions = np.clip(actions, self.action_low, self.action_high)
+            clipped = np.clip(actions, self.action_low, self.action_high)
+            actions = clipped.astype(actions.dtype, copy=False)
         return actions[0] if single else actions, _array(h)
 
     def _act(

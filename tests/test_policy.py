@@ -174,6 +174,13 @@ def test_a_float64_model_plays_in_float64() -> None:
     policy.predict(np.zeros(IN), state)
 
 
+def test_a_clipped_action_keeps_the_dtype_of_the_model() -> None:
+    bounds = np.full(ACTIONS, -0.5, np.float32), np.full(ACTIONS, 0.5, np.float32)
+    for dtype, expected in ((torch.float64, np.float64), (torch.float16, np.float16)):
+        action, _ = Policy(improved().to(dtype), *bounds).predict(np.zeros(IN))
+        assert action.dtype == expected
+
+
 def test_bad_calls() -> None:
     policy = Policy(improved())
     x = observations(1, 4)[0]

@@ -70,6 +70,7 @@ class MlpSSMPolicy(RecurrentActorCriticPolicy):
         return super()._get_constructor_parameters() | {
             "lstm_hidden_size": self.lstm_output_dim,
             "n_lstm_layers": self.lstm_actor.num_layers,
+            "share_features_extractor": self.share_features_extractor,
             "shared_lstm": self.shared_lstm,
             "enable_critic_lstm": self.enable_critic_lstm,
             "lstm_kwargs": self.lstm_kwargs,

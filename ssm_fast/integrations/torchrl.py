@@ -85,7 +85,12 @@ class SSMModule(TensorDictModuleBase):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Read the input, the state and ``is_init``; write the output and the new state."""
+        """Read the input, the state and ``is_init``; write the output and the new state.
+
+        Raises:
+            ValueError: In recurrent mode, the tensordict has new states but not those before them, or
+                no dimension of time.
+        """
         ssm = self.ssm
         x_key, state_key, init_key = self.in_keys
         x, is_init = tensordict[x_key], tensordict[init_key]  # [..., I], [..., 1]
@@ -93,6 +98,11 @@ class SSMModule(TensorDictModuleBase):
         batch = x.shape[:-1]
         L, N = ssm.num_layers, ssm.state_size
         if state is None:
+            if self.recurrent_mode and self.out_keys[1] in tensordict.keys(include_nested=True):
+                raise ValueError(
+                    f"{state_key!r} must be in what was collected: without the environment's transform "
+                    "make_tensordict_primer() every step has started from zeros"
+                )
             state = x.new_zeros(*batch, L, N)
         if self.recurrent_mode:
             if not batch:

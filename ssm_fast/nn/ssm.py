@@ -117,6 +117,7 @@ class SSM(nn.Module):
             )
         self.bias = bias
         self.batch_first = batch_first
+        self.bidirectional, self.proj_size = False, 0  # for code that asks an nn.GRU
         self.dropout = dropout
         self.norm = norm
         self.residual = residual
@@ -355,6 +356,11 @@ class SSM(nn.Module):
             after.append(s)
             x = self._join(i, x, y)  # as x, H features
         return x, torch.stack(after, 2)
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters of all layers anew."""
+        for layer in self._ssm_layers():
+            layer.reset_parameters()
 
     def flatten_parameters(self) -> None:
         """Do nothing: code written for ``nn.GRU`` calls it to please cuDNN."""

@@ -126,6 +126,16 @@ def test_pictures_and_dictionaries(kind: type[MlpSSMPolicy], env: type[Pictures]
     assert not any(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+def test_feature_extractors_that_are_not_shared_are_loaded_so(tmp_path: Any) -> None:
+    options = {"lstm_hidden_size": N, "share_features_extractor": False}
+    algorithm = RecurrentPPO(CnnSSMPolicy, Pictures(), n_steps=16, policy_kwargs=options)
+    algorithm.policy.save(tmp_path / "policy")
+    loaded = CnnSSMPolicy.load(tmp_path / "policy", device="cpu")
+    wanted = algorithm.policy.state_dict()
+    assert loaded.pi_features_extractor is not loaded.vf_features_extractor
+    torch.testing.assert_close(loaded.state_dict(), wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["batch_first", "state_size"])
 def test_bad_lstm_kwargs(name: str) -> None:
     with pytest.raises(ValueError, match=f"lstm_kwargs must leave {name} to the policy"):

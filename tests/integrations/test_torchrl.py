@@ -177,6 +177,17 @@ def test_a_loss_gives_gradients_and_the_ratio_one(collected: Collected) -> None:
     assert all(p.grad.abs().sum() > 0 for p in loss_module.parameters())
 
 
+def test_steps_that_were_collected_without_the_primer() -> None:
+    memory, actor, _ = actor_critic()
+    env = SerialEnv(B, lambda: GymEnv("CartPole-v1", categorical_action_encoding=True))
+    data = TransformedEnv(env, InitTracker()).rollout(5, actor, break_when_any_done=False)
+    with (
+        set_recurrent_mode(True),
+        pytest.raises(ValueError, match=r"'recurrent_state' must be in what was collected"),
+    ):
+        memory(data)
+
+
 def test_the_primer_is_that_of_gru_module() -> None:
     ours = SSMModule(I, H, L, in_key="x", out_key="y")
     theirs = GRUModule(I, H, L, in_key="x", out_key="y")

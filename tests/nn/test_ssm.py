@@ -109,9 +109,18 @@ def test_shapes_and_positional_arguments_of_gru(batch_first: bool, num_layers: i
             for ours, theirs in zip(ssm(*given), gru(*given), strict=True):
                 assert ours.shape == theirs.shape
                 assert ours.dtype == theirs.dtype
-    for name in ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout"):
+    names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout")
+    for name in (*names, "bidirectional", "proj_size"):
         assert getattr(ssm, name) == getattr(gru, name)
     ssm.flatten_parameters()
+
+
+def test_parameters_are_drawn_anew() -> None:
+    module, other = make(seed=0), make(seed=1)
+    torch.manual_seed(0)
+    other.reset_parameters()
+    for p, q in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_time_major_equals_batch_major() -> None:
