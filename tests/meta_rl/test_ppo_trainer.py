@@ -498,6 +498,11 @@ class TestTrain:
         with pytest.raises(TypeError, match="scale_rewards must be a bool, got str"):
             PPOTrainer(trainer.model, scale_rewards="False")
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, dtype: torch.dtype) -> None:
+        with pytest.raises(TypeError, match=f"float32 or float64 to train, got {dtype}"):
+            PPOTrainer(ImprovedSSM(3, 1).to(dtype))
+
     def test_frozen_parameters(self) -> None:
         env, trainer = _resumable("Pendulum-v1")
         model = trainer.model
