@@ -18,9 +18,8 @@ from ssm_fast.nn.ssm_layer import (
     Norm,
     SSMLayer,
     check_dtype,
-    is_called,
+    is_changed,
     is_untouched,
-    last_state,
     linear_layer,
     orthogonal_,
     run_layer,
@@ -528,13 +527,9 @@ class ImprovedSSM(nn.Module):
                 y, s_next = step_layer(layer, h, s)  # [B, H], [B, N]
                 h = y.tanh() if residual is None else residual + y.tanh()
             else:
-                if is_called(layer):
-                    y, s_next = run_layer(layer, h, s, reset, every_state=every_state)
-                    h = fused_output(y, None, None, residual, NORM_EPS, True)
-                else:  # the tanh and the residual in the pass of the norm
-                    s_next = layer.states(h, s, reset)  # [B, T, N]
-                    h = layer.readout(s_next, h, tanh=True, residual=residual)
-                    s_next = s_next if every_state else last_state(s_next, s)
+                h, s_next = run_layer(
+                    layer, h, s, reset, every_state=every_state, tanh=True, residual=residual
+                )  # [B, T, H], [B, N] or [B, T, N]
             states.append(s_next)
         return h, states
 
@@ -681,7 +676,7 @@ def _layer_weights(layer: nn.Module, norm_state: bool) -> list[Tensor | None] | 
     if norm is None:
         return [*weights, None, None]
     affine = [norm._parameters.get("weight"), norm._parameters.get("bias")]
-    ours = type(norm) is nn.LayerNorm and is_untouched(norm) and norm.eps == NORM_EPS
+    ours = not is_changed(norm) and norm.eps == NORM_EPS
     return [*weights, *affine] if ours and all(t is not None for t in affine) else None
 
 

@@ -23,6 +23,7 @@ from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import (
     check_settings,
     check_tensors,
+    check_weights,
     continue_run,
     load_adam,
     must_fit,
@@ -318,9 +319,7 @@ class PolicyGradientTrainer:
                 f"loss {float(loss.detach())}, gradient norm {float(grad_norm)}"
             )
         self.optimizer.step()
-        for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise FloatingPointError(f"parameter {name} is not finite after the update")
+        check_weights(self.model)
         return {
             "policy_loss": float(policy_loss.detach()),
             "entropy": float(entropy.detach()),

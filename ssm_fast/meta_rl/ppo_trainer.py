@@ -32,6 +32,7 @@ from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.meta_rl.training_state import (
     check_settings,
     check_tensors,
+    check_weights,
     load_adam,
     must_fit,
     read_count,
@@ -347,8 +348,9 @@ class PPOTrainer:
                     self._keep_random_state()  # for what is saved here, by a callback too
                     if run is not None:
                         self._record(run, env, metrics, is_due)
-                    with torch.random.fork_rng(self._cuda_devices()):  # a callback may draw
-                        stop = callback is not None and callback(dict(metrics)) is False
+                    if callback is not None:
+                        with torch.random.fork_rng(self._cuda_devices()):  # it may draw
+                            stop = callback(dict(metrics)) is False
                     if run is not None and stop and not is_due:
                         save_checkpoint(run, self, env)
                 if self.world.first(stop):
@@ -647,9 +649,7 @@ class PPOTrainer:
             of_epoch = partial(self._means, sums[-1:], weights[-1:])
             if self.target_kl is not None and of_epoch()["approx_kl"] > self.target_kl:
                 break
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise FloatingPointError(f"parameter {name} is not finite after the update")
+        check_weights(self.model)
         if self.model.obs_norm is not None:
             self.world.update(self.model.obs_norm, rollout.observations.flatten(0, 1))
         return {**self._means(sums, weights), "explained_variance": explained_variance}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_fast.checkpoint import Model, save_model
 from ssm_fast.checks import check_number
@@ -159,6 +159,13 @@ def check_settings(state: Mapping[str, Any], version: int, current: Mapping[str,
             raise ValueError(
                 f"{name} must be {stored[name]!r} as in the run that is resumed, got {value!r}"
             )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises FloatingPointError where an update has left a parameter that is not finite."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise FloatingPointError(f"parameter {name} is not finite after the update")
 
 
 def check_tensors(

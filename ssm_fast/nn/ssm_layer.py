@@ -391,24 +391,18 @@ def run_layer(
     batch_first: bool = True,
     restart: Tensor | None = None,
     every_state: bool = False,
+    *,
+    tanh: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `SSMLayer.forward` returns, through a call of the layer where it has to be called.
+    """`SSMLayer.states` and `SSMLayer.readout`, through a call of the layer where it has to be called.
 
-    Args:
-        layer: The layer.
-        x: As in `SSMLayer.states`, and so are the next four.
-        s0: See there.
-        reset: See there.
-        batch_first: See there.
-        restart: See there.
-        every_state: Return the states of all steps.
-
-    Returns:
-        Outputs, laid out as ``x``, and the last state ``[B, N]``, or every state, laid out as ``x``.
+    The arguments are theirs; what comes back is laid out as ``x``, the last state ``[B, N]`` in the
+    place of every one unless ``every_state``.
     """
     if not is_called(layer):
         s = layer.states(x, s0, reset, batch_first, restart)  # as x, N features
-        y = layer.readout(s, x)  # as x, H features
+        y = layer.readout(s, x, tanh=tanh, residual=residual)  # as x, H features
         return y, s if every_state else last_state(s if batch_first else s.transpose(0, 1), s0)
     if not batch_first:
         x = x.transpose(0, 1)  # [B, T, I]
@@ -421,6 +415,8 @@ def run_layer(
     y, s = layer(x, s0, reset, **more)
     if not batch_first:
         y, s = y.transpose(0, 1), s.transpose(0, 1) if every_state else s
+    if tanh or residual is not None:
+        y = fused_output(y, None, None, residual, 1e-5, tanh)
     return y, s
 
 

@@ -15,6 +15,7 @@ from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.overrides import _get_current_function_mode_stack
+from torch.torch_version import TorchVersion
 from torch.utils._device import DeviceContext
 
 try:
@@ -40,7 +41,7 @@ IMPLS = ("auto", "native", "triton", "reference")
 LIBRARY = torch.library.Library("ssm_fast", "DEF")
 
 _REAL = {torch.float32: "float32", torch.float64: "float64"}
-_OLDEST_TRITON = (3, 5)  # those before do not run every kernel in every dtype
+_OLDEST_TRITON = "3.5"  # those before do not run every kernel in every dtype
 _HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # the Triton kernels alone
 _COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
 _NAMES = _REAL | _COMPLEX
@@ -96,9 +97,10 @@ def triton_kernel(op: str, module: str) -> Callable[..., Any]:
     try:
         import triton
 
-        if _version(triton.__version__) < _OLDEST_TRITON:
-            oldest = ".".join(map(str, _OLDEST_TRITON))
-            raise RuntimeError(f"{op} needs Triton {oldest} or newer, got {triton.__version__}")
+        if TorchVersion(triton.__version__) < _OLDEST_TRITON:
+            raise RuntimeError(
+                f"{op} needs Triton {_OLDEST_TRITON} or newer, got {triton.__version__}"
+            )
         return getattr(importlib.import_module(f"ssm_fast.kernels.{module}"), op)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "triton":
@@ -106,11 +108,6 @@ def triton_kernel(op: str, module: str) -> Callable[..., Any]:
         raise RuntimeError(
             f"{op} on a GPU needs Triton, which is not installed: pip install 'ssm_fast[gpu]'"
         ) from error
-
-
-def _version(text: str) -> tuple[int, ...]:
-    """The numbers of major and minor version, ``(3, 6)`` of "3.6.0+git"."""
-    return tuple(int(number) for number in text.split(".")[:2])
 
 
 def choose(op: str, impl: str, device: torch.device, *, triton: bool = True) -> str:

@@ -447,12 +447,14 @@ def test_wrap_equals_the_environment_made_by_id():
 class OneSeed(VectorEnv):
     """Noise, seeded as the `reset` of Gymnasium's `VectorEnv` is: with one number or none."""
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
     num_envs = 2
     single_observation_space = spaces.Box(0.0, 1.0, (3,), np.float32)
     single_action_space = spaces.Discrete(2)
     observation_space = spaces.Box(0.0, 1.0, (2, 3), np.float32)
     action_space = spaces.MultiDiscrete([2, 2])
+
+    def __init__(self):
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed, options=options)
