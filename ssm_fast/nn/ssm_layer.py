@@ -298,14 +298,15 @@ class SSMLayer(nn.Module):
 def runs_fused(x: Tensor) -> bool:
     """Whether `ops.linear` is the faster one for rows ``x``.
 
-    torch's own product is so for few rows, on a GPU, in half precision and where a compiler sees it.
+    torch's own product is so for few rows, on a GPU, in half precision and under a compiler. The
+    compiler is asked first: it would make the number of rows a condition of the compiled code.
     """
     return (
-        x.device.type == "cpu"
-        and x.numel() >= ROWS * x.shape[-1]
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
+        and x.numel() >= ROWS * x.shape[-1]
     )
 
 

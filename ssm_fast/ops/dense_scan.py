@@ -82,9 +82,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_forward(A, s0, reset, output)
 
 
-def _gradients(scan: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of u, A and s0. The adjoint sweep is the scan itself, backwards, with A^T."""
     A, s0, reset, s = ctx.saved_tensors
+    scan = _op
+    if not torch.compiler.is_compiling() and needs_autograd(grad, A, s0, s):
+        scan = _differentiable
     adjoint = scan(grad, A.mT, None, reset, not ctx.reverse)  # [G, B, T, N], the gradient of u
     grad_A = grad_s0 = None
     if ctx.needs_input_grad[1]:
@@ -107,10 +110,7 @@ class DenseScan(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_context)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        scan = _differentiable if needs_autograd(grad, *ctx.saved_tensors) else _op
-        return _gradients(scan, ctx, grad)
+    backward = staticmethod(_gradients)
 
     @staticmethod
     def jvp(  # noqa: D102
@@ -148,11 +148,7 @@ class DenseScan(torch.autograd.Function):
 _differentiable = direct_apply(DenseScan)
 
 # What torch.compile traces: the op with the same gradients registered on it.
-torch.library.register_autograd(
-    "ssm_fast::dense_scan",
-    lambda ctx, grad: _gradients(_op, ctx, grad),
-    setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output),
-)
+torch.library.register_autograd("ssm_fast::dense_scan", _gradients, setup_context=_setup_context)
 
 
 def sweep(

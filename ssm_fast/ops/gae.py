@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,9 +146,9 @@ def _validate(
             raise ValueError(f"{name} must be in [0, 1], got {fraction}")
     dim %= rewards.dim()
     shape = (
-        rewards.shape[:dim].numel(),
+        math.prod(rewards.shape[:dim]),
         rewards.shape[dim],
-        rewards.shape[dim + 1 :].numel(),
+        math.prod(rewards.shape[dim + 1 :]),
     )
     return lambda x: x.detach().reshape(shape)
 

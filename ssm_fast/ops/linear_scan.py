@@ -100,9 +100,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_forward(a, h0, output)
 
 
-def _gradients(scan: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of a, b and h0. The adjoint sweep is the scan itself, backwards and shifted."""
     a, h0, h = ctx.saved_tensors
+    scan = _op
+    if not torch.compiler.is_compiling() and needs_autograd(grad, a, h0, h):
+        scan = _differentiable
     adjoint = scan(a.conj(), grad, None, not ctx.reverse, not ctx.shift)  # the gradient of b
     grad_a = grad_h0 = None
     if ctx.needs_input_grad[0]:
@@ -127,10 +130,7 @@ class LinearScan(torch.autograd.Function):
 
     setup_context = staticmethod(_setup_context)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        scan = _differentiable if needs_autograd(grad, *ctx.saved_tensors) else _op
-        return _gradients(scan, ctx, grad)
+    backward = staticmethod(_gradients)
 
     @staticmethod
     def jvp(  # noqa: D102
@@ -172,11 +172,7 @@ class LinearScan(torch.autograd.Function):
 _differentiable = direct_apply(LinearScan)
 
 # What torch.compile traces: the op with the same gradients registered on it.
-torch.library.register_autograd(
-    "ssm_fast::linear_scan",
-    lambda ctx, grad: _gradients(_op, ctx, grad),
-    setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output),
-)
+torch.library.register_autograd("ssm_fast::linear_scan", _gradients, setup_context=_setup_context)
 
 
 def linear_scan(
@@ -216,7 +212,7 @@ def linear_scan(
     if not -b.dim() <= dim < b.dim():
         raise ValueError(f"dim must be a dimension of b, {list(b.shape)}, got {dim}")
     dim %= b.dim()
-    if a.shape != b.shape:
+    if a.dim() != b.dim() or a.shape != b.shape:
         try:
             a = a.expand(b.shape)
         except RuntimeError:

@@ -267,20 +267,21 @@ def _tangent(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _coefficient_gradients(
-    ctx: Any,
-    first: int,
+    wanted: tuple[bool, ...],
     tangents: tuple[Tensor, Tensor],
     adjoints: tuple[Tensor, Tensor],
+    weight: Tensor,
+    n: Tensor,
+    rstd: Tensor,
     s0: Tensor | None,
+    reset: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of A, w, n and rstd, which stand from argument ``first`` on.
+    """Gradients of A, w, n and rstd, those that are wanted.
 
     Both linear sweeps have the bilinear form ``sum <ζ, A h> + <w σ, rstd P(z)>`` of the tangents
     ``(s, z)`` and the adjoints ``(ζ, σ)``.
     """
-    _, weight, n, rstd, reset = ctx.saved_tensors[:5]
     (s, z), (zeta, sigma) = tangents, adjoints
-    wanted = ctx.needs_input_grad[first : first + 4]
     grad_A = weight_grad(zeta, s, s0, reset, False) if wanted[0] else None
     grad_w = grad_n = grad_rstd = None
     if wanted[1]:
@@ -418,11 +419,12 @@ class NormScanTangent(torch.autograd.Function):
         A, weight, n, rstd, reset, s0, s, z = ctx.saved_tensors
         grad_s = torch.zeros_like(s) if grad_s is None else grad_s
         adjoints = _adjoint(grad_s, grad_z, A, weight, n, rstd, reset)
+        wanted = ctx.needs_input_grad
         return (
             adjoints[0],
-            adjoints[1] if ctx.needs_input_grad[1] else None,
-            *_coefficient_gradients(ctx, 2, (s, z), adjoints, s0),
-            _initial(adjoints[0], A, reset) if ctx.needs_input_grad[6] else None,
+            adjoints[1] if wanted[1] else None,
+            *_coefficient_gradients(wanted[2:6], (s, z), adjoints, weight, n, rstd, s0, reset),
+            _initial(adjoints[0], A, reset) if wanted[6] else None,
             None,
         )
 
@@ -477,10 +479,11 @@ class NormScanAdjoint(torch.autograd.Function):
         A, weight, n, rstd, reset, zeta, sigma = ctx.saved_tensors
         grad_z = torch.zeros_like(zeta) if grad_z is None else grad_z
         s, z = _tangent(grad_z, grad_s, A, weight, n, rstd, None, reset)
+        wanted, adjoints = ctx.needs_input_grad, (zeta, sigma)
         return (
             s,
-            z if ctx.needs_input_grad[1] else None,
-            *_coefficient_gradients(ctx, 2, (s, z), (zeta, sigma), None),
+            z if wanted[1] else None,
+            *_coefficient_gradients(wanted[2:6], (s, z), adjoints, weight, n, rstd, None, reset),
             None,
         )
 

@@ -214,21 +214,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_forward(z, weight, bias)
 
 
-def _native_gradients(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    z, weight, bias, mean, rstd = ctx.saved_tensors
-    grad_z, grad_weight, grad_bias = run_output_norm_grad(
-        grad, z, weight, bias, mean, rstd, ctx.tanh
-    )
-    wanted = ctx.needs_input_grad
-    return (
-        grad_z,
-        None if weight is None else grad_weight,
-        None if bias is None else grad_bias,
-        grad if wanted[3] else None,
-        *(None,) * (len(wanted) - 4),
-    )
-
-
 def _composed_gradients(
     grad: Tensor, z: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, tanh: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -263,10 +248,14 @@ class OutputNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        z, weight, bias, *_ = ctx.saved_tensors
-        if not needs_autograd(grad, z, weight, bias):
-            return _native_gradients(ctx, grad)
-        gradients = _composed_gradients(grad, z, weight, bias, ctx.eps, ctx.tanh)
+        z, weight, bias, mean, rstd = ctx.saved_tensors
+        gradients: tuple[Tensor | None, ...]
+        if needs_autograd(grad, z, weight, bias):
+            gradients = _composed_gradients(grad, z, weight, bias, ctx.eps, ctx.tanh)
+        else:
+            gradients = run_output_norm_grad(grad, z, weight, bias, mean, rstd, ctx.tanh)
+            if weight is None:
+                gradients = gradients[0], None, None
         wanted = ctx.needs_input_grad
         return *gradients, grad if wanted[3] else None, *(None,) * (len(wanted) - 4)
 
