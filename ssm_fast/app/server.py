@@ -62,7 +62,7 @@ def run_app(options: App) -> None:
 
 def _launch(blocks: gr.Blocks, options: App) -> None:
     """Serves in threads, without telemetry, share links and what else calls out."""
-    from ssm_fast.app.layout import CSS, theme
+    from ssm_fast.app.layout import CSS, JS, theme
 
     blocks.launch(
         server_name=options.host,
@@ -79,6 +79,7 @@ def _launch(blocks: gr.Blocks, options: App) -> None:
         footer_links=[],
         theme=theme(),
         css=CSS,
+        js=JS,
     )
 
 

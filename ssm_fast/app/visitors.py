@@ -51,6 +51,7 @@ class Visitor:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.policies: dict[str, StoredPolicy] = {}
+        self._undownloaded: set[str] = set()  # of the policies that were made here
         self.last_seen = time.monotonic()
         self._jobs: dict[str, Job] = {}
         self._dropped: set[str] = set()  # kinds of work that were stopped before they began
@@ -132,7 +133,14 @@ class Visitor:
     # Policies
 
     def add_policy(
-        self, source: Path, name: str, env_id: str, *, task: str = "", run: Path | None = None
+        self,
+        source: Path,
+        name: str,
+        env_id: str,
+        *,
+        task: str = "",
+        run: Path | None = None,
+        is_new: bool = False,
     ) -> StoredPolicy:
         """Copies a checkpoint, checked, to the visitor's policies.
 
@@ -142,6 +150,7 @@ class Visitor:
             env_id: See `StoredPolicy`.
             task: See `StoredPolicy`.
             run: See `StoredPolicy`.
+            is_new: It was trained or adapted here: until it is downloaded, this is the only copy.
 
         Raises:
             ValueError: It is not a sound checkpoint.
@@ -158,7 +167,18 @@ class Visitor:
                 chosen = f"{name} #{n}"
             policy = StoredPolicy(chosen, path, type(model).__name__, size, env_id, task, run)
             self.policies[chosen] = policy
+            if is_new:
+                self._undownloaded.add(chosen)
         return policy
+
+    def downloaded(self, name: str | None) -> None:
+        """The visitor has a copy of the policy of that name."""
+        self._undownloaded.discard(name or "")
+
+    @property
+    def would_lose(self) -> bool:
+        """Whether work or a policy would be gone with the page."""
+        return self.is_busy or bool(self._undownloaded)
 
     def policy(self, name: str | None) -> StoredPolicy:
         """The policy of that name.
