@@ -21,7 +21,7 @@ METHODS = {
     "test_time": "value ensemble, exploration by uncertainty, step size by difficulty",
     "standard": "learns from the last stretch",
     "hybrid": "with replay of the stretches before",
-    "gradient": "the steps that a meta_rl training, of this visit or of a pretrained policy, has learnt",
+    "gradient": "the steps that a policy of meta_rl has learnt to take",
 }
 MOST_EPISODES = 20
 OPTIONS: dict[str, Count | Fraction] = {
@@ -118,11 +118,10 @@ def options_of(
     """
     if method not in METHODS:
         raise ValueError(f"the method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == "gradient" and policy.run is None:
+    if method == "gradient" and not policy.has_steps:
         raise ValueError(
-            "gradient takes the steps that a meta_rl training has learnt, and their lengths are not "
-            "in a policy's file: train one with meta_rl in this visit, take one that comes with the "
-            "package, or choose another method"
+            f"gradient takes steps that meta_rl trains, and {policy.name} has learnt none: "
+            "take a policy of meta_rl, or choose another method"
         )
     if policy.model != "ImprovedSSM":
         raise ValueError(
@@ -136,9 +135,8 @@ def options_of(
         if split not in get_args(get_type_hints(Adapt)["split"]) or not number.isdecimal():
             raise ValueError(f"there is no task {task!r}")
         given |= {"split": split, "task": int(number)}
-    path = policy.run if method == "gradient" and policy.run is not None else policy.path
     options: dict[str, Any] = {"env": policy.env_id, "method": method, "out": out, **given}
-    return Adapt(path, **options)
+    return Adapt(policy.path, **options)
 
 
 def default_of(method: str, name: str) -> float | None:
@@ -148,7 +146,7 @@ def default_of(method: str, name: str) -> float | None:
 
 def first_method(policy: StoredPolicy, method: str) -> str:
     """The method to offer first for a policy, where another one was chosen before."""
-    if policy.run is not None:
+    if policy.has_steps:
         return "gradient"
     return next(iter(METHODS)) if method == "gradient" else method
 

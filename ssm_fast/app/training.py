@@ -169,9 +169,8 @@ def train(visitor: Visitor, mode: str, env_id: str, form: Mapping[str, Any]) -> 
     )
     if failure:
         status = Status(f"{failure} The policy is the one of before.", "error")
-    run = folder if mode == "meta_rl" and any((folder / "checkpoints").iterdir()) else None
     env_id = str(options.env)
-    policy = visitor.add_policy(policy_file, f"{mode} {env_id}", env_id, run=run, is_new=True)
+    policy = visitor.add_policy(policy_file, f"{mode} {env_id}", env_id, is_new=True)
     yield replace(view, status=status, policy=policy.name)
 
 
@@ -194,8 +193,6 @@ def options_of(mode: str, env_id: str | None, form: Mapping[str, Any]) -> Train:
         if name in fields and mode in ONLY_IN.get(name, MODES)
     }
     given.setdefault(UNIT_OF[mode], amount_of(mode, env_id))
-    if mode == "meta_rl":
-        given["checkpoint_interval"] = 1  # so that a stop loses no inner rates
     options: dict[str, Any] = {"mode": mode, "env": env_id, **given}
     return Train(preset=preset_of(mode, env_id), **options)
 

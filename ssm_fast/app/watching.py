@@ -92,6 +92,8 @@ def watch(
     end = "the whole episode" if played.has_ended else "where the film ends"
     where = place(task, policy.env_id)
     text = f"Return {played.episode_return:.1f} after {played.steps} steps, {end}, in {where}."
+    if policy.has_steps and not policy.is_adapted:
+        text += " This is before any gradient step: Adapt takes them."
     yield WatchView(Status(text, "done", notes=tuple(notes)), video)
 
 

@@ -81,7 +81,7 @@ def test_a_driver_that_fails_to_import(
     [
         (None, "", 10, "There is no policy yet"),
         ("mine", "test 99", 10, "There is no task 'test 99' in ssm_fast/CartPoleFamily-v0."),
-        ("mine", "", 1001, "Steps must be at most 1000, got 1001."),
+        ("mine", "", 1001, "Steps at most must be at most 1000, got 1001."),
         ("wrong", "", 10, "Obs must have shape"),
         ("nowhere", "", 10, "Nope-v0 cannot be drawn: "),
     ],
