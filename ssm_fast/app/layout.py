@@ -43,10 +43,15 @@ _FORMAT = ",.6~g"  # of D3: 500 and not 500.000000
 
 _NO_FILM = "No film of this policy yet."
 
-# The browser asks before it closes or reloads a page that has something to lose.
-JS = """() => window.addEventListener("beforeunload", (event) => {
-  if (document.querySelector("[data-would-lose]")) event.preventDefault();
-})"""
+# The browser asks before it closes or reloads a page that has something to lose. Gradio has a listener
+# of its own, which ends the session whatever the answer is: this one must be there first.
+SCRIPT = """<script>
+window.addEventListener("beforeunload", (event) => {
+  if (!document.querySelector("[data-would-lose]")) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+});
+</script>"""
 _WOULD_LOSE = "<i data-would-lose></i>"
 
 Components = list[Any]
@@ -81,7 +86,7 @@ def theme() -> gr.themes.Base:
 
 
 def build(visitors: Visitors) -> gr.Blocks:
-    """The page, to be launched with `CSS`, `JS` and `theme`."""
+    """The page, to be launched with `CSS`, `SCRIPT` and `theme`."""
     blocks = gr.Blocks(title="ssm_fast", analytics_enabled=False, delete_cache=(3600, 86400))
     with blocks:
         with gr.Row(elem_classes="header"):
