@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from ssm_fast.bench.cases import Op
+from ssm_fast.bench import Op
 from ssm_fast.cli.presets import preset_names
 
 # Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.

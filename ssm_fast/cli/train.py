@@ -67,8 +67,9 @@ def run_training(options: Train, world: World) -> None:
         with world.together():
             if world.rank == 0:
                 run = open_things.enter_context(RunDirectory(out, resume=options.resume))
-                run.write_config({**settings, "versions": versions()})
+                # First, as it may fail (a full disk): config.json makes the folder a run's.
                 say(f"training in {env_id} ({mode}, seed {seed}); run folder {run.path}")
+                run.write_config({**settings, "versions": versions()})
         with _can_be_resumed(out, env, trainer, run, world):
             _learn(trainer, env, settings, total, run, options.resume, world)
         if run is not None:
