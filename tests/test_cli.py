@@ -751,7 +751,8 @@ class TestErrors:
             gymnasium.registry.pop("Own-v0", None)
             sys.modules.pop("own", None)
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"ssm-fast: 3 is not in list (ValueError at {tmp_path / 'own.py'}:5, in step)"
+            "ssm-fast: 3 is not in list; in environment 0 of own:Own-v0, at step 1 of its episode "
+            f"(ValueError at {tmp_path / 'own.py'}:5, in step)"
         )
 
     def test_without_a_time_limit(

@@ -18,11 +18,12 @@ def say(text: str) -> None:
 
 
 def sentence(message: object) -> str:
-    """A message in one line; of a file's error without its number."""
+    """A message in one line; of a file's error without its number, and with the notes of any."""
+    notes = getattr(message, "__notes__", [])
     if isinstance(message, OSError) and message.filename is not None and message.strerror:
         names = [repr(x) for x in (message.filename, message.filename2) if x is not None]
         message = f"{' -> '.join(names)}: {message.strerror}"
-    return " ".join(str(message).split())
+    return " ".join("; ".join([str(message), *notes]).split())
 
 
 def place_of(error: BaseException) -> str:
