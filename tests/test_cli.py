@@ -751,20 +751,21 @@ class TestErrors:
             gymnasium.registry.pop("Own-v0", None)
             sys.modules.pop("own", None)
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"ssm-fast: 3 is not in list (ValueError at {tmp_path / 'own.py'}:5, in step)"
+            "ssm-fast: 3 is not in list; in environment 0 of own:Own-v0, at step 1 of its episode "
+            f"(ValueError at {tmp_path / 'own.py'}:5, in step)"
         )
 
     def test_without_a_time_limit(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """The evaluation of a policy that never fails has to end, too."""
-        monkeypatch.setattr("ssm_fast.cli.environments.LONGEST_EVALUATION", 30)
+        monkeypatch.setattr("ssm_fast.env_runner.evaluation.LONGEST_EVALUATION", 30)
         args = [*PPO, "--steps", "80", "--checkpoint_interval", "1", "--out", "out"]
         args[args.index("Pendulum-v1")] = "Endless-v0"
         assert cli.main(args) == 0
         assert "Endless-v0 has no time limit: the evaluation ends" in capsys.readouterr().out
         assert len(json.loads(Path("out/evaluation.json").read_text())["returns"]) == 10
-        monkeypatch.setattr("ssm_fast.cli.environments.LONGEST_EVALUATION", 20)
+        monkeypatch.setattr("ssm_fast.env_runner.evaluation.LONGEST_EVALUATION", 20)
         assert cli.main(["evaluate", "out"]) == 0
         assert "the evaluation ends episodes after 20 steps" in capsys.readouterr().out
         play = ["evaluate", "out", "--max-episode-steps", "20", "--episodes", "2"]

@@ -21,7 +21,6 @@ def main(args: Sequence[str] | None = None) -> int:
         evaluation broke down on NaN or infinity, or lost one of its processes, 2 for a mistake in
         the input, 130 after Ctrl-C or, in a training by one process, SIGTERM.
     """
-    prepare_output()
     args = sys.argv[1:] if args is None else list(args)
     try:
         from ssm_fast.cli.parsing import parse
@@ -37,6 +36,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def run() -> NoReturn:
     """The command `ssm-fast`: runs `main` on the command line and ends the process with its code."""
+    prepare_output()
     code = main()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # Where the interpreter ends under a thread of gloo (torch 2.13), a process that has done its

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ssm_fast.checkpoint import read_metadata
 from ssm_fast.cli.messages import note, say
-from ssm_fast.cli.options import LONGEST_EVALUATION
-from ssm_fast.env_runner import Environment, Task, TrialEnvironment, get_family
+from ssm_fast.env_runner import Environment, Task, TrialEnvironment, evaluation, get_family
 from ssm_fast.env_runner.film import is_mujoco
 
 # Environments of one task that a family varies.
@@ -49,11 +48,10 @@ def environment_of(path: Path, env_id: str | None) -> str:
 
 
 def longest_evaluation(env: Environment | TrialEnvironment) -> int | None:
-    """Where to end the episodes of an environment that does not end them itself; None if it does."""
-    if env.max_episode_steps is not None:
-        return None
-    limit = LONGEST_EVALUATION
-    say(f"{env.env_name} has no time limit: the evaluation ends episodes after {limit:,} steps")
+    """What `evaluation.longest_evaluation` returns, with a line where it ends the episodes."""
+    limit = evaluation.longest_evaluation(env)
+    if limit is not None:
+        say(f"{env.env_name} has no time limit: the evaluation ends episodes after {limit:,} steps")
     return limit
 
 

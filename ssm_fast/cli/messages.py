@@ -46,11 +46,12 @@ def prepare_output() -> None:
 
 
 def sentence(message: object) -> str:
-    """A message in one line, without colours; of a file's error without its number."""
+    """A message and its notes in one line, without colours; a file's error without its number."""
+    notes = getattr(message, "__notes__", [])
     if isinstance(message, OSError) and message.filename is not None and message.strerror:
         names = [repr(x) for x in (message.filename, message.filename2) if x is not None]
         message = f"{' -> '.join(names)}: {message.strerror}"
-    return " ".join(_COLOUR.sub("", str(message)).split())
+    return " ".join(_COLOUR.sub("", "; ".join([str(message), *notes])).split())
 
 
 def place_of(error: BaseException) -> str:

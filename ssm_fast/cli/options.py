@@ -15,7 +15,6 @@ from ssm_fast.cli.presets import preset_names
 # Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.
 EVALUATION_SEED = 3_000_000_000
 EVALUATION_EPISODES = 10
-LONGEST_EVALUATION = 10_000  # steps of an episode that has no time limit
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 MOST_THREADS = 1024
 

@@ -90,10 +90,6 @@ def _can_be_resumed(
     """Leaves a run folder that can be used on, whatever ends the training, and says how."""
     try:
         yield
-    except ValueError:
-        if run is not None and not run.has_checkpoints() and not run.read_rows():
-            run.config_path.unlink()  # nothing was learnt: the folder stays free
-        raise
     except KeyboardInterrupt:
         if run is not None and not run.model_path.exists():
             save_policy(
@@ -104,6 +100,10 @@ def _can_be_resumed(
         ) from None
     except (FloatingPointError, LostRank) as error:
         raise type(error)(f"{error}; {_how_to_resume(out, env.env_name, run, world)}") from error
+    except Exception:
+        if run is not None and not run.has_checkpoints() and not run.read_rows():
+            run.config_path.unlink()  # nothing was learnt: the folder stays free
+        raise
 
 
 def _learn(
