@@ -50,7 +50,7 @@ def run_command(options: Any) -> int:
             stopped = names.get(type(options), "the command")
             return _fail(world, 1, f"{stopped} stopped: {sentence(error)}")
         except (ValueError, OSError) as error:
-            return _fail(world, 2, sentence(error) + place_of(error))
+            return _fail(world, 2, _in_options(sentence(error), options) + place_of(error))
         except KeyboardInterrupt as interrupt:
             return _fail(world, 130, sentence(interrupt) or "interrupted")
     return 0
@@ -87,6 +87,19 @@ def _run_app(options: App) -> None:
         run_app(options)
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is missing: pip install 'ssm_fast[app]'") from None
+
+
+# Arguments that have another name on the command line.
+_OPTION_OF = {"env_name": "env", "learning_rate": "lr", "adaptation_lr": "lr"}
+
+
+def _in_options(message: str, options: Any) -> str:
+    """A message that speaks of an argument, with the option that it was given by."""
+    name, _, rest = message.partition(" ")
+    option = _OPTION_OF.get(name, name)
+    if getattr(options, option, None) is not None:
+        return f"--{option} {rest}"
+    return f"the environment {rest}" if name == "env_name" else message
 
 
 def _fail(world: World, code: int, reason: str) -> int:
