@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -647,7 +648,7 @@ class TestAdapt:
             (["--env", "Nope-v0"], "'Nope-v0' cannot be made"),
             (["--env", "CartPole-v1", "--episodes", "0"], "--episodes must be at least 1"),
             (["--env", "CartPole-v1", "--rows", "0"], "--rows must be at least 1"),
-            (["--env", "CartPole-v1", "--lr", "0"], "adaptation_lr must be finite"),
+            (["--env", "CartPole-v1", "--lr", "0"], "--lr must be finite"),
             (["--env", "CartPole-v1", "--seed", "-1"], "--seed must be at least 0"),
             (
                 ["--env", "CartPole-v1", "--experience_weight", "0.3"],
@@ -695,8 +696,8 @@ class TestErrors:
             (["train", "--env", "Nope-v0"], "'Nope-v0' cannot be made"),
             (["train", "--env", "FrozenLake-v1"], "observation space must be a Box"),
             ([*REINFORCE, "--env", "Pendulum-v1"], "needs discrete actions; Pendulum-v1 has Box"),
-            ([*REINFORCE, "--lr", "-1"], "learning_rate must be finite and positive, got -1.0"),
-            ([*REINFORCE, "--lr", "nan"], "learning_rate must be finite"),
+            ([*REINFORCE, "--lr", "-1"], "--lr must be finite and positive, got -1.0"),
+            ([*REINFORCE, "--lr", "nan"], "--lr must be finite"),
             ([*REINFORCE, "--episodes", "0"], "--episodes must be at least 1, got 0"),
             ([*REINFORCE, "--batch_size", "0"], "batch_size must be at least 1, got 0"),
             ([*REINFORCE, "--state_dim", "0"], "state_dim"),
@@ -751,7 +752,8 @@ class TestErrors:
             gymnasium.registry.pop("Own-v0", None)
             sys.modules.pop("own", None)
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"ssm-fast: 3 is not in list (ValueError at {tmp_path / 'own.py'}:5, in step)"
+            "ssm-fast: 3 is not in list; in environment 0 of own:Own-v0, at step 1 of its episode "
+            f"(ValueError at {tmp_path / 'own.py'}:5, in step)"
         )
 
     def test_without_a_time_limit(
@@ -1160,7 +1162,7 @@ class TestCommands:
         process.stdout.close()
         _, error = process.communicate(timeout=60)
         assert error == b""
-        assert process.returncode == 1
+        assert process.returncode == 0
 
     def test_python_m(self) -> None:
         done = subprocess.run(
@@ -1170,5 +1172,157 @@ class TestCommands:
             check=False,
         )
         assert done.returncode == 2
-        assert done.stderr.startswith("ssm-fast: env_name 'Nope-v0' cannot be made")
+        assert done.stderr.startswith("ssm-fast: --env 'Nope-v0' cannot be made")
         assert done.stderr.count("\n") == 1
+
+
+class TestOverwrite:
+    def test_replaces_the_run_and_nothing_else(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*REINFORCE, "--seed", "1", "--out", "out"]) == 0
+        for name in ("notes.txt", "checkpoints/mine.pt", "tensorboard/other.log"):
+            Path("out", name).write_text("mine")
+        assert cli.main([*REINFORCE, "--out", "out"]) == 2
+        assert "replace it (--overwrite)" in capsys.readouterr().err
+        assert cli.main([*REINFORCE, "--lr", "-1", "--overwrite", "--out", "out"]) == 2
+        assert Path("out/policy.safetensors").exists(), "a mistake removes nothing"
+        assert cli.main([*REINFORCE, "--overwrite", "--out", "out"]) == 0
+        assert cli.main([*REINFORCE, "--out", "fresh"]) == 0
+        _assert_same_policy("out", "fresh")
+        assert _rows("out") == _rows("fresh")
+        assert len(list(Path("out/tensorboard").glob("events.*"))) == 1
+        for name in ("notes.txt", "checkpoints/mine.pt", "tensorboard/other.log"):
+            assert Path("out", name).read_text() == "mine"
+        assert cli.main([*REINFORCE, "--overwrite", "--resume", "--out", "out"]) == 2
+        assert "--resume and --overwrite exclude each other" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("config", [None, '{"mode": "fast"}', '{"versions": 3}', "{"])
+    def test_never_a_foreign_folder(
+        self, config: str | None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("out/checkpoints/iteration_00000010").mkdir(parents=True)
+        files = [Path("out/policy.safetensors"), Path("out/checkpoints/iteration_00000010/w.pt")]
+        if config is not None:
+            files.append(Path("out/config.json"))
+        for file in files:
+            file.write_text(config or "mine")
+        assert cli.main([*REINFORCE, "--overwrite", "--out", "out"]) == 2
+        error = capsys.readouterr().err
+        assert "out/config.json" in error
+        assert error.count("\n") == 1
+        assert all(file.read_text() == (config or "mine") for file in files)
+
+
+COMMAND = [sys.executable, "-m", "ssm_fast"]
+
+
+class TestOutput:
+    """A training is worth more than what it prints."""
+
+    def test_a_closed_one(self) -> None:
+        done = subprocess.run(
+            ["sh", "-c", f"exec {shlex.join([*COMMAND, *REINFORCE])} --out out >&- 2>&-"],
+            check=False,
+        )
+        assert done.returncode == 0
+        assert json.loads(Path("out/config.json").read_text())["mode"] == "policy_gradient"
+        assert Path("out/evaluation.json").exists()
+
+    def test_one_whose_reader_has_gone(self) -> None:
+        process = subprocess.Popen(
+            [*COMMAND, *REINFORCE, "--episodes", "40", "--out", "out"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("training in CartPole-v1")
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+        assert Path("out/evaluation.json").exists()
+
+    def test_one_of_ascii(self) -> None:
+        done = subprocess.run(
+            [*COMMAND, *REINFORCE, "--out", "läufe/日本"],
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert rb"run folder l\xe4ufe/\u65e5\u672c" in done.stdout
+        assert Path("läufe/日本/evaluation.json").exists()
+
+    def test_a_full_one_leaves_the_folder_free(self) -> None:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [*COMMAND, *REINFORCE, "--out", "out"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == 2
+        assert done.stderr.startswith("ssm-fast: [Errno 28] No space left on device")
+        assert not Path("out/config.json").exists()
+
+    @pytest.mark.filterwarnings("default:.*Using the latest versioned environment")
+    def test_warnings_have_no_colours(self, capsys: pytest.CaptureFixture[str]) -> None:
+        StateSpaceModel().save("policy.safetensors")
+        args = ["evaluate", "policy.safetensors", "--env", "CartPole", "--episodes", "1"]
+        assert cli.main(args) == 0
+        error = capsys.readouterr().err
+        assert "ssm-fast: warning: WARN: Using the latest versioned environment" in error
+        assert "\x1b" not in error
+
+
+class TestParsing:
+    def _said(self, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(args)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("command", "hint"),
+        [
+            ("trian", "did you mean train?"),
+            ("eval", "did you mean evaluate?"),
+            ("xyz", "expected one of train, evaluate, adapt, app, bench, info"),
+        ],
+    )
+    def test_a_mistyped_command(
+        self, command: str, hint: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        said = self._said(capsys, command, "--steps", "100")
+        assert said == f"ssm-fast: {command!r} is not a command: {hint}\n"
+
+    def test_suggestions_are_of_the_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        said = self._said(capsys, "train", "--step", "100")
+        assert "--num-steps" in said
+        assert "adapt" not in said
+        assert "--max-episode-steps" not in said  # of adapt and evaluate
+
+    @pytest.mark.parametrize(
+        "args", [["train", "--out", ""], ["bench", "--out="], ["evaluate", ""], ["adapt", ""]]
+    )
+    def test_an_empty_path(self, args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert "a path must not be empty" in " ".join(self._said(capsys, *args).split())
+        assert list(Path().iterdir()) == []
+
+    @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["trian"], ["train", "--x"]])
+    def test_help_and_mistakes_import_no_torch(self, args: list[str]) -> None:
+        code = (
+            "import atexit, runpy, sys\n"
+            "atexit.register(lambda: print('imported', {'torch', 'gymnasium', 'numpy'} & set(sys.modules)))\n"
+            "sys.argv[0] = 'ssm-fast'\n"
+            "import ssm_fast.__main__\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], capture_output=True, text=True, check=False
+        )
+        assert done.stdout.endswith("imported set()\n"), done.stderr
+
+    def test_import_registers_the_ops(self) -> None:
+        """Without the command line, as for a file of torch.export."""
+        code = "import torch, ssm_fast; print(torch.ops.ssm_fast.dense_scan, ssm_fast.SSM)"
+        done = subprocess.run([sys.executable, "-c", code], check=False)
+        assert done.returncode == 0

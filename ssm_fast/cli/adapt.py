@@ -212,11 +212,12 @@ def _by_gradient_steps(
 ) -> tuple[ImprovedSSM, list[float], list[float]]:
     """The adapted policy, and the mean returns of each round without and with its steps."""
     rounds, seed = chosen["episodes"], chosen["seed"]
-    torch.manual_seed(seed)
     adaptation = trainer.adapt(env, None, rounds - 1, seed)
-    torch.manual_seed(seed)
-    shared = trainer.shared_weights(1)
-    played = [trainer.collect(env, shared, seed + k * env.batch_size) for k in range(rounds)]
+    shared, noise = trainer.shared_weights(1), torch.Generator(trainer.device).manual_seed(seed)
+    played = [
+        trainer.collect(env, shared, seed + k * env.batch_size, generator=noise)
+        for k in range(rounds)
+    ]
     without = [float(round_.episode_returns.mean()) for round_ in played]
     adapted = trainer.adapted_model(adaptation.weights)
     return adapted, without, adaptation.returns.mean((1, 2, 3)).tolist()

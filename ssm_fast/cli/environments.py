@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from ssm_fast.checkpoint import read_metadata
-from ssm_fast.cli.messages import say
+from ssm_fast.cli.messages import note, say
 from ssm_fast.env_runner import Environment, Task, TrialEnvironment, evaluation, get_family
 from ssm_fast.env_runner.film import is_mujoco
 
@@ -96,7 +95,7 @@ def route_mujoco_warnings(env_id: str) -> None:
 
     def write_once(text: str) -> None:
         if text not in seen and "deprecated" not in text:
-            sys.stderr.write(f"MuJoCo: {text}\n")
+            note(f"MuJoCo: {text}")
         seen.add(text)
 
     mujoco.set_mju_user_warning(write_once)

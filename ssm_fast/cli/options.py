@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from ssm_fast.bench.cases import Op
+from ssm_fast.bench import Op
 from ssm_fast.cli.presets import preset_names
 
 # Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.
@@ -112,6 +112,8 @@ class Train:
     resume: bool = False
     """Continue the run in the run folder exactly where its last checkpoint left it. With more --steps
     (or episodes, or epochs) the learning rate goes on as in a run of that length."""
+    overwrite: bool = False
+    """Replace the run in the run folder. Files that are not a run's stay."""
     device: Annotated[Literal["cpu", "cuda"] | None, _default("cpu")] = None
     """Where the policy acts and learns; the environments stay on the CPU. A run may be continued on
     another one."""

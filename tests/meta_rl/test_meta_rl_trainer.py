@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -92,7 +94,6 @@ def test_collect_is_seeded():
     env.set_tasks([task for task in tasks_of(env) for _ in range(R)])
     rounds = []
     for seed in (1, 1, 2):
-        torch.manual_seed(0)
         rounds.append(trainer.collect(env, trainer.shared_weights(G), seed))
     assert torch.equal(rounds[0].observations, rounds[1].observations)
     assert torch.equal(rounds[0].actions, rounds[1].actions)
@@ -354,6 +355,26 @@ def test_global_generator_is_left_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_seed_determines_a_run_beside_others():
+    alone = trainer_for(environment())
+    alone.train(environment(), 2)
+    trainers = [trainer_for(environment()) for _ in range(2)]
+    turn = threading.Barrier(2, timeout=60.0)
+
+    def train(trainer):
+        def draw(metrics):
+            torch.rand(3)  # as whoever else uses torch's global generator
+            turn.wait()
+
+        trainer.train(environment(), 2, callback=draw)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(train, trainers))
+    for trainer in trainers:
+        for n, x in trainer.model.state_dict().items():
+            assert torch.equal(x, alone.model.state_dict()[n])
+
+
 def test_adapts_to_what_an_environment_plays():
     """One task alone takes the step that it takes beside others."""
     env = environment()
@@ -362,7 +383,6 @@ def test_adapts_to_what_an_environment_plays():
     for tasks in (None, [task]):
         with Environment(CARTPOLE, R, tasks=[task] * R) as alone:
             trainer = trainer_for(env, num_steps=None)
-            torch.manual_seed(3)
             adaptation = trainer.adapt(alone, tasks, 2, seed=7)
         assert adaptation.returns.shape == (3, 1, R, 1)
         played.append(adaptation)

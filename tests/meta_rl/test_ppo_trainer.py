@@ -6,6 +6,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -559,6 +561,23 @@ class TestTrain:
             models.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert torch.equal(models[0], models[1])
         assert not torch.equal(models[0], models[2])
+
+    def test_a_seed_determines_a_run_beside_others(self) -> None:
+        alone = _trainer(_model(), seed=1)
+        alone.train(_drift(2), 192)
+        trainers = [_trainer(_model(), seed=seed) for seed in (1, 2)]
+        turn = threading.Barrier(2, timeout=60.0)
+
+        def train(trainer: PPOTrainer) -> None:
+            def draw(metrics: dict[str, float]) -> None:
+                torch.rand(3)  # as whoever else uses torch's global generator
+                turn.wait()
+
+            trainer.train(_drift(2), 192, callback=draw)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(train, trainers))
+        _assert_same(trainers[0].model.state_dict(), alone.model.state_dict())
 
     def test_learns_cart_pole(self) -> None:
         torch.manual_seed(0)
