@@ -572,8 +572,8 @@ class Environment:
         warnings.warn(
             f"{self.env_name}: component {list(map(int, index))} of the observations went from "
             f"{before[row, k]} to {now[row, k]} in environment {row}, which are the same number in "
-            "float32, what policies see: subtract a constant, as "
-            "gymnasium.wrappers.NormalizeObservation does, or leave it out",
+            "float32, what policies see: subtract a constant of that size by "
+            "gymnasium.wrappers.TransformObservation",
             stacklevel=3,
         )
 

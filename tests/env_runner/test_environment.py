@@ -695,6 +695,12 @@ def test_changes_that_float32_rounds_away_are_said(wrapped, dtype):
         env.step([0, 0])  # once is enough
         env.reset()
         env.step([0, 0])
+    told = gymnasium.wrappers.TransformObservation(
+        Clock(), lambda x: x - np.array([0, 1.7e9], dtype), Clock.observation_space
+    )
+    with Environment.wrap(told) as env:  # as the message says
+        env.reset()
+        assert env.step([0])[0].tolist() == [[1.0, 1.0]]
     with make(2.0**23) as env:  # float32 tells these apart
         env.reset()
         assert env.step([0, 0])[0].tolist() == [[1.0, 2.0**23 + 1]] * 2
