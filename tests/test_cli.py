@@ -802,6 +802,37 @@ class TestErrors:
         assert text in error
         assert error.count("\n") == 1
 
+    @pytest.mark.parametrize(
+        ("env_id", "text"), [("LunarLander-v3", "Box2D"), ("Mistyped-v0", "'CartPoolEnv'")]
+    )
+    def test_an_environment_that_cannot_be_made_is_one_sentence(
+        self,
+        env_id: str,
+        text: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "Box2D", None)  # an extra that is missing
+        monkeypatch.delitem(sys.modules, "gymnasium.envs.box2d", raising=False)
+        entry_point = "gymnasium.envs.classic_control:CartPoolEnv"
+        gymnasium.register("Mistyped-v0", entry_point=entry_point)
+        ImprovedSSM(8, 4, discrete=True).save("policy.safetensors")
+        try:
+            for args in (
+                ["train", "--steps", "80", "--out", "out"],
+                ["evaluate", "policy.safetensors"],
+                ["evaluate", "policy.safetensors", "--video", "film.mp4"],
+                ["adapt", "policy.safetensors", "--out", "adapted.safetensors"],
+            ):
+                assert cli.main([*args, "--env", env_id]) == 2
+                error = capsys.readouterr().err
+                assert error.startswith(f"ssm-fast: env_name '{env_id}' cannot be made: ")
+                assert text in error
+                assert error.count("\n") == 1
+        finally:
+            del gymnasium.registry["Mistyped-v0"]
+        assert not Path("out").exists()
+
     def test_nan_in_an_evaluation(self, capsys: pytest.CaptureFixture[str]) -> None:
         StateSpaceModel().save("policy.safetensors")
         args = ["evaluate", "policy.safetensors", "--env", "Breaks-v0", "--episodes", "1"]

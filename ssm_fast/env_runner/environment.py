@@ -56,8 +56,7 @@ class Environment:
 
     An error that an environment raises passes through as it is, with a note (`__notes__`) that
     names the environment, row and step. The rows then stand at different steps, and `step` asks for
-    a `reset`. Warnings tell of spaces that a policy can hardly learn with: flattened pictures, wide
-    or distant bounds of actions, and observations whose changes float32 rounds away.
+    a `reset`. A warning tells of an observation whose changes float32 rounds away.
 
     Attribute `physics` and `repr` tell which of the two ways to step the rows is in use; both give
     the same numbers:
@@ -244,7 +243,7 @@ class Environment:
         self._may_round = is_wide
         self._large: NDArray[np.intp] | None = None  # components that are watched
         self._before: NDArray[np.float64] = np.empty(0)  # [B, len(large)], as of the last step
-        _warn_of_spaces(env_name, self.single_observation_space, self.single_action_space)
+        self._may_warn_of_spaces = True
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -573,8 +572,8 @@ class Environment:
         warnings.warn(
             f"{self.env_name}: component {list(map(int, index))} of the observations went from "
             f"{before[row, k]} to {now[row, k]} in environment {row}, which are the same number in "
-            "float32, what policies see: subtract a constant, as "
-            "gymnasium.wrappers.NormalizeObservation does, or leave it out",
+            "float32, what policies see: subtract a constant of that size by "
+            "gymnasium.wrappers.TransformObservation",
             stacklevel=3,
         )
 
@@ -624,6 +623,38 @@ class Environment:
             metadata["action_low"] = json.dumps(self.action_low.tolist())
             metadata["action_high"] = json.dumps(self.action_high.tolist())
         return metadata
+
+    def warn_of_spaces(self) -> None:
+        """Warns, once, of spaces in which a policy can hardly learn; trainers call it as they begin.
+
+        These are pictures, which are flattened to many inputs, and bounds of actions far from [-1, 1].
+        """
+        if not self._may_warn_of_spaces:
+            return
+        self._may_warn_of_spaces = False
+        shape = self.single_observation_space.shape
+        if len(shape) > 1 and self.input_dim > _MANY_INPUTS:
+            warnings.warn(
+                f"{self.env_name}: observations of shape {list(shape)} are flattened to "
+                f"{self.input_dim:,} inputs, and no layer is made for pictures: shrink them by "
+                "gymnasium.wrappers.GrayscaleObservation and ResizeObservation, or turn them into "
+                "features in an ObservationWrapper",
+                stacklevel=3,
+            )
+        if self.action_low is None or self.action_high is None:
+            return
+        low, high = (x.astype(np.float64) for x in (self.action_low, self.action_high))
+        half = high / 2 - low / 2  # [action_dim]
+        is_far = (low > 1) | (high < -1) | (half > _FAR) | (half < 0.5 / _FAR)
+        is_far &= np.isfinite(half)
+        if is_far.any():
+            i = int(np.flatnonzero(is_far)[0])
+            warnings.warn(
+                f"{self.env_name}: component {i} of the actions lies in [{low[i]:g}, {high[i]:g}], but "
+                "a policy starts with actions around 0 of a deviation below 1, which are clipped and "
+                "not rescaled: wrap the environment in gymnasium.wrappers.RescaleAction(env, -1, 1)",
+                stacklevel=3,
+            )
 
     def close(self) -> None:
         """Closes the environments; a second call does nothing."""
@@ -890,35 +921,6 @@ def _check_observation_space(env_name: str, space: spaces.Space[Any]) -> spaces.
         f"{env_name}: observation space must be a Box, got {space}; "
         "gymnasium.wrappers.FlattenObservation turns most spaces into one"
     )
-
-
-def _warn_of_spaces(
-    env_name: str, observation_space: spaces.Box, action_space: spaces.Box | spaces.Discrete
-) -> None:
-    """Warns of spaces in which a policy can hardly learn."""
-    shape, inputs = observation_space.shape, math.prod(observation_space.shape)
-    if len(shape) > 1 and inputs > _MANY_INPUTS:
-        warnings.warn(
-            f"{env_name}: observations of shape {list(shape)} are flattened to {inputs:,} inputs, and "
-            "no layer is made for pictures: shrink them, as by "
-            "gymnasium.wrappers.GrayscaleObservation and ResizeObservation, or turn them into "
-            "features in an ObservationWrapper",
-            stacklevel=1,
-        )
-    if isinstance(action_space, spaces.Discrete):
-        return
-    low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
-    with np.errstate(over="ignore"):
-        half = (high - low) / 2  # [action_dim]
-    far = np.isfinite(half) & ((low > 1) | (high < -1) | (half > _FAR) | (half < 0.5 / _FAR))
-    if far.any():
-        i = int(np.flatnonzero(far)[0])
-        warnings.warn(
-            f"{env_name}: component {i} of the actions lies in [{low[i]:g}, {high[i]:g}], but a policy "
-            "starts with actions around 0 of a deviation below 1, which are clipped and not rescaled: "
-            "wrap the environment in gymnasium.wrappers.RescaleAction(env, -1, 1)",
-            stacklevel=1,
-        )
 
 
 def _check_action_space(env_name: str, space: spaces.Space[Any]) -> spaces.Box | spaces.Discrete:

@@ -316,6 +316,8 @@ class PPOTrainer:
         check_number("total_timesteps", total_timesteps, at_least=1)
         check_count("log_interval", log_interval)
         env = self._prepare(env)
+        if self.world.rank == 0:
+            env.warn_of_spaces()
         self._first_iteration = self.iteration
         self._batch_size = self._rows_of(env).total
         start_run(self.world, run, self, resume)

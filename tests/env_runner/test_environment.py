@@ -629,13 +629,15 @@ def test_actions_far_from_what_a_policy_starts_with_are_said(low, high, shown):
     pattern = (
         rf"Counter-v0: component 1 of the actions .*{re.escape(shown)}.*RescaleAction\(env, -1, 1\)"
     )
-    with pytest.warns(UserWarning, match=pattern):
-        env = Environment("Counter-v0", action_space=box)
-    env.close()
+    with Environment("Counter-v0", action_space=box) as env:
+        with pytest.warns(UserWarning, match=pattern):
+            env.warn_of_spaces()
+        env.warn_of_spaces()  # once is enough
     rescaled = gymnasium.wrappers.RescaleAction(
         gymnasium.make("Counter-v0", action_space=box), np.float32(-1), np.float32(1)
     )
-    with Environment.wrap(rescaled) as env:  # without a warning
+    with Environment.wrap(rescaled) as env:
+        env.warn_of_spaces()
         env.reset()
         env.step(np.ones((1, 2)))
         np.testing.assert_allclose(rescaled.unwrapped.received[0], [1, high], rtol=1e-5)
@@ -644,16 +646,21 @@ def test_actions_far_from_what_a_policy_starts_with_are_said(low, high, shown):
 def test_no_warning_of_ranges_that_a_policy_can_learn_in():
     for low, high in ((-3, 3), (0, 1), (-0.4, 0.4), (-np.inf, np.inf), (0, np.inf)):
         box = spaces.Box(low, high, (2,))
-        Environment("Counter-v0", action_space=box).close()
+        with Environment("Counter-v0", action_space=box) as env:
+            env.warn_of_spaces()
+    with Environment("CartPole-v1") as env:
+        env.warn_of_spaces()
 
 
 def test_flattened_pictures_are_said():
     box = spaces.Box(0, 255, (64, 64, 3), np.uint8)
     text = r"Counter-v0: .* shape \[64, 64, 3\] are flattened to 12,288 inputs.*ResizeObservation"
-    with pytest.warns(UserWarning, match=text):
-        env = Environment("Counter-v0", observation_space=box, shape=(64, 64, 3))
-    assert env.input_dim == 12288
-    env.close()
+    with Environment("Counter-v0", observation_space=box, shape=(64, 64, 3)) as env:
+        with pytest.warns(UserWarning, match=text):
+            env.warn_of_spaces()
+        assert env.input_dim == 12288
+    with Environment("Counter-v0", shape=(4, 16)) as env:
+        env.warn_of_spaces()
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -688,6 +695,12 @@ def test_changes_that_float32_rounds_away_are_said(wrapped, dtype):
         env.step([0, 0])  # once is enough
         env.reset()
         env.step([0, 0])
+    told = gymnasium.wrappers.TransformObservation(
+        Clock(), lambda x: x - np.array([0, 1.7e9], dtype), Clock.observation_space
+    )
+    with Environment.wrap(told) as env:  # as the message says
+        env.reset()
+        assert env.step([0])[0].tolist() == [[1.0, 1.0]]
     with make(2.0**23) as env:  # float32 tells these apart
         env.reset()
         assert env.step([0, 0])[0].tolist() == [[1.0, 2.0**23 + 1]] * 2
@@ -941,6 +954,9 @@ def test_wrap_refuses_what_it_cannot_step_correctly():
     with pytest.raises(ValueError, match=r"SAME_STEP, got AutoresetMode.NEXT_STEP"):
         Environment.wrap(vector)
     vector.close()
+    mode = {"autoreset_mode": AutoresetMode.SAME_STEP}  # as the message says
+    with Environment.wrap(gymnasium.make_vec("CartPole-v1", 2, "sync", vector_kwargs=mode)) as env:
+        env.reset()
     with pytest.raises(TypeError, match=r"must be a gymnasium\.Env"):
         Environment.wrap("CartPole-v1")
 

@@ -632,6 +632,13 @@ class TestTrain:
 
 
 class TestFailures:
+    def test_warns_of_actions_far_from_its_own(self) -> None:
+        env = _drift(2)
+        env.single_action_space = gymnasium.spaces.Box(0.0, 1000.0, (2,))
+        env.envs[0].action_space = env.single_action_space
+        with pytest.warns(UserWarning, match=r"actions lies in \[0, 1000\].*RescaleAction"):
+            _trainer(_model()).train(env, 48)
+
     def test_nan_from_an_environment(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
         trainer = _trainer(_model().float(), checkpoint_interval=1)
