@@ -1,5 +1,6 @@
 """State-space-model kernels for PyTorch, and recurrent reinforcement learning on top of them."""
 
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -27,7 +28,13 @@ __all__ = ["SSM", "__version__", "load_policy", "ops"]
 
 
 def __getattr__(name: str) -> object:
-    """Import what not every user of a layer needs when it is first asked for."""
+    """Import what not every process needs when it is first asked for."""
+    if name == "SSM":
+        from ssm_fast.nn import SSM
+
+        return SSM
+    if name == "ops":
+        return importlib.import_module("ssm_fast.ops")
     if name == "load_policy":
         from ssm_fast.policy import load_policy
 
