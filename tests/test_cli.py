@@ -22,7 +22,7 @@ import torch
 
 import ssm_fast
 from ssm_fast import cli
-from ssm_fast.checkpoint import load_model, read_metadata, save_model
+from ssm_fast.checkpoint import load_inner_rates, load_model, read_metadata, save_model
 from ssm_fast.cli import progress
 from ssm_fast.cli.options import EVALUATION_SEED, Train
 from ssm_fast.cli.presets import load_preset, preset_names
@@ -166,16 +166,17 @@ class TestTrain:
         text = capsys.readouterr().out
         assert cli.main(["evaluate", "out"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[:2] == text.splitlines()[-2:]
-        assert [line.split()[0] for line in lines] == ["stochastic"] * 2 + ["deterministic"] * 2
+        assert lines[: len(lines) // 2] == text.splitlines()[-len(lines) // 2 :]
+        titles = [line.split()[0] for line in lines if line.endswith(FAMILY)]
+        assert titles == ["stochastic"] * 2 + ["deterministic"] * 2
         for option, value in (("--env", FAMILY), ("--episodes", "3")):
             assert cli.main(["evaluate", "out", option, value]) == 2
             assert f"{option} must not be given" in capsys.readouterr().err
-        mean = report["test_tasks"][0]["mean"]
-        assert (
-            f"return in 40 test tasks of {FAMILY} after 0, 1, ... gradient steps: {mean:.1f}"
-            in text
-        )
+        title, _, table = text.partition(f"stochastic return in 40 test tasks of {FAMILY}\n")
+        cells = [re.findall(r"[\d.]+", line) for line in table.splitlines()]
+        for row in report["test_tasks"]:
+            figures = f"{row['mean']:.1f}", f"{row['std_over_tasks']:.1f}"
+            assert [str(row["gradient_steps"]), *figures] in cells
 
     def test_meta_rl_whose_evaluation_breaks_down(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -508,16 +509,20 @@ class TestAdapt:
         ):
             assert cli.main([*play, *options]) == 0
             lines = capsys.readouterr().out.splitlines()
-            assert lines[0] == f"in the task {task}"
+            assert lines[0] == "in the task"
+            for name, value in task.as_dict().items():
+                assert any(line.split()[1::2] == [name, f"{value:.4g}"] for line in lines)
             result = evaluate(
                 ssm_fast.load_policy("one.safetensors"), FAMILY, 2, EVALUATION_SEED, task=task
             )
-            assert f"return {result.mean:.1f} +- {result.std:.1f}" in lines[1]
+            assert f"return {result.mean:.1f} +- {result.std:.1f}" in lines[-1]
         again = ["adapt", "one.safetensors", "--method", "standard", "--episodes", "2"]
         again += ["--adapt-every", "5"]
         assert cli.main([*again, "--out", "three.safetensors"]) == 0
-        assert capsys.readouterr().out.startswith(f"in the task {family.test_tasks[3]}\n")
-        assert read_metadata("three.safetensors") == read_metadata("one.safetensors")
+        assert capsys.readouterr().out.startswith("in the task\n")
+        adapted_before = read_metadata("one.safetensors")
+        assert adapted_before["adapted"] == method
+        assert read_metadata("three.safetensors") == adapted_before | {"adapted": "standard"}
         assert cli.main([*play, "--video", "one.mp4"]) == 0
         assert re.fullmatch(
             r"one\.mp4: return \d+\.0 after \d+ steps", capsys.readouterr().out.splitlines()[-1]
@@ -542,6 +547,78 @@ class TestAdapt:
                 "adapted to Pendulum-v1 by test_time, seed 0; policy adapted.safetensors" + end
             )
         assert ssm_fast.load_policy("adapted.safetensors").action_low is not None
+
+    def test_the_defaults_adapt(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Without an option, a policy plays what it has not learnt, and changes on the way."""
+        torch.manual_seed(0)
+        model = ImprovedSSM(4, 2, 4, 8, 1, discrete=True)
+        save_model("policy.safetensors", model, {"env_id": "CartPole-v1"})
+        assert cli.main(["adapt", "policy.safetensors", "--episodes", "8"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        lines = captured.out.splitlines()
+        assert lines[0] == f"test task 0 of {FAMILY}; --task chooses another one"
+        rows = [line.split()[1:] for line in lines if re.match(r" +\d ", line)]
+        assert any(without != adapting for without, adapting in rows[:-1])
+        task = json.loads(read_metadata("adapted.safetensors")["task"])
+        family = get_family(FAMILY)
+        assert family.task_type(**task) == family.test_tasks[0]
+
+    @pytest.mark.filterwarnings("default:the policy was trained in")
+    def test_in_the_environment_that_it_was_trained_in(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = ImprovedSSM(4, 2, 4, 8, 1, discrete=True)
+        save_model("policy.safetensors", model, {"env_id": "CartPole-v1"})
+        args = ["adapt", "policy.safetensors", "--episodes", "1", "--env", "CartPole-v1"]
+        assert cli.main(args) == 0
+        captured = capsys.readouterr()
+        assert captured.err.startswith(
+            "ssm-fast: warning: the policy was trained in CartPole-v1 itself"
+        )
+        assert "adapted to CartPole-v1 by test_time" in captured.out
+
+    def test_a_file_that_holds_its_gradient_steps(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A policy that was downloaded adapts, and what it adapted to adapts on."""
+        start = [*META, "--epochs", "1", "--inner_lr", "3", "--num_steps", "60", "--out", "run"]
+        assert cli.main(start) == 0
+        shutil.move("run/policy.safetensors", "mine.safetensors")
+        shutil.rmtree("run")
+        play = ["evaluate", "mine.safetensors", "--task", "1", "--episodes", "1"]
+        capsys.readouterr()
+        assert cli.main(play) == 0
+        command = "ssm-fast adapt mine.safetensors --task 1 --split test"
+        assert capsys.readouterr().out.splitlines()[-1] == (
+            f"this is before any gradient step; after some: {command}"
+        )
+        assert cli.main([*shlex.split(command)[1:], "--out", "one.safetensors"]) == 0
+        assert "by gradient, seed 0" in capsys.readouterr().out
+        assert cli.main(["adapt", "one.safetensors", "--out", "two.safetensors"]) == 0
+        assert "by gradient, seed 0" in capsys.readouterr().out
+        weights = [load_model(f"{n}.safetensors").state_dict() for n in ("mine", "one", "two")]
+        for before, after in zip(weights, weights[1:], strict=False):
+            assert not torch.equal(before["actor.weight"], after["actor.weight"])
+        rates = [load_inner_rates(f"{n}.safetensors") for n in ("mine", "two")]
+        torch.testing.assert_close(*rates, rtol=0, atol=0)
+        assert cli.main(["evaluate", "two.safetensors", "--episodes", "1"]) == 0
+        assert "gradient step" not in capsys.readouterr().out
+
+    def test_a_file_without_gradient_steps(self, capsys: pytest.CaptureFixture[str]) -> None:
+        model = ImprovedSSM(4, 2, 4, 8, 1, discrete=True)
+        save_model("old.safetensors", model, {"env_id": FAMILY, "critic": "untrained"})
+        assert cli.main(["evaluate", "old.safetensors", "--episodes", "1"]) == 0
+        assert "gradient" not in capsys.readouterr().out
+        assert cli.main(["adapt", "old.safetensors", "--method", "gradient"]) == 2
+        error = capsys.readouterr().err
+        assert "--method gradient: old.safetensors must hold inner rates" in error
+        assert error.count("\n") == 1
+
+    def test_where_it_was_trained_is_said_once(self, capsys: pytest.CaptureFixture[str]) -> None:
+        model = ImprovedSSM(4, 2, 4, 8, 1, discrete=True)
+        save_model("policy.safetensors", model, {"env_id": "Acrobot-v1"})
+        args = ["adapt", "policy.safetensors", "--env", "CartPole-v1", "--episodes", "1"]
+        assert cli.main(args) == 0
+        assert capsys.readouterr().out.count("the policy was trained in Acrobot-v1") == 1
 
     def test_a_task_of_the_family_around_an_environment(
         self, capsys: pytest.CaptureFixture[str]
@@ -594,9 +671,9 @@ class TestAdapt:
         [
             ([], ["--lr", "0.1"], "--lr is not an option of --method gradient"),
             ([], ["--episodes", "1"], "--episodes must be at least 2"),
-            (["--inner_steps", "0"], [], "run was trained without gradient steps"),
+            (["--inner_steps", "0"], [], "run/policy.safetensors must hold inner rates"),
             (["--trial_episodes", "2"], [], "plays trials of 2 episodes"),
-            (PPO[1:], [], "--method gradient needs the folder of a meta_rl run, got run"),
+            (PPO[1:], [], "--method gradient: run/policy.safetensors must hold inner rates"),
         ],
     )
     def test_gradient_steps_that_a_run_does_not_have(
@@ -721,6 +798,67 @@ class TestErrors:
         assert text in error
         assert error.count("\n") == 1
         assert not Path("out/config.json").exists(), "the folder must stay free"
+
+    @pytest.mark.parametrize("command", ["train", "evaluate", "adapt", "video"])
+    @pytest.mark.parametrize(
+        ("entry_point", "text"),
+        [
+            ("own_env:Typo", "has no attribute 'Typo'"),
+            ("no_such_module:Typo", "No module named 'no_such_module'"),
+            ("own_env:Needs", "Box2D is not installed"),
+        ],
+    )
+    def test_an_environment_that_cannot_be_made(
+        self,
+        command: str,
+        entry_point: str,
+        text: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """A missing extra, a mistyped class and a missing module."""
+        (tmp_path / "own_env.py").write_text(
+            "def __getattr__(name):\n"
+            "    from gymnasium.error import DependencyNotInstalled\n"
+            "    if name == 'Needs':\n"
+            "        raise DependencyNotInstalled('Box2D is not installed')\n"
+            "    raise AttributeError(f'own_env has no attribute {name!r}')\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        gymnasium.register("Bad-v0", entry_point=entry_point)
+        ImprovedSSM(4, 2, 4, 8, 1, discrete=True).save("policy.safetensors")
+        args = [command, *(["--out", "out"] if command == "train" else ["policy.safetensors"])]
+        if command == "video":
+            args = ["evaluate", "policy.safetensors", "--video", "film.mp4"]
+        try:
+            assert cli.main([*args, "--env", "Bad-v0"]) == 2
+        finally:
+            del gymnasium.registry["Bad-v0"]
+            sys.modules.pop("own_env", None)
+        error = capsys.readouterr().err
+        assert error.startswith("ssm-fast: --env 'Bad-v0' cannot be made: ")
+        assert text in error
+        assert error.count("\n") == 1
+        assert not Path("out").exists()
+
+    def test_an_environment_of_a_file_that_cannot_be_made(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        StateSpaceModel().save("policy.safetensors", {"env_id": "Nope-v0"})
+        assert cli.main(["evaluate", "policy.safetensors"]) == 2
+        assert capsys.readouterr().err.startswith("ssm-fast: the environment 'Nope-v0' cannot be")
+
+    def test_a_crash_before_anything_is_learnt_leaves_the_folder_free(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def crash(*_: Any) -> Any:
+            raise KeyError("speed")
+
+        monkeypatch.setattr(Breaks, "step", crash)
+        with pytest.raises(KeyError, match="speed"):
+            cli.main([*REINFORCE, "--env", "Breaks-v0", "--out", "out"])
+        assert not Path("out/config.json").exists()
 
     @pytest.mark.parametrize("option", [["--lr", "abc"], ["--no-such"], ["--mode", "meta"]])
     def test_a_mistake_in_the_command_line(

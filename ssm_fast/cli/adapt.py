@@ -26,6 +26,8 @@ from ssm_fast.cli.environments import (
     environment_of,
     policy_file,
     route_mujoco_warnings,
+    say_task,
+    say_where_trained,
     stored_task,
     task_of,
 )
@@ -69,12 +71,15 @@ class AdaptationReport:
 def run_adaptation(options: Adapt) -> None:
     """Adapts a copy of a policy, writes it, and prints the comparison with the policy as it was."""
     replaced = " (another one was there before)" if options.out.exists() else ""
-    task = None
-    if options.task is None:
-        path = policy_file(options.path)
-        task = stored_task(path, environment_of(path, options.env))
-        if task is not None:
-            say(f"in the task {task}")
+    path = policy_file(options.path)
+    env_id = environment_of(path, options.env)
+    say_where_trained(path, env_id)
+    task = stored_task(path, env_id) if options.task is None else None
+    if task is None and options.env is None and options.task is None and env_id in FAMILY_OF:
+        options = replace(options, task=0)
+        say(f"{options.split} task 0 of {FAMILY_OF[env_id]}; --task chooses another one")
+    if task is not None:
+        say_task(task)
     report = adapt_policy(options, task=task)
     say(f"{'episode':>14} {'without':>10} {'adapting':>10}")
     for i, row in enumerate(zip(report.without, report.adapting, strict=True)):
@@ -129,7 +134,16 @@ def adapt_policy(
     torch.set_num_threads(1)
     if options.task is not None:
         task = task_of(env_id, options.split, options.task)
+    elif task is None and method != "gradient" and read_metadata(path).get("env_id") == env_id:
+        warnings.warn(
+            f"the policy was trained in {env_id} itself: it has little to learn there and may get "
+            "worse",
+            stacklevel=2,
+        )
     with _environment(env_id, task, chosen) as env:
+        if chosen.get("adapt_every", 0) is None:
+            assert env.max_episode_steps is not None
+            chosen["adapt_every"] = max(env.max_episode_steps // 5, 1)
         check_spaces(env, *spaces_of(model))
         if trainer is not None:
             on_stage("playing with and without gradient steps")
@@ -179,7 +193,7 @@ def _chosen(options: Adapt, trainer: MetaRLTrainer | None) -> dict[str, Any]:
     check_option("seed", options.seed, 0, EVALUATION_SEED - 1)
     check_option("rows", chosen["rows"], 1, 2**16)
     check_option("episodes", chosen["episodes"], 2 if options.method == "gradient" else 1, 2**31)
-    if "adapt_every" in chosen:
+    if chosen.get("adapt_every") is not None:
         check_option("adapt_every", chosen["adapt_every"], 1, 2**31)
     return chosen | {"seed": options.seed, "max_episode_steps": options.max_episode_steps}
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ssm_fast.checkpoint import read_metadata
-from ssm_fast.cli.messages import note, say
+from ssm_fast.cli.messages import note, say, say_table
 from ssm_fast.env_runner import Environment, Task, TrialEnvironment, evaluation, get_family
 from ssm_fast.env_runner.film import is_mujoco
 
@@ -37,14 +37,18 @@ def environment_of(path: Path, env_id: str | None) -> str:
             "evaluate its run folder instead"
         )
     if env_id is not None:
-        trained = metadata.get("env_id", env_id)
-        if FAMILY_OF.get(trained, trained) != FAMILY_OF.get(env_id, env_id):
-            say(f"the policy was trained in {trained}")
         return env_id
     if "env_id" not in metadata:
         raise ValueError(f"{path} does not say which environment it is for: give --env")
     refuse_import(metadata["env_id"], path)
     return metadata["env_id"]
+
+
+def say_where_trained(path: Path, env_id: str) -> None:
+    """Writes where a policy was trained, if that is neither the environment nor its family."""
+    trained = read_metadata(path).get("env_id", env_id)
+    if FAMILY_OF.get(trained, trained) != FAMILY_OF.get(env_id, env_id):
+        say(f"the policy was trained in {trained}")
 
 
 def longest_evaluation(env: Environment | TrialEnvironment) -> int | None:
@@ -74,6 +78,18 @@ def stored_task(path: Path, env_id: str) -> Task | None:
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} names a task that is none of {env_id}: {error}") from error
     return task
+
+
+def say_task(task: Task) -> None:
+    """Writes the numbers of a task."""
+    say("in the task")
+    say_table(
+        ("", "value"),
+        (
+            (name, ", ".join(f"{x:.4g}" for x in (value if isinstance(value, tuple) else [value])))
+            for name, value in task.as_dict().items()
+        ),
+    )
 
 
 def refuse_import(env_id: str, source: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import sys
 import sysconfig
 import traceback
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -19,6 +20,23 @@ _COLOUR = re.compile(r"\x1b\[[\d;]*m")  # as Gymnasium writes warnings
 def say(text: str) -> None:
     """Writes a line of the result."""
     _write(sys.stdout, text)
+
+
+def say_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Writes a table: the first column of words, the others of numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.ASCII2)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=100, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    say(captured.get().rstrip())
 
 
 def note(text: str) -> None:

@@ -50,8 +50,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 ADAPT_DEFAULTS: dict[str, Any] = {
     "episodes": 5,
-    "rows": 1,
-    "adapt_every": 500,
+    "rows": 8,  # with fewer, what is learnt in a few episodes cannot be told from noise
+    "adapt_every": None,  # a fifth of the time limit
     "lr": 1e-4,
     "steps": 20,
     "max_kl": 0.03,
@@ -247,7 +247,8 @@ class Adapt:
     """Gymnasium id; by default the one that the policy was trained in."""
     task: int | None = None
     """Number of the task in the task family of the environment; by default the one that the policy
-    was adapted to, or what the environment plays anyway."""
+    was adapted to. A policy of an environment that a family varies has learnt its task already, and
+    takes task 0; --env plays the environment as it is."""
     split: Literal["train", "test", "out_of_range"] = "test"
     """Which tasks of the family --task counts."""
     method: Annotated[
@@ -259,9 +260,9 @@ class Adapt:
     run was trained for, at its inner rates, one between any two episodes."""
     episodes: Annotated[int | None, _default("5, gradient: 4")] = None
     """Episodes to adapt in."""
-    rows: Annotated[int | None, _default("1, gradient: as the run")] = None
+    rows: Annotated[int | None, _default("8, gradient: as the run")] = None
     """Copies of the task that are played side by side and learnt from together."""
-    adapt_every: Annotated[int | None, _default("500; not gradient")] = None
+    adapt_every: Annotated[int | None, _default("a fifth of the time limit; not gradient")] = None
     """Steps of every row between two updates."""
     lr: Annotated[float | None, _default("1e-4; not gradient")] = None
     """Learning rate."""

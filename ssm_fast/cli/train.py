@@ -15,7 +15,7 @@ import torch
 import ssm_fast
 from ssm_fast.checkpoint import write_atomic
 from ssm_fast.cli.environments import longest_evaluation, route_mujoco_warnings
-from ssm_fast.cli.evaluate import describe, evaluate_adaptation
+from ssm_fast.cli.evaluate import describe, evaluate_adaptation, say_adaptation
 from ssm_fast.cli.info import versions
 from ssm_fast.cli.messages import check_option, say
 from ssm_fast.cli.options import (
@@ -206,7 +206,7 @@ def _report(
     """
     seconds = time.perf_counter() - start
     if isinstance(trainer, MetaRLTrainer):
-        report, lines = evaluate_adaptation(trainer, env)
+        report = evaluate_adaptation(trainer, env)
         means = [row["mean"] for row in report["test_tasks"]]
         scalars = {f"evaluation/return_{k}": x for k, x in enumerate(means) if x is not None}
     if run is None:
@@ -224,7 +224,6 @@ def _report(
             "std": result.std,
         }
         scalars = {"evaluation/return": result.mean}
-        lines = [describe(env.env_name, result, deterministic=True)]
     run.log_scalars(scalars, trainer.timesteps)
     report |= {
         "env": env.env_name,
@@ -235,8 +234,10 @@ def _report(
     contents = json.dumps(report, indent=2) + "\n"
     write_atomic(run.evaluation_path, lambda path: path.write_text(contents))
     say(f"{trainer.timesteps:,} steps in {seconds:.0f} s; policy {run.model_path}")
-    for line in lines:
-        say(line)
+    if isinstance(trainer, MetaRLTrainer):
+        say_adaptation(report, env)
+    else:
+        say(describe(env.env_name, result, deterministic=True))
 
 
 def _how_to_resume(out: Path, env_id: str, run: RunDirectory | None, world: World) -> str:
