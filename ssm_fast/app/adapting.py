@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import gymnasium
+
 from ssm_fast.app.fields import SEED, Count, Fraction
 from ssm_fast.app.jobs import Note, Send
 from ssm_fast.app.status import Status, View, with_errors_as_sentences
 from ssm_fast.app.visitors import StoredPolicy, Visitor
-from ssm_fast.cli.adapt import AdaptationReport, adapt_policy
+from ssm_fast.cli.adapt import AdaptationReport, adapt_policy, default_adapt_every
 from ssm_fast.cli.environments import FAMILY_OF
 from ssm_fast.cli.options import ADAPT_DEFAULTS, DEFAULTS, HYBRID_DEFAULTS, Adapt
 from ssm_fast.env_runner import Task, get_family
@@ -34,15 +36,14 @@ OPTIONS: dict[str, Count | Fraction] = {
     "experience_weight": Fraction("Weight of the replay", at_least=0.0, at_most=1.0),
     "seed": SEED,
 }
-_ROWS = 8  # with fewer, what is learnt in a few episodes cannot be told from noise
-_OURS: dict[str, Any] = {"rows": _ROWS, "adapt_every": 200, "seed": 0}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "test_time": ADAPT_DEFAULTS | _OURS,
-    "standard": ADAPT_DEFAULTS | _OURS,
-    "hybrid": HYBRID_DEFAULTS | _OURS,
+    "test_time": ADAPT_DEFAULTS | {"seed": 0},
+    "standard": ADAPT_DEFAULTS | {"seed": 0},
+    "hybrid": HYBRID_DEFAULTS | {"seed": 0},
     "gradient": {"episodes": 4, "rows": DEFAULTS["meta_rl"]["batch_size"], "seed": 0},
 }
 USUAL_TASK = ""  # what the environment plays anyway
+_USUAL_LIMIT = 1000  # steps of an episode, of Gymnasium's MuJoCo tasks
 _LONGEST_DESCRIPTION = 5  # numbers of a task that are still read
 
 
@@ -139,9 +140,21 @@ def options_of(
     return Adapt(policy.path, **options)
 
 
-def default_of(method: str, name: str) -> float | None:
-    """What an option comes to where it is not given; None if the method has no such option."""
-    return _DEFAULTS[method].get(name)
+def default_of(method: str, name: str, env_id: str = "", task: str = USUAL_TASK) -> float | None:
+    """What an option comes to where it is not given; None if the method has no such option.
+
+    Args:
+        method: One of `METHODS`.
+        name: One of `OPTIONS`.
+        env_id: Of the policy.
+        task: One of `task_choices`.
+    """
+    if name != "adapt_every" or method == "gradient":
+        return _DEFAULTS[method].get(name)
+    played = env_id if task == USUAL_TASK else FAMILY_OF.get(env_id, env_id)
+    spec = gymnasium.registry.get(played)
+    limit = None if spec is None else spec.max_episode_steps
+    return default_adapt_every(_USUAL_LIMIT if limit is None else limit)
 
 
 def first_method(policy: StoredPolicy, method: str) -> str:

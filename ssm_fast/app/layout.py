@@ -294,6 +294,8 @@ def _adapt_tab(page: _Page) -> tuple[gr.Radio, gr.Dropdown]:
             start, stop = _buttons("Adapt")
         with gr.Column(scale=3, min_width=400):
             status = _status_line("Nothing is adapting. The policy in hand is never changed.")
+            take = gr.Button("Take the adapted policy", visible=False, elem_id="take")
+            adapted = gr.State(None)  # its name
             curve = gr.LinePlot(
                 x="episode",
                 y="return",
@@ -310,8 +312,6 @@ def _adapt_tab(page: _Page) -> tuple[gr.Radio, gr.Dropdown]:
                 interactive=False,
                 row_count=1,
             )
-            take = gr.Button("Take the adapted policy", visible=False, elem_id="take")
-            adapted = gr.State(None)  # its name
 
     def adapt(
         visitor: Visitor, name: str | None, method: str, task: str, *values: float | None
@@ -326,10 +326,23 @@ def _adapt_tab(page: _Page) -> tuple[gr.Radio, gr.Dropdown]:
             view.adapted,
         ]
 
-    def show_method(method: str) -> Components:
-        return [_default(adapting.default_of(method, name)) for name in fields]
+    def show_method(method: str, policy: str | None, task: str, request: gr.Request) -> Components:
+        return [_default(default(name, method, policy, task, request)) for name in fields]
 
-    method.change(show_method, method, list(fields.values()), **_QUIET, queue=False)
+    def show_stretch(method: str, policy: str | None, task: str, request: gr.Request) -> Any:
+        return _default(default("adapt_every", method, policy, task, request))
+
+    def default(
+        option: str, method: str, policy: str | None, task: str, request: gr.Request
+    ) -> float | None:
+        policies = _visitor(page.visitors, request).policies
+        env_id = policies[policy].env_id if policy in policies else ""
+        return adapting.default_of(method, option, env_id, task)
+
+    chosen = [method, page.policy, task]
+    method.change(show_method, chosen, list(fields.values()), **_QUIET, queue=False)
+    stretch = fields["adapt_every"]
+    gr.on([task.change, page.policy.change], show_stretch, chosen, stretch, **_QUIET, queue=False)
     _bind(
         page,
         _Panel(start, stop, status),

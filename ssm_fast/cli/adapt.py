@@ -143,7 +143,7 @@ def adapt_policy(
     with _environment(env_id, task, chosen) as env:
         if chosen.get("adapt_every", 0) is None:
             assert env.max_episode_steps is not None
-            chosen["adapt_every"] = max(env.max_episode_steps // 5, 1)
+            chosen["adapt_every"] = default_adapt_every(env.max_episode_steps)
         check_spaces(env, *spaces_of(model))
         if trainer is not None:
             on_stage("playing with and without gradient steps")
@@ -167,6 +167,11 @@ def adapt_policy(
             for policy in (model, adapted)
         )
     return AdaptationReport(method, env_id, without, adapting, before, after)
+
+
+def default_adapt_every(max_episode_steps: int) -> int:
+    """Steps of every row between two updates, where nobody says anything."""
+    return max(max_episode_steps // 5, 1)
 
 
 def _trainer_of(path: Path) -> MetaRLTrainer:

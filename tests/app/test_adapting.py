@@ -52,7 +52,7 @@ def test_before_and_after(method: str, visitor: Visitor, save_policy: Save) -> N
 def test_a_critic_that_was_not_trained_is_noted(visitor: Visitor, save_policy: Save) -> None:
     path = save_policy(env_id="CartPole-v1", critic="untrained")
     visitor.add_policy(path, "mine", "CartPole-v1")
-    *_, view = adapt(visitor, "mine", "standard", "", {"episodes": 1, "rows": 1, "steps": 1})
+    *_, view = adapt(visitor, "mine", "standard", "test 0", {"episodes": 1, "rows": 1, "steps": 1})
     assert view.status.kind == "done"
     (note,) = view.status.notes
     assert note.startswith("The critic of the policy was not trained")
@@ -172,6 +172,10 @@ def test_what_is_offered_first(visitor: Visitor, save_policy: Save) -> None:
     plain = visitor.add_policy(path, "plain", "CartPole-v1")
     adapted = visitor.add_policy(path, "adapted", "CartPole-v1", task="test 3")
     alone = visitor.add_policy(path, "alone", "Pendulum-v1")
+    assert default_of("standard", "adapt_every", "CartPole-v1", "test 0") == 100  # of 500 steps
+    assert default_of("standard", "adapt_every", "HalfCheetah-v5") == 200  # of 1000
+    assert default_of("standard", "adapt_every", "HalfCheetah-v5", "test 0") == 40  # of 200
+    assert default_of("gradient", "adapt_every", "CartPole-v1") is None
     # A held-out task; the one that it has been adapted to; what the environment plays anyway.
     assert [first_task(policy) for policy in (plain, adapted, alone)] == ["test 0", "test 3", ""]
     assert [first_method(plain, method) for method in ("gradient", "hybrid")] == [

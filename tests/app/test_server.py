@@ -155,6 +155,7 @@ def test_a_visit(visit: Callable[[], Page], tmp_path: Path) -> None:
     page.locator("#adapt-task input").click()
     page.get_by_role("option", name="test task 2:").click()
     page.get_by_role("button", name="More options").locator("visible=true").click()
+    expect(page.get_by_role("spinbutton", name="Steps between updates")).to_have_value("100")
     page.get_by_role("spinbutton", name="Episodes").fill("2")
     page.get_by_role("spinbutton", name="Copies of the task").fill("1")
     page.locator("#adapt-start").click()
