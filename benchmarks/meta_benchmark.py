@@ -202,7 +202,8 @@ def see_observations(trainer: MetaRLTrainer, env: Environment | TrialEnvironment
     assert env.family is not None
     assert trainer.model.obs_norm is not None
     tasks = env.family.train_tasks[: trainer.tasks_per_epoch]
-    played = trainer.adapt(env, tasks, 0, SEED - 2).rounds[0]
+    adapted = trainer.adapt(env, tasks, 0, SEED - 2, generator=torch.default_generator)
+    played = adapted.rounds[0]
     trainer.model.obs_norm.update(played["observations"].flatten(0, 2))
     return []
 

@@ -1,9 +1,24 @@
 """State-space-model kernels for PyTorch, and recurrent reinforcement learning on top of them."""
 
+import importlib
+import os
+import sys
 from typing import TYPE_CHECKING
 
-from ssm_fast import ops
-from ssm_fast.nn import SSM
+
+def _is_command_line() -> bool:
+    """Whether this process is `ssm-fast` or `python -m ssm_fast`."""
+    command = sys.argv[0] if sys.argv else ""
+    return os.path.basename(command) == "ssm-fast" or (
+        command == "-m" and "ssm_fast" in sys.orig_argv
+    )
+
+
+# The command line prints help and mistakes without torch, which takes seconds to import.
+# Everywhere else `import ssm_fast` registers the ops, which a .pt2 file needs.
+if TYPE_CHECKING or not _is_command_line():
+    from ssm_fast import ops
+    from ssm_fast.nn import SSM
 
 if TYPE_CHECKING:
     from ssm_fast.policy import load_policy
@@ -13,7 +28,13 @@ __all__ = ["SSM", "__version__", "load_policy", "ops"]
 
 
 def __getattr__(name: str) -> object:
-    """Import what not every user of a layer needs when it is first asked for."""
+    """Import what not every process needs when it is first asked for."""
+    if name == "SSM":
+        from ssm_fast.nn import SSM
+
+        return SSM
+    if name == "ops":
+        return importlib.import_module("ssm_fast.ops")
     if name == "load_policy":
         from ssm_fast.policy import load_policy
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import gymnasium
+
+from ssm_fast.app.fields import SEED, Count, Fraction
 from ssm_fast.app.jobs import Note, Send
 from ssm_fast.app.status import Status, View, with_errors_as_sentences
 from ssm_fast.app.visitors import StoredPolicy, Visitor
-from ssm_fast.cli.adapt import AdaptationReport, adapt_policy
+from ssm_fast.cli.adapt import AdaptationReport, adapt_policy, default_adapt_every
 from ssm_fast.cli.environments import FAMILY_OF
-from ssm_fast.cli.messages import check_option
 from ssm_fast.cli.options import ADAPT_DEFAULTS, DEFAULTS, HYBRID_DEFAULTS, Adapt
 from ssm_fast.env_runner import Task, get_family
 
@@ -21,24 +23,27 @@ METHODS = {
     "test_time": "value ensemble, exploration by uncertainty, step size by difficulty",
     "standard": "learns from the last stretch",
     "hybrid": "with replay of the stretches before",
-    "gradient": "the steps that a meta_rl training, of this visit or of a pretrained policy, has learnt",
+    "gradient": "the steps that a policy of meta_rl has learnt to take",
 }
-BOUNDS = {
-    "episodes": (1, 20),
-    "rows": (1, 64),
-    "adapt_every": (1, 10_000),
-    "steps": (1, 200),
-    "seed": (0, 2**31 - 1),
+MOST_EPISODES = 20
+OPTIONS: dict[str, Count | Fraction] = {
+    "episodes": Count("Episodes", 1, MOST_EPISODES),
+    "rows": Count("Copies of the task", 1, 64),
+    "adapt_every": Count("Steps between updates", 1, 10_000),
+    "lr": Fraction("Learning rate", above=0.0),
+    "steps": Count("Gradient steps in an update", 1, 200),
+    "max_kl": Fraction("Largest KL divergence", above=0.0),
+    "experience_weight": Fraction("Weight of the replay", at_least=0.0, at_most=1.0),
+    "seed": SEED,
 }
-_ROWS = 8  # with fewer, what is learnt in a few episodes cannot be told from noise
-_OURS: dict[str, Any] = {"rows": _ROWS, "adapt_every": 200, "seed": 0}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "test_time": ADAPT_DEFAULTS | _OURS,
-    "standard": ADAPT_DEFAULTS | _OURS,
-    "hybrid": HYBRID_DEFAULTS | _OURS,
+    "test_time": ADAPT_DEFAULTS | {"seed": 0},
+    "standard": ADAPT_DEFAULTS | {"seed": 0},
+    "hybrid": HYBRID_DEFAULTS | {"seed": 0},
     "gradient": {"episodes": 4, "rows": DEFAULTS["meta_rl"]["batch_size"], "seed": 0},
 }
 USUAL_TASK = ""  # what the environment plays anyway
+_USUAL_LIMIT = 1000  # steps of an episode, of Gymnasium's MuJoCo tasks
 _LONGEST_DESCRIPTION = 5  # numbers of a task that are still read
 
 
@@ -49,12 +54,12 @@ class AdaptView(View):
     Attributes:
         curve: Points `(episode or gradient steps, return, name of the line)`.
         table: A row each, the means at the end.
-        policy: Name of the adapted policy.
+        adapted: Name of the adapted policy.
     """
 
     curve: tuple[tuple[float, float, str], ...] = ()
     table: tuple[tuple[str, float, float, float], ...] = ()
-    policy: str | None = None
+    adapted: str | None = None
 
 
 @with_errors_as_sentences(AdaptView)
@@ -68,7 +73,7 @@ def adapt(
         name: Of the policy.
         method: One of `METHODS`.
         task: One of `task_choices`.
-        form: Options of the command `adapt` by name; None takes the default of the method.
+        form: `OPTIONS` by name; what is not there is as the method has it.
     """
     policy = visitor.policy(name)
     folder = visitor.new_folder(KIND)
@@ -99,7 +104,7 @@ def adapt(
         return
     where = place(task, report.env_id)
     label = f"{policy.name}, {method} in {where}"
-    adapted = visitor.add_policy(options.out, label, report.env_id, task=task)
+    adapted = visitor.add_policy(options.out, label, report.env_id, task=task, is_new=True)
     status = Status(_summary(report, where), "done", notes=tuple(notes))
     yield AdaptView(status, _curve(report, method), _table(report, method), adapted.name)
 
@@ -110,16 +115,14 @@ def options_of(
     """The options of the command, checked.
 
     Raises:
-        ValueError: The method is unknown or not for this policy, or a number is out of bounds.
-        TypeError: A count is no integer.
+        ValueError: The method is unknown or not for this policy, or a field is empty or out of range.
     """
     if method not in METHODS:
         raise ValueError(f"the method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method == "gradient" and policy.run is None:
+    if method == "gradient" and not policy.has_steps:
         raise ValueError(
-            "gradient takes the steps that a meta_rl training has learnt, and their lengths are not "
-            "in a policy's file: train one with meta_rl in this visit, take one that comes with the "
-            "package, or choose another method"
+            f"gradient takes steps that meta_rl trains, and {policy.name} has learnt none: "
+            "take a policy of meta_rl, or choose another method"
         )
     if policy.model != "ImprovedSSM":
         raise ValueError(
@@ -127,23 +130,44 @@ def options_of(
             "adapt one that improved or meta_rl has trained"
         )
     given = dict(_DEFAULTS[method])
-    given |= {name: x for name, x in form.items() if name in given and x is not None}
-    for name, value in given.items():
-        if name in BOUNDS:
-            check_option(name, value, *BOUNDS[name])
+    given |= {name: OPTIONS[name].checked(x) for name, x in form.items() if name in given}
     if task != USUAL_TASK:
         split, _, number = task.rpartition(" ")
         if split not in get_args(get_type_hints(Adapt)["split"]) or not number.isdecimal():
             raise ValueError(f"there is no task {task!r}")
         given |= {"split": split, "task": int(number)}
-    path = policy.run if method == "gradient" and policy.run is not None else policy.path
     options: dict[str, Any] = {"env": policy.env_id, "method": method, "out": out, **given}
-    return Adapt(path, **options)
+    return Adapt(policy.path, **options)
 
 
-def default_of(method: str, name: str) -> float | None:
-    """What an option comes to where it is not given; None if the method has no such option."""
-    return _DEFAULTS[method].get(name)
+def default_of(method: str, name: str, env_id: str = "", task: str = USUAL_TASK) -> float | None:
+    """What an option comes to where it is not given; None if the method has no such option.
+
+    Args:
+        method: One of `METHODS`.
+        name: One of `OPTIONS`.
+        env_id: Of the policy.
+        task: One of `task_choices`.
+    """
+    if name != "adapt_every" or method == "gradient":
+        return _DEFAULTS[method].get(name)
+    played = env_id if task == USUAL_TASK else FAMILY_OF.get(env_id, env_id)
+    spec = gymnasium.registry.get(played)
+    limit = None if spec is None else spec.max_episode_steps
+    return default_adapt_every(_USUAL_LIMIT if limit is None else limit)
+
+
+def first_method(policy: StoredPolicy, method: str) -> str:
+    """The method to offer first for a policy, where another one was chosen before."""
+    if policy.has_steps:
+        return "gradient"
+    return next(iter(METHODS)) if method == "gradient" else method
+
+
+def first_task(policy: StoredPolicy) -> str:
+    """The task to offer first: a held-out one for a policy that was not adapted to any."""
+    choices = [value for _, value in task_choices(policy.env_id)]
+    return choices[1] if policy.task == USUAL_TASK and len(choices) > 1 else policy.task
 
 
 def work(send: Send, options: Adapt) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ import gradio as gr
 import pandas as pd
 
 from ssm_fast.app import adapting, kernels, loading, training, watching
-from ssm_fast.app.status import Status, View, as_html
+from ssm_fast.app.fields import SEED, Count, Fraction
+from ssm_fast.app.status import IS_ERROR, Status, View, as_html
 from ssm_fast.app.visitors import Visitor, Visitors
 
 NO_POLICY = "none yet: train one or load one"
@@ -39,31 +41,18 @@ footer { display: none !important; }
 
 _FORMAT = ",.6~g"  # of D3: 500 and not 500.000000
 
-_TRAINING_OPTIONS = {
-    "lr": "Learning rate",
-    "gamma": "Discount factor",
-    "batch_size": "Environments side by side",
-    "seed": "Seed",
-    "state_dim": "State size",
-    "hidden_dim": "Hidden size",
-    "num_layers": "Layers",
-    "tasks_per_epoch": "Tasks in an epoch",
-    "inner_steps": "Gradient steps in a task",
-    "inner_lr": "Their length at the start",
-}
-_ADAPTING_OPTIONS = {
-    "episodes": "Episodes",
-    "rows": "Copies of the task",
-    "adapt_every": "Steps between updates",
-    "lr": "Learning rate",
-    "steps": "Gradient steps in an update",
-    "max_kl": "Largest KL divergence",
-    "experience_weight": "Weight of the replay",
-    "seed": "Seed",
-}
-_FRACTIONS = ("lr", "gamma", "inner_lr", "max_kl", "experience_weight")
-
 _NO_FILM = "No film of this policy yet."
+
+# The browser asks before it closes or reloads a page that has something to lose. Gradio has a listener
+# of its own, which ends the session whatever the answer is: this one must be there first.
+SCRIPT = """<script>
+window.addEventListener("beforeunload", (event) => {
+  if (!document.querySelector("[data-would-lose]")) return;
+  event.preventDefault();
+  event.stopImmediatePropagation();
+});
+</script>"""
+_WOULD_LOSE = "<i data-would-lose></i>"
 
 Components = list[Any]
 V = TypeVar("V", bound=View)
@@ -75,6 +64,7 @@ class _Page:
 
     visitors: Visitors
     policy: gr.Dropdown
+    would_lose: gr.HTML  # `_WOULD_LOSE`, or nothing
 
 
 @dataclass(frozen=True)
@@ -96,7 +86,7 @@ def theme() -> gr.themes.Base:
 
 
 def build(visitors: Visitors) -> gr.Blocks:
-    """The page, to be launched with `CSS` and `theme`."""
+    """The page, to be launched with `CSS`, `SCRIPT` and `theme`."""
     blocks = gr.Blocks(title="ssm_fast", analytics_enabled=False, delete_cache=(3600, 86400))
     with blocks:
         with gr.Row(elem_classes="header"):
@@ -112,7 +102,7 @@ def build(visitors: Visitors) -> gr.Blocks:
             download = gr.DownloadButton(
                 "Download", interactive=False, scale=1, min_width=120, elem_id="download"
             )
-        page = _Page(visitors, policy)
+        page = _Page(visitors, policy, gr.HTML(visible="hidden"))
         with gr.Tab("Train"):
             _train_tab(page)
         with gr.Tab("Load"):
@@ -124,7 +114,7 @@ def build(visitors: Visitors) -> gr.Blocks:
         with gr.Tab("Kernels"):
             _kernels_tab(page)
 
-        def choose(name: str | None, request: gr.Request) -> Components:
+        def choose(name: str | None, method: str, request: gr.Request) -> Components:
             policies = _visitor(visitors, request).policies
             if name not in policies:
                 return [
@@ -134,14 +124,27 @@ def build(visitors: Visitors) -> gr.Blocks:
                 ]
             chosen = policies[name]
             info = f"{chosen.model}, {chosen.parameters:,} weights, for {chosen.env_id}"
-            tasks = gr.Dropdown(adapting.task_choices(chosen.env_id), value=chosen.task)
+            tasks = adapting.task_choices(chosen.env_id)
             button = gr.DownloadButton(value=chosen.path, interactive=True)
-            its_own = "gradient" if chosen.run is not None else gr.skip()
             no_film = as_html(Status(_NO_FILM))
-            return [gr.Dropdown(info=info), button, tasks, tasks, its_own, None, no_film]
+            return [
+                gr.Dropdown(info=info),
+                button,
+                gr.Dropdown(tasks, value=adapting.first_task(chosen)),
+                gr.Dropdown(tasks, value=chosen.task),
+                adapting.first_method(chosen, method),
+                None,
+                no_film,
+            ]
+
+        def downloaded(name: str | None, request: gr.Request) -> str:
+            visitor = _visitor(visitors, request)
+            visitor.downloaded(name)
+            return _lost(visitor)
 
         outputs = [policy, download, adapt_task, watch_task, method, film, film_status]
-        policy.change(choose, policy, outputs, **_QUIET, queue=False)
+        policy.change(choose, [policy, method], outputs, **_QUIET, queue=False)
+        download.click(downloaded, policy, page.would_lose, **_QUIET, queue=False)
         blocks.unload(_leave(visitors))
     blocks.queue(max_size=MOST_WAITING)
     return blocks
@@ -167,11 +170,12 @@ def _train_tab(page: _Page) -> None:
                 allow_custom_value=True,
                 elem_id="environment",
             )
-            amount = gr.Number(
-                training.AMOUNT_OF[first], label="Environment steps", precision=0, elem_id="amount"
-            )
+            first_env = training.ENVIRONMENTS[first][0]
+            amount = gr.Number(**_amount(first, first_env), elem_id="amount")
             with gr.Accordion("More options", open=False):
-                fields = _option_fields(_TRAINING_OPTIONS, partial(training.default_of, first))
+                fields = _option_fields(
+                    training.OPTIONS, partial(training.default_of, first, first_env)
+                )
             start, stop = _buttons("Train")
         with gr.Column(scale=3, min_width=400):
             status = _status_line("Nothing is training. Choose a mode and press Train.")
@@ -185,12 +189,16 @@ def _train_tab(page: _Page) -> None:
             )
 
     def show_mode(mode: str) -> Components:
-        unit, environments = training.UNIT_OF[mode], training.ENVIRONMENTS[mode]
-        label = "Environment steps" if unit == "steps" else unit.capitalize()
+        environments = training.ENVIRONMENTS[mode]
         return [
             gr.Dropdown(environments, value=environments[0]),
-            gr.Number(training.AMOUNT_OF[mode], label=label),
-            *(_default(training.default_of(mode, name)) for name in fields),
+            *show_settings(mode, environments[0]),
+        ]
+
+    def show_settings(mode: str, env_id: str | None) -> Components:
+        return [
+            gr.Number(**_amount(mode, env_id)),
+            *(_default(training.default_of(mode, env_id, name)) for name in fields),
         ]
 
     def train(
@@ -202,7 +210,9 @@ def _train_tab(page: _Page) -> None:
     def show(view: training.TrainView) -> Components:
         return [_frame(view.curve, ["environment steps", "return", "line"])]
 
-    mode.change(show_mode, mode, [env_id, amount, *fields.values()], **_QUIET, queue=False)
+    settings = [amount, *fields.values()]
+    mode.change(show_mode, mode, [env_id, *settings], **_QUIET, queue=False)
+    env_id.change(show_settings, [mode, env_id], settings, **_QUIET, queue=False)
     _bind(
         page,
         _Panel(start, stop, status),
@@ -213,6 +223,15 @@ def _train_tab(page: _Page) -> None:
         [curve],
         at_once=os.cpu_count() or 1,
     )
+
+
+def _amount(mode: str, env_id: str | None) -> dict[str, Any]:
+    """The field of the steps, episodes or epochs."""
+    return {
+        "value": training.amount_of(mode, env_id),
+        "label": training.AMOUNTS[training.UNIT_OF[mode]].label,
+        "info": training.settings_in_words(mode, env_id),
+    }
 
 
 def _load_tab(page: _Page) -> None:
@@ -237,7 +256,7 @@ def _load_tab(page: _Page) -> None:
 
     def loaded(visitor: Visitor, views: Iterator[loading.LoadView]) -> Components:
         view = list(views)[-1]
-        return [as_html(view.status), _choice(visitor, view.policy)]
+        return [as_html(view.status), _choices(visitor, view)]
 
     def upload(file: str | None, env_id: str | None, request: gr.Request) -> Components:
         visitor = _visitor(page.visitors, request)
@@ -250,6 +269,7 @@ def _load_tab(page: _Page) -> None:
     outputs = [status, page.policy]
     gr.on([file.upload, load.click], upload, [file, env_id], outputs, **_QUIET, concurrency_limit=2)
     load_shipped.click(load_pretrained, shipped, outputs, **_QUIET, concurrency_limit=2)
+    _clear_error(status, [file.clear, env_id.input, shipped.input])
 
 
 def _adapt_tab(page: _Page) -> tuple[gr.Radio, gr.Dropdown]:
@@ -270,17 +290,19 @@ def _adapt_tab(page: _Page) -> tuple[gr.Radio, gr.Dropdown]:
                 elem_id="adapt-task",
             )
             with gr.Accordion("More options", open=False):
-                fields = _option_fields(_ADAPTING_OPTIONS, partial(adapting.default_of, first))
+                fields = _option_fields(adapting.OPTIONS, partial(adapting.default_of, first))
             start, stop = _buttons("Adapt")
         with gr.Column(scale=3, min_width=400):
             status = _status_line("Nothing is adapting. The policy in hand is never changed.")
+            take = gr.Button("Take the adapted policy", visible=False, elem_id="take")
+            adapted = gr.State(None)  # its name
             curve = gr.LinePlot(
                 x="episode",
                 y="return",
                 color="line",
                 color_title=" ",
                 y_axis_format=_FORMAT,
-                sort=[str(i) for i in range(adapting.BOUNDS["episodes"][1] + 1)],
+                sort=[str(i) for i in range(adapting.MOST_EPISODES + 1)],
                 label="Return of each episode, or after each gradient step",
             )
             table = gr.Dataframe(
@@ -300,12 +322,27 @@ def _adapt_tab(page: _Page) -> tuple[gr.Radio, gr.Dropdown]:
         return [
             _frame([(str(i), *rest) for i, *rest in view.curve], ["episode", "return", "line"]),
             [list(row) for row in view.table] or None,
+            gr.Button(visible=view.adapted is not None),
+            view.adapted,
         ]
 
-    def show_method(method: str) -> Components:
-        return [_default(adapting.default_of(method, name)) for name in fields]
+    def show_method(method: str, policy: str | None, task: str, request: gr.Request) -> Components:
+        return [_default(default(name, method, policy, task, request)) for name in fields]
 
-    method.change(show_method, method, list(fields.values()), **_QUIET, queue=False)
+    def show_stretch(method: str, policy: str | None, task: str, request: gr.Request) -> Any:
+        return _default(default("adapt_every", method, policy, task, request))
+
+    def default(
+        option: str, method: str, policy: str | None, task: str, request: gr.Request
+    ) -> float | None:
+        policies = _visitor(page.visitors, request).policies
+        env_id = policies[policy].env_id if policy in policies else ""
+        return adapting.default_of(method, option, env_id, task)
+
+    chosen = [method, page.policy, task]
+    method.change(show_method, chosen, list(fields.values()), **_QUIET, queue=False)
+    stretch = fields["adapt_every"]
+    gr.on([task.change, page.policy.change], show_stretch, chosen, stretch, **_QUIET, queue=False)
     _bind(
         page,
         _Panel(start, stop, status),
@@ -313,9 +350,10 @@ def _adapt_tab(page: _Page) -> tuple[gr.Radio, gr.Dropdown]:
         adapt,
         [page.policy, method, task, *fields.values()],
         show,
-        [curve, table],
+        [curve, table, take, adapted],
         at_once=2,
     )
+    take.click(lambda name: name, adapted, page.policy, **_QUIET, queue=False)
     return method, task
 
 
@@ -328,8 +366,9 @@ def _watch_tab(page: _Page) -> tuple[gr.Dropdown, gr.Video, gr.HTML]:
                 label="Task",
                 elem_id="watch-task",
             )
-            steps = gr.Slider(50, watching.MOST_STEPS, 300, step=50, label="Steps at most")
-            seed = gr.Number(0, label="Seed", precision=0)
+            most = watching.STEPS
+            steps = gr.Slider(50, most.at_most, 300, step=50, label=most.label)
+            seed = gr.Number(0, label=SEED.label)
             deterministic = gr.Checkbox(True, label="Most likely actions, no exploration")
             start, stop = _buttons("Watch")
         with gr.Column(scale=3, min_width=400):
@@ -426,28 +465,30 @@ def _bind(
         outputs: Components, beside those of the panel.
         at_once: How many visitors may have such work under way; others wait in the queue.
     """
-    buttons = [panel.start, panel.stop, panel.status]
+    buttons = [panel.start, panel.stop, panel.status, page.would_lose]
 
     def announce(request: gr.Request) -> Components:
         _visitor(page.visitors, request).announce(kind)
-        waiting = Status("Waiting for its turn ...", "busy")
-        return [gr.Button(interactive=False), gr.Button(interactive=True), as_html(waiting)]
+        waiting = as_html(Status("Waiting for its turn ...", "busy"))
+        return [gr.Button(interactive=False), gr.Button(interactive=True), waiting, _WOULD_LOSE]
 
     def run(request: gr.Request, *values: Any) -> Iterator[Components]:
         visitor = _visitor(page.visitors, request)
-        view = None
         for view in handler(visitor, *values):
-            name = getattr(view, "policy", None)
-            yield [gr.skip(), gr.skip(), as_html(view.status), _choice(visitor, name), *show(view)]
-        kept = [gr.skip()] * (len(outputs) + 2)
-        yield [gr.Button(interactive=True), gr.Button(interactive=False), *kept]
+            shown = [as_html(view.status), gr.skip(), _choices(visitor, view), *show(view)]
+            yield [gr.skip(), gr.skip(), *shown]
+        kept = [gr.skip()] * (len(outputs) + 1)
+        yield [
+            *(gr.Button(interactive=True), gr.Button(interactive=False)),
+            *(gr.skip(), _lost(visitor), *kept),
+        ]
 
-    def fail() -> Components:
+    def fail(request: gr.Request) -> Components:
         text = (
             "Too many are waiting, or this page is older than the server: try again, or reload it."
         )
-        status = Status(text, "error")
-        return [gr.Button(interactive=True), gr.Button(interactive=False), as_html(status)]
+        status, lost = as_html(Status(text, "error")), _lost(_visitor(page.visitors, request))
+        return [gr.Button(interactive=True), gr.Button(interactive=False), status, lost]
 
     def stop(request: gr.Request) -> Any:
         if _visitor(page.visitors, request).stop(kind):
@@ -464,6 +505,15 @@ def _bind(
     )
     started.failure(fail, None, buttons, **_QUIET, queue=False)
     panel.stop.click(stop, None, panel.status, **_QUIET, queue=False)
+    changed = [component.input for component in inputs if component is not page.policy]
+    _clear_error(panel.status, [*changed, page.policy.change])
+
+
+def _clear_error(status: gr.HTML, changed: Sequence[Any]) -> None:
+    """Has an error go where what it was about changes."""
+    idle = json.dumps(status.value)
+    js = f"(shown) => {IS_ERROR}.test(shown) ? {idle} : shown"
+    gr.on(changed, None, status, status, js=js, **_QUIET)
 
 
 def _visitor(visitors: Visitors, request: gr.Request) -> Visitor:
@@ -480,19 +530,18 @@ def _leave(visitors: Visitors) -> Callable[[gr.Request], None]:
 
 
 def _option_fields(
-    labels: Mapping[str, str], default_of: Callable[[str], float | None]
+    options: Mapping[str, Count | Fraction], default_of: Callable[[str], float | None]
 ) -> dict[str, gr.Number]:
     """A field for each option, with its default; hidden where there is none."""
     with gr.Row():
         return {
             name: gr.Number(
                 default_of(name),
-                label=label,
-                precision=None if name in _FRACTIONS else 0,
+                label=option.label,
                 visible=default_of(name) is not None,
                 min_width=140,
             )
-            for name, label in labels.items()
+            for name, option in options.items()
         }
 
 
@@ -512,9 +561,19 @@ def _status_line(text: str) -> gr.HTML:
     return gr.HTML(as_html(Status(text)), elem_classes="line")
 
 
-def _choice(visitor: Visitor, name: str | None) -> Any:
-    """The dropdown of the policies, where there is a new one."""
-    return gr.skip() if name is None else gr.Dropdown(list(visitor.policies), value=name)
+def _choices(visitor: Visitor, view: View) -> Any:
+    """The dropdown of the policies, where there is a new one; an adapted one is not yet in hand."""
+    new = getattr(view, "policy", None)
+    if new is not None:
+        return gr.Dropdown(list(visitor.policies), value=new)
+    if getattr(view, "adapted", None) is not None:
+        return gr.Dropdown(list(visitor.policies))
+    return gr.skip()
+
+
+def _lost(visitor: Visitor) -> str:
+    """What `JS` looks for."""
+    return _WOULD_LOSE if visitor.would_lose else ""
 
 
 def _frame(points: Sequence[tuple[Any, ...]], columns: list[str]) -> pd.DataFrame | None:

@@ -29,7 +29,7 @@ class LoadView(View):
 
 
 def pretrained_names(folder: Path = PRETRAINED) -> list[str]:
-    """The policies that come with the package: folders of training runs, without their curves."""
+    """The policies that come with the package, by the names of their folders."""
     return sorted(path.parent.name for path in folder.glob("*/policy.safetensors"))
 
 
@@ -40,11 +40,7 @@ def load_pretrained(
     """Gives a visitor a policy that comes with the package."""
     if name not in pretrained_names(folder):
         raise ValueError("choose one of the pretrained policies")
-    run = folder / str(name)
-    has_steps = (run / "checkpoints").is_dir()  # which are learnt by meta_rl
-    yield _loaded(
-        visitor, run / "policy.safetensors", str(name), None, run=run if has_steps else None
-    )
+    yield _loaded(visitor, folder / str(name) / "policy.safetensors", str(name), None)
 
 
 @with_errors_as_sentences(LoadView)
@@ -74,18 +70,18 @@ def load_upload(visitor: Visitor, uploaded: str | None, env_id: str | None) -> I
         raise ValueError(message) from error
 
 
-def _loaded(
-    visitor: Visitor, path: Path, name: str, env_id: str | None, run: Path | None = None
-) -> LoadView:
+def _loaded(visitor: Visitor, path: Path, name: str, env_id: str | None) -> LoadView:
     named = "env_id" in read_metadata(path)
     if not named and not (env_id or "").strip():
         raise ValueError(f"{path} does not say which environment it is for: type its id below")
     chosen = checked_env_id(environment_of(path, None if named else checked_env_id(env_id)))
     stored = stored_task(path, chosen)
     task = USUAL_TASK if stored is None else choice_of(chosen, stored)
-    policy = visitor.add_policy(path, name, chosen, task=task or USUAL_TASK, run=run)
+    policy = visitor.add_policy(path, name, chosen, task=task or USUAL_TASK)
     where = f"{chosen}, {place(task, chosen)}" if task else chosen
     text = f"Loaded {policy.name}: {policy.model}, {policy.parameters:,} weights, for {where}."
+    if policy.has_steps and not policy.is_adapted:
+        text += " It has learnt gradient steps, which Adapt takes."
     if task is None:
         text += " It was adapted to a task that cannot be chosen here."
     return LoadView(Status(text, "done"), policy.name)

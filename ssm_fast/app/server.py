@@ -20,6 +20,7 @@ from ssm_fast.cli.options import App
 
 if TYPE_CHECKING:
     import gradio as gr
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -62,7 +63,9 @@ def run_app(options: App) -> None:
 
 def _launch(blocks: gr.Blocks, options: App) -> None:
     """Serves in threads, without telemetry, share links and what else calls out."""
-    from ssm_fast.app.layout import CSS, theme
+    from starlette.middleware import Middleware
+
+    from ssm_fast.app.layout import CSS, SCRIPT, theme
 
     blocks.launch(
         server_name=options.host,
@@ -79,7 +82,32 @@ def _launch(blocks: gr.Blocks, options: App) -> None:
         footer_links=[],
         theme=theme(),
         css=CSS,
+        app_kwargs={"middleware": [Middleware(_WithScript, script=SCRIPT.encode())]},
     )
+
+
+class _WithScript:
+    """Puts a script before all others of the page; what Gradio takes as `head` comes after its own."""
+
+    def __init__(self, app: ASGIApp, script: bytes) -> None:
+        self._app = app
+        self._script = script
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != "/":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_with_script(message: Message) -> None:
+            if message["type"] == "http.response.start":  # its length is another one
+                headers = [(k, v) for k, v in message["headers"] if k != b"content-length"]
+                message = {**message, "headers": headers}
+            elif b"<head>" in message.get("body", b""):
+                body = message["body"].replace(b"<head>", b"<head>" + self._script, 1)
+                message = {**message, "body": body}
+            await send(message)
+
+        await self._app(scope, receive, send_with_script)
 
 
 def _check_address(host: str, port: int) -> None:

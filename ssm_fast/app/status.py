@@ -40,6 +40,9 @@ class View:
     status: Status = field(default_factory=Status)
 
 
+IS_ERROR = """/role="alert"/"""  # in JavaScript, of a status as HTML, which escapes quotes in texts
+
+
 def as_html(status: Status) -> str:
     """A status as HTML; its texts may come from a stranger's file."""
     bar = ""

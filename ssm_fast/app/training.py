@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -14,13 +15,14 @@ from typing import Any, TypeAlias
 import torch
 
 import ssm_fast
+from ssm_fast.app.fields import SEED, Count, Fraction
 from ssm_fast.app.jobs import JobError, Note, Send, as_sentence
 from ssm_fast.app.status import Status, View, with_errors_as_sentences
 from ssm_fast.app.visitors import Visitor
 from ssm_fast.cli.environments import FAMILY_OF, route_mujoco_warnings
 from ssm_fast.cli.evaluate import describe
-from ssm_fast.cli.messages import check_option
 from ssm_fast.cli.options import DEFAULTS, EVALUATION_EPISODES, EVALUATION_SEED, Train
+from ssm_fast.cli.presets import load_preset, preset_names
 from ssm_fast.cli.settings import make_environment, make_trainer, settings_of, total_of
 from ssm_fast.core import ImprovedSSM, StateSpaceModel
 from ssm_fast.env_runner import evaluate
@@ -39,7 +41,9 @@ MODES = {
     "meta_rl": "learns to learn the tasks of a family by gradient steps (ProMP)",
 }
 UNIT_OF = {"improved": "steps", "policy_gradient": "episodes", "meta_rl": "epochs"}
-AMOUNT_OF = {"improved": 50_000, "policy_gradient": 800, "meta_rl": 10}  # a minute or two
+# Minutes at most. A preset may ask for more: its training can be made as long.
+AMOUNT_OF = {"improved": 50_000, "policy_gradient": 800, "meta_rl": 10}
+_MOST_OF_A_PRESET = {"improved": 300_000, "policy_gradient": 800, "meta_rl": 20}
 ENVIRONMENTS = {
     "improved": [
         "CartPole-v1",
@@ -62,18 +66,23 @@ ENVIRONMENTS = {
         "ssm_fast/AntDir-v0",
     ],
 }
-# What a visitor may ask of the machine that everybody shares.
-BOUNDS = {
-    "steps": (1, 20_000_000),
-    "episodes": (1, 1_000_000),
-    "epochs": (1, 10_000),
-    "seed": (0, 2**31 - 1),
-    "batch_size": (1, 64),
-    "state_dim": (1, 256),
-    "hidden_dim": (1, 512),
-    "num_layers": (1, 4),
-    "tasks_per_epoch": (1, 16),
-    "inner_steps": (1, 3),
+# With what a visitor may ask of the machine that everybody shares.
+AMOUNTS = {
+    "steps": Count("Environment steps", 1, 20_000_000),
+    "episodes": Count("Episodes", 1, 1_000_000),
+    "epochs": Count("Epochs", 1, 10_000),
+}
+OPTIONS: dict[str, Count | Fraction] = {
+    "lr": Fraction("Learning rate", above=0.0),
+    "gamma": Fraction("Discount factor", at_least=0.0, at_most=1.0),
+    "batch_size": Count("Environments side by side", 1, 64),
+    "seed": SEED,
+    "state_dim": Count("State size", 1, 256),
+    "hidden_dim": Count("Hidden size", 1, 512),
+    "num_layers": Count("Layers", 1, 4),
+    "tasks_per_epoch": Count("Tasks in an epoch", 1, 16),
+    "inner_steps": Count("Gradient steps in a task", 1, 3),
+    "inner_lr": Fraction("Their length at the start", at_least=0.0),
 }
 _MADE_IN: dict[str, tuple[type, type]] = {
     "improved": (PPOTrainer, ImprovedSSM),
@@ -118,7 +127,7 @@ def train(visitor: Visitor, mode: str, env_id: str, form: Mapping[str, Any]) -> 
         visitor: Who is to have it.
         mode: One of `MODES`.
         env_id: A Gymnasium id.
-        form: Options of the command `train` by name; None takes the default of the mode.
+        form: The amount and `OPTIONS` by name; what is not there is as in the preset or the mode.
     """
     view = TrainView(Status("Starting ...", "busy", 0.0))
     yield view
@@ -160,8 +169,8 @@ def train(visitor: Visitor, mode: str, env_id: str, form: Mapping[str, Any]) -> 
     )
     if failure:
         status = Status(f"{failure} The policy is the one of before.", "error")
-    run = folder if mode == "meta_rl" and any((folder / "checkpoints").iterdir()) else None
-    policy = visitor.add_policy(policy_file, f"{mode} {options.env}", str(options.env), run=run)
+    env_id = str(options.env)
+    policy = visitor.add_policy(policy_file, f"{mode} {env_id}", env_id, is_new=True)
     yield replace(view, status=status, policy=policy.name)
 
 
@@ -169,34 +178,65 @@ def options_of(mode: str, env_id: str | None, form: Mapping[str, Any]) -> Train:
     """The options of the command, checked.
 
     Raises:
-        ValueError: The mode is unknown, the id would import a module, or a number is out of bounds.
-        TypeError: A count is no integer.
+        ValueError: The mode is unknown, the id would import a module, or a field is empty or out of
+            range.
     """
     if mode not in MODES:
         raise ValueError(f"the mode must be one of {', '.join(MODES)}, got {mode!r}")
     env_id = checked_env_id(env_id)
     if mode == "meta_rl":
         env_id = FAMILY_OF.get(env_id, env_id)
-    given = {
-        name: value
+    fields = {UNIT_OF[mode]: AMOUNTS[UNIT_OF[mode]], **OPTIONS}
+    given: dict[str, Any] = {
+        name: fields[name].checked(value)
         for name, value in form.items()
-        if value is not None and mode in ONLY_IN.get(name, MODES)
+        if name in fields and mode in ONLY_IN.get(name, MODES)
     }
-    for name, value in given.items():
-        if name in BOUNDS:
-            check_option(name, value, *BOUNDS[name])
-    if mode == "meta_rl":
-        given["checkpoint_interval"] = 1  # so that a stop loses no inner rates
+    given.setdefault(UNIT_OF[mode], amount_of(mode, env_id))
     options: dict[str, Any] = {"mode": mode, "env": env_id, **given}
-    return Train(**options)
+    return Train(preset=preset_of(mode, env_id), **options)
 
 
-def default_of(mode: str, name: str) -> Any:
+@functools.cache
+def preset_of(mode: str, env_id: str | None) -> str | None:
+    """The preset that was measured in an environment, the shortest of several; None without one."""
+    if mode == "meta_rl":
+        env_id = FAMILY_OF.get(env_id or "", env_id)
+    fitting = (x for x in preset_names() if _is_preset_of(x, mode, env_id))
+    return next(fitting, None)  # "name" comes before "name-long"
+
+
+def _is_preset_of(preset: str, mode: str, env_id: str | None) -> bool:
+    options = load_preset(preset)
+    return (options["mode"], options["env"]) == (mode, env_id)
+
+
+def amount_of(mode: str, env_id: str | None) -> int:
+    """Steps, episodes or epochs that a visitor can wait for."""
+    preset = preset_of(mode, env_id)
+    if preset is None:
+        return AMOUNT_OF[mode]
+    return min(int(load_preset(preset)[UNIT_OF[mode]]), _MOST_OF_A_PRESET[mode])
+
+
+def settings_in_words(mode: str, env_id: str | None) -> str:
+    """Where the settings come from, and with which amount they were measured."""
+    preset, unit = preset_of(mode, env_id), UNIT_OF[mode]
+    if preset is None:
+        return "no preset for this environment: defaults of the mode"
+    measured = load_preset(preset)[unit]
+    less = ": with fewer it learns less" if amount_of(mode, env_id) < measured else ""
+    return f"preset {preset}, measured with {measured:,} {unit}{less}"
+
+
+def default_of(mode: str, env_id: str | None, name: str) -> Any:
     """What an option comes to where it is not given; None if the mode has no such option."""
     if mode not in ONLY_IN.get(name, MODES):
         return None
-    if name in DEFAULTS[mode]:
-        return DEFAULTS[mode][name]
+    preset = preset_of(mode, env_id)
+    options = DEFAULTS[mode] | ({} if preset is None else load_preset(preset))
+    if name in options:
+        return options[name]
     if name == "lr":
         name = "outer_lr" if mode == "meta_rl" else "learning_rate"
     for made in _MADE_IN[mode]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_fast.app.jobs import Job
-from ssm_fast.checkpoint import load_model
+from ssm_fast.checkpoint import load_checkpoint, load_inner_rates
 
 _LONGEST_FILE_NAME = 80
 _LONGEST_ABSENCE = 86400.0  # seconds without a sign of life
@@ -29,7 +29,8 @@ class StoredPolicy:
         parameters: How many it has.
         env_id: The environment that it was trained in.
         task: The task that it was adapted to, a value of `adapting.task_choices`.
-        run: The folder of the meta_rl run that it comes from, if it does; it is never changed.
+        has_steps: Whether it has learnt gradient steps, as meta_rl trains it to.
+        is_adapted: Whether it is the outcome of an adaptation, and not of a training.
     """
 
     name: str
@@ -38,7 +39,8 @@ class StoredPolicy:
     parameters: int
     env_id: str
     task: str = ""
-    run: Path | None = None
+    has_steps: bool = False
+    is_adapted: bool = False
 
 
 class Visitor:
@@ -51,6 +53,7 @@ class Visitor:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.policies: dict[str, StoredPolicy] = {}
+        self._undownloaded: set[str] = set()  # of the policies that were made here
         self.last_seen = time.monotonic()
         self._jobs: dict[str, Job] = {}
         self._dropped: set[str] = set()  # kinds of work that were stopped before they began
@@ -132,7 +135,13 @@ class Visitor:
     # Policies
 
     def add_policy(
-        self, source: Path, name: str, env_id: str, *, task: str = "", run: Path | None = None
+        self,
+        source: Path,
+        name: str,
+        env_id: str,
+        *,
+        task: str = "",
+        is_new: bool = False,
     ) -> StoredPolicy:
         """Copies a checkpoint, checked, to the visitor's policies.
 
@@ -141,12 +150,13 @@ class Visitor:
             name: Under which the visitor is to find it; a number is added where it is taken.
             env_id: See `StoredPolicy`.
             task: See `StoredPolicy`.
-            run: See `StoredPolicy`.
+            is_new: It was trained or adapted here: until it is downloaded, this is the only copy.
 
         Raises:
             ValueError: It is not a sound checkpoint.
         """
-        model = load_model(source)
+        model, metadata = load_checkpoint(source)
+        has_steps = bool(load_inner_rates(source))
         file_name = re.sub(r"[^\w.-]+", "-", name).strip("-")[:_LONGEST_FILE_NAME]
         path = self.new_folder("policy") / f"{file_name}.safetensors"
         shutil.copyfile(source, path)
@@ -156,9 +166,24 @@ class Visitor:
             while chosen in self.policies:
                 n += 1
                 chosen = f"{name} #{n}"
-            policy = StoredPolicy(chosen, path, type(model).__name__, size, env_id, task, run)
+            policy = StoredPolicy(
+                *(chosen, path, type(model).__name__, size, env_id, task),
+                has_steps=has_steps,
+                is_adapted="adapted" in metadata,
+            )
             self.policies[chosen] = policy
+            if is_new:
+                self._undownloaded.add(chosen)
         return policy
+
+    def downloaded(self, name: str | None) -> None:
+        """The visitor has a copy of the policy of that name."""
+        self._undownloaded.discard(name or "")
+
+    @property
+    def would_lose(self) -> bool:
+        """Whether work or a policy would be gone with the page."""
+        return self.is_busy or bool(self._undownloaded)
 
     def policy(self, name: str | None) -> StoredPolicy:
         """The policy of that name.

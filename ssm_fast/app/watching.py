@@ -10,16 +10,16 @@ import torch
 
 import ssm_fast
 from ssm_fast.app.adapting import USUAL_TASK, place
+from ssm_fast.app.fields import SEED, Count
 from ssm_fast.app.jobs import Note, Send
 from ssm_fast.app.status import Status, View, with_errors_as_sentences
 from ssm_fast.app.visitors import StoredPolicy, Visitor
 from ssm_fast.cli.environments import FAMILY_OF, route_mujoco_warnings
-from ssm_fast.cli.messages import check_option
 from ssm_fast.env_runner import Task, get_family
 from ssm_fast.env_runner.film import NO_OPENGL, Film, NoOpenGL, backends, film
 
 KIND = "watching"
-MOST_STEPS = 1000
+STEPS = Count("Steps at most", 1, 1000)
 _STEPS_BETWEEN_MESSAGES = 10
 
 
@@ -54,8 +54,7 @@ def watch(
         deterministic: Play the mode of the policy, not samples.
     """
     policy = visitor.policy(name)
-    check_option("steps", steps, 1, MOST_STEPS)
-    check_option("seed", seed, 0, 2**31 - 1)
+    steps, seed = STEPS.checked(steps), SEED.checked(seed)
     view = WatchView(Status("Starting ...", "busy", 0.0))
     yield view
     video = visitor.new_folder(KIND) / f"{policy.path.stem}.mp4"
@@ -93,6 +92,8 @@ def watch(
     end = "the whole episode" if played.has_ended else "where the film ends"
     where = place(task, policy.env_id)
     text = f"Return {played.episode_return:.1f} after {played.steps} steps, {end}, in {where}."
+    if policy.has_steps and not policy.is_adapted:
+        text += " This is before any gradient step: Adapt takes them."
     yield WatchView(Status(text, "done", notes=tuple(notes)), video)
 
 

@@ -202,12 +202,18 @@ class ImprovedSSM(nn.Module):
         check_count("batch_size", batch_size)
         return self.encoder.weight.new_zeros(self.num_layers, batch_size, self.state_dim)
 
-    def draw_noise(self, batch_size: int, out: Tensor | None = None) -> Tensor:
+    def draw_noise(
+        self,
+        batch_size: int,
+        out: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """What ``get_action`` draws the actions of a step from.
 
         Args:
             batch_size: ``B``.
             out: What an earlier call returned, to be overwritten: it saves most of the time.
+            generator: Where to draw from; torch's global one when ``None``.
 
         Returns:
             ``[B, K]``, standard normal, or of the exponential distribution when ``discrete``.
@@ -224,7 +230,9 @@ class ImprovedSSM(nn.Module):
                 f"out must have shape [B, K] = {[batch_size, self.action_dim]}, "
                 f"got {list(out.shape)}"
             )
-        return out.exponential_() if self.discrete else out.normal_()
+        if self.discrete:
+            return out.exponential_(generator=generator)
+        return out.normal_(generator=generator)
 
     def forward(
         self,

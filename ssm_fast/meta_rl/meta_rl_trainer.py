@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ssm_fast.checkpoint import load_checkpoint as load_model_file
+from ssm_fast.checkpoint import load_inner_rates
 from ssm_fast.checks import check_count, check_flag, check_number, check_spaces, is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 from ssm_fast.core.task_gradients import policy_task_gradients
@@ -68,6 +72,9 @@ _SETTINGS = (
     "evaluation_steps",
     "seed",
 )
+
+# What a gradient step depends on beside the weights and the rates; in the header of a policy's file.
+_INNER_LOOP = ("inner_steps", "gamma", "gae_lambda", "num_steps", "rows")
 
 
 @dataclass(frozen=True)
@@ -163,14 +170,11 @@ class MetaRLTrainer:
 
     Attributes:
         rates: The inner rates by the names of the weights.
-        policy_metadata: What a file of its policy says beside the environment.
 
     Raises:
         ValueError: A number is out of its range.
         TypeError: A count is no integer, a flag no bool, or the model no `ImprovedSSM`.
     """
-
-    policy_metadata: ClassVar[dict[str, str]] = {"critic": "untrained"}
 
     def __init__(
         self,
@@ -244,12 +248,70 @@ class MetaRLTrainer:
             ],
             fused=True,
         )
+        self._noise = torch.Generator(self.device).manual_seed(self.seed)
+        self._shuffle = self._noise
+        if self.device.type != "cpu":
+            self._shuffle = torch.Generator().manual_seed(self.seed)
         self.iteration = 0
         self.timesteps = 0
         self._first_iteration = 0  # of the call to train that is under way
         self._batch_size = 0  # of that call
         self._env = ("", 1)  # of that call: its id and the episodes of a trial
         self._seconds = 0.0
+
+    @classmethod
+    def from_policy(cls, path: str | os.PathLike[str]) -> MetaRLTrainer:
+        """The trainer of a policy's file: to `adapt` by the gradient steps that were learnt.
+
+        It has the weights, the inner rates and all settings of these steps, and nothing else of the
+        run.
+
+        Args:
+            path: A file that this trainer's run or `ssm-fast adapt` has written.
+
+        Raises:
+            ValueError: The file is not sound, or holds no inner rates.
+        """
+        model, metadata = load_model_file(path)
+        rates = load_inner_rates(path)
+        if not isinstance(model, ImprovedSSM) or not rates or "inner_loop" not in metadata:
+            raise ValueError(
+                f"{os.fspath(path)} must hold inner rates, the lengths of the gradient steps that "
+                "meta_rl learns (files of earlier versions lack them: `ssm-fast train --resume` in "
+                "the run folder adds them)"
+            )
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in rates)
+        try:
+            settings = {name: json.loads(metadata["inner_loop"])[name] for name in _INNER_LOOP}
+            rows = check_count("rows", settings.pop("rows"), at_least=0)
+            trainer = cls(model, tasks_per_epoch=1, seed=0, **settings)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)}: inner_loop in the header: {error!r}") from error
+        with torch.no_grad():
+            for name, rate in trainer.rates.items():
+                rate.copy_(rates[name])
+        trainer._batch_size = rows
+        return trainer
+
+    @property
+    def rows_per_task(self) -> int:
+        """The trajectories of a gradient step; 0 before the first training."""
+        return self._batch_size // self.tasks_per_epoch
+
+    @property
+    def policy_metadata(self) -> dict[str, str]:
+        """What a file of the policy says beside the environment."""
+        if not self.inner_steps:
+            return {"critic": "untrained"}
+        settings = self._settings() | {"rows": self.rows_per_task}
+        inner_loop = json.dumps({name: settings[name] for name in _INNER_LOOP})
+        return {"critic": "untrained", "inner_loop": inner_loop}
+
+    @property
+    def policy_rates(self) -> dict[str, Tensor]:
+        """The inner rates in a file of the policy; empty if it takes no gradient steps."""
+        return self.rates if self.inner_steps else {}
 
     def train(
         self,
@@ -306,30 +368,29 @@ class MetaRLTrainer:
         last = self._first_iteration + total_epochs
         metrics: list[dict[str, float]] = []
         episode_returns: list[float] = []
-        with torch.random.fork_rng(self._cuda_devices()):
-            while self.iteration < last:
-                try:
-                    row, returns = self._iterate(env, last, train_tasks, test_tasks)
-                except FloatingPointError as error:
-                    raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
-                metrics.append(row)
-                episode_returns += returns
-                due = self.iteration % log_interval == 0 or self.iteration == last
-                if due and self.world.rank == 0:
-                    _LOGGER.info(
-                        "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
-                        self.iteration,
-                        row["return_0"],
-                        row["episode_return"],
-                        row["steps_per_second"],
-                    )
-                stop = False
-                with self.world.together():
-                    stop = callback is not None and callback(dict(row)) is False
-                    if run is not None:
-                        self._record(run, env, row, stop or self.iteration == last)
-                if self.world.first(stop):
-                    break
+        while self.iteration < last:
+            try:
+                row, returns = self._iterate(env, last, train_tasks, test_tasks)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
+            metrics.append(row)
+            episode_returns += returns
+            due = self.iteration % log_interval == 0 or self.iteration == last
+            if due and self.world.rank == 0:
+                _LOGGER.info(
+                    "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
+                    self.iteration,
+                    row["return_0"],
+                    row["episode_return"],
+                    row["steps_per_second"],
+                )
+            stop = False
+            with self.world.together():
+                stop = callback is not None and callback(dict(row)) is False
+                if run is not None:
+                    self._record(run, env, row, stop or self.iteration == last)
+            if self.world.first(stop):
+                break
         return TrainingResult(self.timesteps, self.iteration, episode_returns, [], metrics)
 
     def _choose_tasks(
@@ -373,7 +434,7 @@ class MetaRLTrainer:
         """
         start, timesteps = time.perf_counter(), self.timesteps
         draws = np.random.default_rng((self.seed, self.iteration))
-        torch.manual_seed(int(draws.integers(2**31)))
+        self._seed_generators(int(draws.integers(2**31)))
         # Different tasks as far as there are enough of them.
         G = self.tasks_per_epoch
         order = np.concatenate([draws.permutation(len(train_tasks)) for _ in range(G)])
@@ -382,7 +443,9 @@ class MetaRLTrainer:
         norm = self.model.obs_norm
         if norm is not None and float(norm.count) == 0:
             self._warm_up(env, tasks, norm, int(draws.integers(2**31)))
-        adaptation = self._adapt_all(env, tasks, self.inner_steps, int(draws.integers(2**31)))
+        adaptation = self._adapt_all(
+            env, tasks, self.inner_steps, int(draws.integers(2**31)), self._noise
+        )
         played = time.perf_counter()
         losses = self.update(adaptation.rounds)
         if norm is not None:
@@ -426,7 +489,8 @@ class MetaRLTrainer:
         with self.world.together():
             own = self._own(tasks)
             self._set_tasks(env, own)
-            played = self.collect(env, self.shared_weights(len(own)), seed, rows=self._rows(env))
+            weights, rows = self.shared_weights(len(own)), self._rows(env)
+            played = self.collect(env, weights, seed, rows=rows, generator=self._noise)
         self.world.update(norm, played.observations.flatten(0, 2))
 
     def _adapt_all(
@@ -435,6 +499,7 @@ class MetaRLTrainer:
         tasks: Sequence[Task],
         steps: int,
         seed: int,
+        generator: torch.Generator,
         deterministic: bool = False,
         keep_going: bool = False,
     ) -> Adaptation:
@@ -447,8 +512,9 @@ class MetaRLTrainer:
         own_tasks = self._own(tasks)
         with world.together():
             rows = self._rows(env)
+            options = (deterministic, keep_going, rows, generator)
             try:
-                own = self.adapt(env, own_tasks, steps, seed, deterministic, keep_going, rows)
+                own = self.adapt(env, own_tasks, steps, seed, *options)
             except PolicyBreakdown as error:
                 raise FloatingPointError(f"{own_tasks[error.task]}: {error.reason}") from error
         rounds = [{name: world.gather(x) for name, x in batch.items()} for batch in own.rounds]
@@ -515,22 +581,19 @@ class MetaRLTrainer:
             raise ValueError("tasks must not be empty")
         timesteps, G = self.timesteps, self.tasks_per_epoch
         returns, broken = [], []
+        generator = torch.Generator(self.device).manual_seed(seed)
         try:
-            with torch.random.fork_rng(self._cuda_devices()):
-                torch.manual_seed(seed)
-                for first in range(0, len(tasks), G):
-                    chunk = list(tasks[first : first + G])
-                    filled = (chunk * G)[:G]  # every row plays
-                    adaptation = self._adapt_all(
-                        env, filled, steps, seed, deterministic, keep_going=True
-                    )
-                    returns.append(adaptation.returns[:, : len(chunk)])
-                    breakdowns = sorted(adaptation.breakdowns.items())
-                    broken += [
-                        f"task {first + g}: {error.reason}"
-                        for g, error in breakdowns
-                        if g < len(chunk)
-                    ]
+            for first in range(0, len(tasks), G):
+                chunk = list(tasks[first : first + G])
+                filled = (chunk * G)[:G]  # every row plays
+                adaptation = self._adapt_all(
+                    env, filled, steps, seed, generator, deterministic, keep_going=True
+                )
+                returns.append(adaptation.returns[:, : len(chunk)])
+                breakdowns = sorted(adaptation.breakdowns.items())
+                broken += [
+                    f"task {first + g}: {error.reason}" for g, error in breakdowns if g < len(chunk)
+                ]
         finally:
             self.timesteps = timesteps
         if broken and self.world.rank == 0:
@@ -550,6 +613,7 @@ class MetaRLTrainer:
         deterministic: bool = False,
         keep_going: bool = False,
         rows: Rows | None = None,
+        generator: torch.Generator | None = None,
     ) -> Adaptation:
         """Takes gradient steps in each of some tasks.
 
@@ -564,6 +628,7 @@ class MetaRLTrainer:
                 its returns are NaN from then on.
             rows: Where the rows of `env` are the part of a larger number: they start and act as they
                 would in an environment of all of these.
+            generator: Of the action noise; by default one that starts from `seed`.
 
         Raises:
             PolicyBreakdown: An inner step leads to weights, or a policy to actions, that are not
@@ -578,6 +643,7 @@ class MetaRLTrainer:
         rates = {name: rate.detach() for name, rate in self.rates.items()}
         weights = self.shared_weights(1 if tasks is None else len(tasks))
         rows = rows or Rows(0, env.batch_size, env.batch_size)
+        generator = generator or torch.Generator(self.device).manual_seed(seed)
         returns: list[Tensor] = []
         rounds: list[dict[str, Tensor]] = []
         breakdowns: dict[int, PolicyBreakdown] = {}
@@ -587,7 +653,9 @@ class MetaRLTrainer:
                     weights, _ = inner_update(self._inner_loss, weights, rounds[-1], rates)
             first_seed = seed + k * rows.total  # no round starts where another one did
             noted = breakdowns if keep_going and k > 0 else None
-            played, measured = self._play(env, weights, k, first_seed, deterministic, noted, rows)
+            played, measured = self._play(
+                env, weights, k, first_seed, deterministic, noted, rows, generator
+            )
             earned = measured.episode_returns.clone()  # [G, R, E]
             earned[list(breakdowns)] = math.nan
             returns.append(earned)
@@ -603,6 +671,7 @@ class MetaRLTrainer:
         deterministic: bool,
         breakdowns: dict[int, PolicyBreakdown] | None,
         rows: Rows,
+        generator: torch.Generator,
     ) -> tuple[Trajectories, Trajectories]:
         """What the policies play after `step` inner steps, and what is measured of it.
 
@@ -610,19 +679,19 @@ class MetaRLTrainer:
         takes its place in `weights`.
         """
         replaced = set()
-        random_state = self._random_state()
+        random_state = generator.get_state()
         while True:
             try:
                 _check_weights(weights, step)
-                played = self.collect(env, weights, seed, rows=rows)
+                played = self.collect(env, weights, seed, False, rows, generator)
                 if not deterministic:
                     return played, played
-                return played, self.collect(env, weights, seed, True, rows)
+                return played, self.collect(env, weights, seed, True, rows, generator)
             except PolicyBreakdown as error:
                 if breakdowns is None or error.task in replaced:
                     raise
                 replaced.add(error.task)
-                self._set_random_state(random_state)  # the other tasks play the same once more
+                generator.set_state(random_state)  # the other tasks play the same once more
                 breakdowns.setdefault(error.task, error)
                 for name, shared in self._shared.items():
                     weights[name][error.task] = shared.detach()
@@ -644,6 +713,7 @@ class MetaRLTrainer:
         seed: int,
         deterministic: bool = False,
         rows: Rows | None = None,
+        generator: torch.Generator | None = None,
     ) -> Trajectories:
         """Plays a round from a reset on: `R` rows of each task, with the weights of the task.
 
@@ -653,6 +723,7 @@ class MetaRLTrainer:
             seed: Of the environments.
             deterministic: Take the mode of the policy.
             rows: As in `adapt`.
+            generator: As in `adapt`.
 
         Raises:
             FloatingPointError: A policy, an observation or a reward is not finite.
@@ -668,13 +739,16 @@ class MetaRLTrainer:
             env.max_episode_steps,
         )
         rows = rows or Rows(0, env.batch_size, env.batch_size)
+        generator = generator or torch.Generator(self.device).manual_seed(seed)
         observation, _ = env.reset(seed=seed + rows.first)
         first = np.ones(env.batch_size, dtype=np.bool_)  # [B]
         state = None
         for t in range(recording.steps):
             x = torch.from_numpy(observation).to(self.device, dtype).view(G, R, -1)
             starts = torch.from_numpy(first).to(self.device).view(G, R)
-            noise = None if deterministic else rows.of(self.model.draw_noise(rows.total))
+            noise = None
+            if not deterministic:
+                noise = rows.of(self.model.draw_noise(rows.total, generator=generator))
             action, log_prob, _, state = policies.get_action(x, state, deterministic, starts, noise)
             if not bool(torch.isfinite(log_prob).all()):
                 g, r = torch.isfinite(log_prob).logical_not().nonzero()[0].tolist()
@@ -707,7 +781,7 @@ class MetaRLTrainer:
         """
         figures, weights = [], []
         for _ in range(self.outer_epochs):
-            order = torch.randperm(len(rounds[0]["rewards"]), device="cpu")
+            order = torch.randperm(len(rounds[0]["rewards"]), generator=self._shuffle, device="cpu")
             for minibatch in order.split(self.tasks_per_minibatch):  # type: ignore[no-untyped-call]
                 tasks, weight = self.world.split(minibatch)
                 batches = [{name: x[tasks] for name, x in batch.items()} for batch in rounds]
@@ -839,20 +913,10 @@ class MetaRLTrainer:
             raise ValueError(f"num_steps is needed: {env.env_name} has no time limit")
         return steps
 
-    def _random_state(self) -> Tensor:
-        """That of the generator which the noise of the actions comes from."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_rng_state(self.device)
-        return torch.get_rng_state()
-
-    def _set_random_state(self, state: Tensor) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(state, self.device)
-        else:
-            torch.set_rng_state(state)
-
-    def _cuda_devices(self) -> list[torch.device]:
-        return [self.device] if self.device.type == "cuda" else []
+    def _seed_generators(self, seed: int) -> None:
+        """Those of the action noise and of the minibatches, which is one on the CPU."""
+        self._noise.manual_seed(seed)
+        self._shuffle.manual_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the rest of a run depends on."""

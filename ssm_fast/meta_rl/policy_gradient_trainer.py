@@ -102,6 +102,7 @@ class PolicyGradientTrainer:
     """
 
     policy_metadata: ClassVar[dict[str, str]] = {}
+    policy_rates: ClassVar[dict[str, Tensor]] = {}
 
     def __init__(
         self,
@@ -179,6 +180,7 @@ class PolicyGradientTrainer:
         check_count("total_episodes", total_episodes)
         check_count("log_interval", log_interval)
         env = self._prepare(env)
+        env.warn_of_spaces()
         self._first_episode = self.episodes
         self._batch_size = env.batch_size
         if resume:

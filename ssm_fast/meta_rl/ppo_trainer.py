@@ -180,6 +180,7 @@ class PPOTrainer:
     """
 
     policy_metadata: ClassVar[dict[str, str]] = {}
+    policy_rates: ClassVar[dict[str, Tensor]] = {}
 
     def __init__(
         self,
@@ -261,9 +262,8 @@ class PPOTrainer:
         self._seconds = 0.0
         self._recent_returns: deque[float] = deque(maxlen=_EPISODE_WINDOW)
         self._recent_lengths: deque[int] = deque(maxlen=_EPISODE_WINDOW)
+        self._noise = torch.Generator(self.device).manual_seed(self.seed)
         self._shuffle = torch.Generator().manual_seed(self.seed)
-        self._random_state = torch.Generator().manual_seed(self.seed).get_state()
-        self._cuda_random_state: Tensor | None = None
 
         self._rows: tuple[Environment | None, Rows] = (None, Rows(0, 0, 0))  # of the environment
 
@@ -316,6 +316,8 @@ class PPOTrainer:
         check_number("total_timesteps", total_timesteps, at_least=1)
         check_count("log_interval", log_interval)
         env = self._prepare(env)
+        if self.world.rank == 0:
+            env.warn_of_spaces()
         self._first_iteration = self.iteration
         self._batch_size = self._rows_of(env).total
         start_run(self.world, run, self, resume)
@@ -324,13 +326,8 @@ class PPOTrainer:
         )
         interval = self.reset_interval(env)
         result = TrainingResult(0, 0, [], [], [])
-        with (
-            torch.random.fork_rng(self._cuda_devices()),
-            torch.enable_grad(),
-            _threads(self.num_threads),
-        ):
-            self._restore_random_state()
-            self._env = None
+        self._env = None
+        with torch.enable_grad(), _threads(self.num_threads):
             while self.iteration < last:
                 metrics = self._iterate(env, last, result)
                 due = self.iteration % log_interval == 0 or self.iteration == last
@@ -345,12 +342,10 @@ class PPOTrainer:
                 stop = False
                 with self.world.together():
                     is_due = self.iteration % interval == 0 or self.iteration == last
-                    self._keep_random_state()  # for what is saved here, by a callback too
                     if run is not None:
                         self._record(run, env, metrics, is_due)
                     if callback is not None:
-                        with torch.random.fork_rng(self._cuda_devices()):  # it may draw
-                            stop = callback(dict(metrics)) is False
+                        stop = callback(dict(metrics)) is False
                     if run is not None and stop and not is_due:
                         save_checkpoint(run, self, env)
                 if self.world.first(stop):
@@ -507,7 +502,7 @@ class PPOTrainer:
             x = torch.from_numpy(observation).to(self.device, dtype)  # [B, input_dim]
             policy, noise = RolloutPolicy.of(model, x, initial_state, T), None
             for t in range(T):
-                noise = model.draw_noise(rows.total, noise)
+                noise = model.draw_noise(rows.total, noise, self._noise)
                 action, is_finite = policy.act(x, rows.of(noise))
                 if not is_finite:
                     self._env = None
@@ -859,8 +854,7 @@ class PPOTrainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "return_norm": self.return_norm.state_dict(),
-            "random_state": self._random_state,
-            "cuda_random_state": self._cuda_random_state,
+            **self._random_states(),
             "shuffle": self._shuffle.get_state(),
             "iteration": self.iteration,
             "timesteps": self.timesteps,
@@ -893,8 +887,7 @@ class PPOTrainer:
             self.model.load_state_dict(weights)
             self.return_norm.load_state_dict(statistics)
             self._shuffle.set_state(state["shuffle"])
-            self._random_state = torch.Generator().set_state(state["random_state"]).get_state()
-            self._cuda_random_state = state["cuda_random_state"]
+            self._set_random_state(state["random_state"], state["cuda_random_state"])
             self.iteration = read_count(state, "iteration")
             self.timesteps = read_count(state, "timesteps")
             self._first_iteration = read_count(state, "first_iteration")
@@ -910,22 +903,20 @@ class PPOTrainer:
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SETTINGS}
 
-    def _keep_random_state(self) -> None:
-        self._random_state = torch.get_rng_state()
+    def _random_states(self) -> dict[str, Tensor | None]:
+        """That of the action noise; a state of the other kind of device is where a run would start."""
         if self.device.type == "cuda":
-            self._cuda_random_state = torch.cuda.get_rng_state(self.device)
+            start = torch.Generator().manual_seed(self.seed).get_state()
+            return {"random_state": start, "cuda_random_state": self._noise.get_state()}
+        return {"random_state": self._noise.get_state(), "cuda_random_state": None}
 
-    def _restore_random_state(self) -> None:
-        torch.set_rng_state(self._random_state)
-        if self.device.type == "cuda":
-            if self._cuda_random_state is None:
-                with torch.cuda.device(self.device):
-                    torch.cuda.manual_seed(self.seed)
-            else:
-                torch.cuda.set_rng_state(self._cuda_random_state, self.device)
-
-    def _cuda_devices(self) -> list[torch.device]:
-        return [self.device] if self.device.type == "cuda" else []
+    def _set_random_state(self, state: Tensor, cuda_state: Tensor | None) -> None:
+        if self.device.type != "cuda":
+            self._noise.set_state(state)
+        elif cuda_state is not None:
+            self._noise.set_state(cuda_state)
+        else:
+            self._noise.manual_seed(self.seed)
 
 
 def _usual_steps(rows: int, sequence_length: int | None) -> int:

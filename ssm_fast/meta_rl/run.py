@@ -67,6 +67,7 @@ class RunDirectory:
     policy.safetensors               the newest weights, for `ssm_fast.load_policy`
     curve.csv, curve.png             the learning curve, a row an iteration
     tensorboard/                     event files
+    evaluation.json                  returns of the final policy, of `ssm-fast train`
     ```
 
     A checkpoint is built under a temporary name, synced and renamed, so that a kill at any moment
@@ -76,13 +77,14 @@ class RunDirectory:
     Args:
         path: The folder; it is made where it is missing.
         resume: Continue the run that is there. Without it, a folder that holds a run is refused.
+        overwrite: Replace the run that is there: the files of a run are removed, others stay.
         read_only: Look at the run that is there, maybe while it is training. Nothing is made,
             removed or written; the folder may be on a read-only disk.
         keep: How many checkpoints are kept.
 
     Raises:
-        ValueError: The folder holds a run and neither `resume` nor `read_only` is set, or `keep`
-            is below 1.
+        ValueError: The folder holds a run and none of `resume`, `overwrite` and `read_only` is set,
+            `overwrite` is and config.json is not that of a run, or `keep` is below 1.
         TypeError: `keep` is no integer.
         OSError: The folder cannot be made or written to.
     """
@@ -92,6 +94,7 @@ class RunDirectory:
         path: str | os.PathLike[str],
         *,
         resume: bool = False,
+        overwrite: bool = False,
         read_only: bool = False,
         keep: int = 3,
     ) -> None:
@@ -103,12 +106,13 @@ class RunDirectory:
         self.curve_path = self.path / "curve.csv"
         self.figure_path = self.path / "curve.png"
         self.tensorboard_path = self.path / "tensorboard"
+        self.evaluation_path = self.path / "evaluation.json"
         self._columns: list[str] | None = None
         self._writer: Any = None
         if not read_only:
-            self._prepare(resume)
+            self._prepare(resume, overwrite)
 
-    def _prepare(self, resume: bool) -> None:
+    def _prepare(self, resume: bool, overwrite: bool) -> None:
         """Makes the folders, checks that they can be used, and clears what a kill has left."""
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
@@ -119,15 +123,35 @@ class RunDirectory:
                 pass
         except OSError as error:
             raise OSError(f"run folder {self.path} cannot be written to: {error}") from error
-        if not resume and (self.config_path.exists() or self._checkpoint_paths()):
+        if overwrite:
+            self._remove_run()
+        elif not resume and (self.config_path.exists() or self._checkpoint_paths()):
             raise ValueError(
-                f"{self.path} holds a run already; resume it (--resume) or choose another folder (--out)"
+                f"{self.path} holds a run already; resume it (--resume), replace it (--overwrite) or "
+                "choose another folder (--out)"
             )
         for leftover in self.checkpoints_path.glob(f"{_TEMPORARY_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in self.path.iterdir():
             if _LEFTOVER_NAME.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
+
+    def _remove_run(self) -> None:
+        """Removes what `ssm-fast train` has written; what else is in the folder stays."""
+        if not self.config_path.exists() and not self._checkpoint_paths():
+            return
+        versions = self.read_config().get("versions")
+        if not isinstance(versions, dict) or "ssm_fast" not in versions:
+            raise ValueError(
+                f"{self.path} is not overwritten: {self.config_path} is not of ssm-fast train"
+            )
+        for checkpoint in self._checkpoint_paths():
+            shutil.rmtree(checkpoint)
+        for file in (self.model_path, self.curve_path, self.figure_path, self.evaluation_path):
+            file.unlink(missing_ok=True)
+        for events in self.tensorboard_path.glob("events.out.tfevents.*"):
+            events.unlink()
+        self.config_path.unlink()  # last: with it, what a kill leaves can be overwritten
 
     # Configuration
 

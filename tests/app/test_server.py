@@ -29,6 +29,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import ssm_fast
 from ssm_fast import cli
+from ssm_fast.app.loading import LARGEST_UPLOAD
 
 pytestmark = [pytest.mark.isa_independent, pytest.mark.timeout(1200)]
 
@@ -74,7 +75,7 @@ def visit(server: Server, browser: Browser) -> Iterator[Callable[[], Page]]:
 
 def upload(page: Page, path: Path) -> None:
     open_tab(page, "Load")
-    page.locator("input[type=file]").set_input_files(path)
+    page.locator("input[type=file][accept='.safetensors']").set_input_files(path)
 
 
 def policy_in_hand(page: Page) -> Any:
@@ -154,12 +155,17 @@ def test_a_visit(visit: Callable[[], Page], tmp_path: Path) -> None:
     page.locator("#adapt-task input").click()
     page.get_by_role("option", name="test task 2:").click()
     page.get_by_role("button", name="More options").locator("visible=true").click()
+    expect(page.get_by_role("spinbutton", name="Steps between updates")).to_have_value("100")
     page.get_by_role("spinbutton", name="Episodes").fill("2")
     page.get_by_role("spinbutton", name="Copies of the task").fill("1")
     page.locator("#adapt-start").click()
     expect_status(page, "^Adapted to test task 2. Deterministic return ")
     for text in ("episode 2", "deterministic, before and after"):
         expect(page.get_by_text(text, exact=True).locator("visible=true").first).to_be_visible()
+    expect(policy_in_hand(page)).to_have_value(
+        "improved CartPole-v1"
+    )  # stays until another is taken
+    page.locator("#take").click()
     expect(policy_in_hand(page)).to_have_value("improved CartPole-v1, test_time in test task 2")
 
     # Watch: the video plays.
@@ -187,6 +193,102 @@ def test_a_visit(visit: Callable[[], Page], tmp_path: Path) -> None:
 
     assert all(url.startswith((page.url, "data:", "blob:")) for url in requests), requests
     assert not errors
+
+
+def test_the_settings_of_an_environment(visit: Callable[[], Page]) -> None:
+    page = visit()
+    amount = page.locator("#amount")
+    expect(amount).to_contain_text("no preset for this environment")
+    page.locator("#environment input").click()
+    page.get_by_role("option", name="HalfCheetah-v5").click()
+    expect(amount).to_contain_text("preset halfcheetah-v5, measured with 1,000,000 steps")
+    expect(amount.get_by_role("spinbutton")).to_have_value("300000")
+    page.get_by_role("button", name="More options").click()
+    expect(page.get_by_role("spinbutton", name="Discount factor")).to_have_value("0.98")
+    page.get_by_role("radio", name="meta_rl").click()
+    expect(amount).to_contain_text("preset cartpole-family, measured with 20 epochs")
+    expect(amount.get_by_role("spinbutton", name="Epochs")).to_have_value("20")
+    expect(page.get_by_role("spinbutton", name="Gradient steps in a task")).to_have_value("2")
+
+
+def test_an_error_goes_with_what_it_was_about(
+    visit: Callable[[], Page], save_policy: Save, tmp_path: Path
+) -> None:
+    page = visit()
+    steps = page.get_by_role("spinbutton", name="Environment steps")
+    steps.fill("")
+    page.locator("#train-start").click()
+    expect_status(page, "^The field 'Environment steps' is empty: type a number")
+    steps.fill("0")
+    expect_status(page, "^Nothing is training")
+    page.locator("#train-start").click()
+    expect_status(page, "^Environment steps must be at least 1, got 0")
+    page.get_by_role("radio", name="policy_gradient").click()
+    expect_status(page, "^Nothing is training")
+
+    open_tab(page, "Watch")
+    page.locator("#watch-start").click()
+    expect_status(page, "^There is no policy yet")
+    open_tab(page, "Adapt")
+    page.locator("#adapt-start").click()
+    expect_status(page, "^There is no policy yet")
+
+    (tmp_path / "garbage.safetensors").write_bytes(b"\x00" * 100)
+    with (tmp_path / "large.safetensors").open("wb") as file:
+        file.truncate(LARGEST_UPLOAD + 1)
+    upload(page, tmp_path / "garbage.safetensors")
+    expect_status(page, "^The file garbage.safetensors: ")
+    page.get_by_role("button", name="Clear").click()
+    expect_status(page, "^A file is checked before it is used")
+    upload(page, tmp_path / "large.safetensors")
+    expect(page.get_by_text("large.safetensors").first).to_be_visible()
+    expect_status(page, "^A file is checked before it is used")
+
+    page.reload()
+    upload(page, save_policy("mine.safetensors", env_id="CartPole-v1"))
+    expect_status(page, "^Loaded mine")
+    open_tab(page, "Adapt")
+    expect_status(page, "^Nothing is adapting")
+
+
+def test_what_a_reload_would_lose(visit: Callable[[], Page], tmp_path: Path) -> None:
+    page = visit()
+    asked: list[str] = []
+
+    def stay(dialog: Any) -> None:
+        asked.append(dialog.type)
+        dialog.dismiss()
+
+    page.on("dialog", stay)
+
+    def reload(is_asked_first: bool) -> None:
+        asked.clear()
+        page.evaluate("window.stayed = true; setTimeout(() => location.reload(), 0)")
+        if not is_asked_first:
+            page.wait_for_function("window.stayed === undefined")
+            page.get_by_role("tab", name="Train").wait_for()
+            assert not asked
+            return
+        deadline = time.monotonic() + PATIENCE / 1e3
+        while not asked:
+            assert time.monotonic() < deadline
+            page.wait_for_timeout(50)
+        assert asked == ["beforeunload"]
+        assert page.evaluate("window.stayed")
+
+    reload(is_asked_first=False)
+    page.get_by_role("spinbutton", name="Environment steps").fill("1000000")
+    page.locator("#train-start").click()
+    expect_status(page, r"of 1,000,000 steps, return \d")
+    reload(is_asked_first=True)
+    page.locator("#train-stop").click()  # it went on
+    expect_status(page, r"^Stopped. .* of 1,000,000 steps")
+    expect(page.locator("#train-start")).to_be_enabled()
+    reload(is_asked_first=True)  # the page has the only copy of the policy
+    with page.expect_download():
+        page.locator("#download").click()
+    expect(page.locator("[data-would-lose]")).to_have_count(0)
+    reload(is_asked_first=False)
 
 
 def test_an_upload(visit: Callable[[], Page], save_policy: Save, tmp_path: Path) -> None:

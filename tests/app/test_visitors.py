@@ -37,6 +37,20 @@ def test_a_policy_that_is_not_there(visitor: Visitor) -> None:
         visitor.policy("mine")
 
 
+def test_what_would_be_lost(visitor: Visitor, save_policy: Save) -> None:
+    visitor.add_policy(save_policy(), "loaded", "CartPole-v1")
+    assert not visitor.would_lose
+    visitor.add_policy(save_policy(), "trained", "CartPole-v1", is_new=True)
+    visitor.downloaded("loaded")
+    assert visitor.would_lose
+    visitor.downloaded("trained")
+    assert not visitor.would_lose
+    visitor.start("training", app_work.wait)
+    assert visitor.would_lose
+    visitor.end("training")
+    assert not visitor.would_lose
+
+
 def test_one_work_of_a_kind(visitor: Visitor) -> None:
     job = visitor.start("training", app_work.wait)
     assert job is not None

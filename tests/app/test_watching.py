@@ -9,8 +9,10 @@ import pytest
 from off_screen import draws_off_screen
 
 from ssm_fast.app import watching
+from ssm_fast.app.loading import load_pretrained
 from ssm_fast.app.visitors import Visitor
 from ssm_fast.app.watching import watch
+from ssm_fast.checkpoint import load_checkpoint, load_inner_rates, save_model
 
 pytestmark = pytest.mark.isa_independent
 
@@ -38,6 +40,19 @@ def test_a_whole_episode(visitor: Visitor, save_policy: Save) -> None:
     steps = int(view.status.text.split(" steps")[0].split()[-1])
     assert view.video is not None
     assert imageio_ffmpeg.count_frames_and_secs(str(view.video))[0] == steps
+
+
+def test_a_meta_policy_plays_before_its_gradient_steps(visitor: Visitor, tmp_path: Path) -> None:
+    *_, loaded = load_pretrained(visitor, "cartpole-family")
+    assert loaded.status.text.endswith("It has learnt gradient steps, which Adapt takes.")
+    path = visitor.policy(loaded.policy).path
+    model, metadata = load_checkpoint(path)
+    save_model(tmp_path / "a", model, metadata | {"adapted": "gradient"}, load_inner_rates(path))
+    adapted = visitor.add_policy(tmp_path / "a", "adapted", "ssm_fast/CartPoleFamily-v0")
+    for name, is_before in ((loaded.policy, True), (adapted.name, False)):
+        *_, view = watch(visitor, name, "test 0", 5, 0, True)
+        assert view.status.kind == "done", view.status
+        assert ("This is before any gradient step" in view.status.text) == is_before
 
 
 def test_mujoco(visitor: Visitor, save_cheetah: Save) -> None:
@@ -81,7 +96,7 @@ def test_a_driver_that_fails_to_import(
     [
         (None, "", 10, "There is no policy yet"),
         ("mine", "test 99", 10, "There is no task 'test 99' in ssm_fast/CartPoleFamily-v0."),
-        ("mine", "", 1001, "Steps must be at most 1000, got 1001."),
+        ("mine", "", 1001, "Steps at most must be at most 1000, got 1001."),
         ("wrong", "", 10, "Obs must have shape"),
         ("nowhere", "", 10, "Nope-v0 cannot be drawn: "),
     ],

@@ -276,6 +276,9 @@ def test_noise_is_drawn_into_the_memory_of_an_earlier_draw(discrete: bool) -> No
     assert torch.equal(out, draws[0])
     assert model.draw_noise(4, out) is out
     assert torch.equal(out, draws[1])
+    before = torch.get_rng_state()
+    assert torch.equal(model.draw_noise(4, None, torch.Generator().manual_seed(5)), draws[0])
+    assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(
         ValueError, match=r"out must have shape \[B, K\] = \[3, \d\], got \[4, \d\]"
     ):

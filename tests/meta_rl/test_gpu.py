@@ -101,7 +101,7 @@ def test_meta_rl(env_id: str) -> None:
     other.load_state_dict(trainer.state_dict())
     rounds = trainer.adapt(env, tasks, 1, seed=7).rounds
     for one in (trainer, other):
-        torch.manual_seed(0)  # of the minibatches
+        one._seed_generators(0)  # of the minibatches
         one.update([{name: x.to(one.device) for name, x in batch.items()} for batch in rounds])
     for (name, x), y in zip(
         trainer.model.named_parameters(), other.model.parameters(), strict=True

@@ -221,7 +221,23 @@ class TestTrain:
         assert float(torch.linalg.eigvals(trainer.model.A.detach()).abs().max()) < 1.0
 
 
+class Picture(gymnasium.Env[Any, Any]):
+    observation_space = gymnasium.spaces.Box(0, 255, (32, 32, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, **_: Any) -> tuple[Any, dict[str, Any]]:
+        return np.zeros((32, 32, 3), np.uint8), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.reset()[0], 1.0, True, False, {}
+
+
 class TestFailures:
+    def test_warns_of_pictures(self) -> None:
+        trainer = PolicyGradientTrainer(_model(input_dim=3072, output_dim=2))
+        with pytest.warns(UserWarning, match=r"Picture: .*\[32, 32, 3\] are flattened to 3,072"):
+            trainer.train(Picture(), 2)
+
     @pytest.mark.parametrize(
         ("env_id", "options", "match"),
         [

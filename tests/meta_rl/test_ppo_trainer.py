@@ -6,6 +6,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -560,6 +562,23 @@ class TestTrain:
         assert torch.equal(models[0], models[1])
         assert not torch.equal(models[0], models[2])
 
+    def test_a_seed_determines_a_run_beside_others(self) -> None:
+        alone = _trainer(_model(), seed=1)
+        alone.train(_drift(2), 192)
+        trainers = [_trainer(_model(), seed=seed) for seed in (1, 2)]
+        turn = threading.Barrier(2, timeout=60.0)
+
+        def train(trainer: PPOTrainer) -> None:
+            def draw(metrics: dict[str, float]) -> None:
+                torch.rand(3)  # as whoever else uses torch's global generator
+                turn.wait()
+
+            trainer.train(_drift(2), 192, callback=draw)
+
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(train, trainers))
+        _assert_same(trainers[0].model.state_dict(), alone.model.state_dict())
+
     def test_learns_cart_pole(self) -> None:
         torch.manual_seed(0)
         model = ImprovedSSM(4, 2, state_dim=16, hidden_dim=32, num_layers=1, discrete=True)
@@ -613,6 +632,13 @@ class TestTrain:
 
 
 class TestFailures:
+    def test_warns_of_actions_far_from_its_own(self) -> None:
+        env = _drift(2)
+        env.single_action_space = gymnasium.spaces.Box(0.0, 1000.0, (2,))
+        env.envs[0].action_space = env.single_action_space
+        with pytest.warns(UserWarning, match=r"actions lies in \[0, 1000\].*RescaleAction"):
+            _trainer(_model()).train(env, 48)
+
     def test_nan_from_an_environment(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
         trainer = _trainer(_model().float(), checkpoint_interval=1)
