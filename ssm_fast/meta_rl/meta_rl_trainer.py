@@ -32,6 +32,7 @@ from ssm_fast.meta_rl.training_state import (
     check_settings,
     check_step,
     check_tensors,
+    keep_last_iteration,
     load_adam,
     must_fit,
     read_count,
@@ -310,29 +311,36 @@ class MetaRLTrainer:
         last = self._first_iteration + total_epochs
         metrics: list[dict[str, float]] = []
         episode_returns: list[float] = []
-        while self.iteration < last:
-            try:
-                row, returns = self._iterate(env, last, train_tasks, test_tasks)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
-            metrics.append(row)
-            episode_returns += returns
-            due = self.iteration % log_interval == 0 or self.iteration == last
-            if due and self.world.rank == 0:
-                _LOGGER.info(
-                    "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
-                    self.iteration,
-                    row["return_0"],
-                    row["episode_return"],
-                    row["steps_per_second"],
-                )
-            stop = False
-            with self.world.together():
-                stop = callback is not None and callback(dict(row)) is False
-                if run is not None:
-                    self._record(run, env, row, stop or self.iteration == last)
-            if self.world.first(stop):
-                break
+        with keep_last_iteration(run, self, env) as keep:
+            while self.iteration < last:
+                try:
+                    row, returns = self._iterate(env, last, train_tasks, test_tasks)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
+                metrics.append(row)
+                episode_returns += returns
+                due = self.iteration % log_interval == 0 or self.iteration == last
+                if due and self.world.rank == 0:
+                    _LOGGER.info(
+                        "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
+                        self.iteration,
+                        row["return_0"],
+                        row["episode_return"],
+                        row["steps_per_second"],
+                    )
+                stop = False
+                with self.world.together():
+                    is_due = (
+                        self.iteration % self.checkpoint_interval == 0 or self.iteration == last
+                    )
+                    if run is not None:
+                        self._record(run, env, row, is_due)
+                    keep()
+                    stop = callback is not None and callback(dict(row)) is False
+                    if run is not None and stop and not is_due:
+                        save_checkpoint(run, self, env)
+                if self.world.first(stop):
+                    break
         return TrainingResult(self.timesteps, self.iteration, episode_returns, [], metrics)
 
     def _choose_tasks(
@@ -354,12 +362,12 @@ class MetaRLTrainer:
         return train_tasks, test_tasks
 
     def _record(
-        self, run: RunDirectory, env: TaskEnvironment, row: dict[str, float], is_last: bool
+        self, run: RunDirectory, env: TaskEnvironment, row: dict[str, float], is_due: bool
     ) -> None:
         """Writes the metrics of an epoch, and a checkpoint where one is due."""
         run.append_row(row)
         run.log_scalars({f"train/{name}": value for name, value in row.items()}, self.timesteps)
-        if is_last or self.iteration % self.checkpoint_interval == 0:
+        if is_due:
             save_checkpoint(run, self, env)
 
     def _iterate(

@@ -25,6 +25,7 @@ from ssm_fast.meta_rl.training_state import (
     check_tensors,
     check_weights,
     continue_run,
+    keep_last_iteration,
     load_adam,
     must_fit,
     read_count,
@@ -185,28 +186,30 @@ class PolicyGradientTrainer:
             continue_run(run, self)
         last = self._first_episode + total_episodes
         result = TrainingResult(0, 0, [], [], [])
-        while self.episodes < last:
-            metrics = self._iterate(env, last, result)
-            if run is not None:
-                run.append_row(metrics)
-                run.log_scalars(
-                    {f"train/{name}": value for name, value in metrics.items()}, self.timesteps
-                )
-            if self.iteration % log_interval == 0 or self.episodes == last:
-                _LOGGER.info(
-                    "%d episodes, return %.1f, entropy %.3f, %.0f steps/s",
-                    self.episodes,
-                    metrics["episode_return"],
-                    metrics["entropy"],
-                    metrics["steps_per_second"],
-                )
-            stop = callback is not None and callback(dict(metrics)) is False
-            if run is not None and (
-                stop or self.episodes == last or self.iteration % self.checkpoint_interval == 0
-            ):
-                save_checkpoint(run, self, env)
-            if stop:
-                break
+        with keep_last_iteration(run, self, env) as keep:
+            while self.episodes < last:
+                metrics = self._iterate(env, last, result)
+                if run is not None:
+                    run.append_row(metrics)
+                    run.log_scalars(
+                        {f"train/{name}": value for name, value in metrics.items()}, self.timesteps
+                    )
+                keep()
+                if self.iteration % log_interval == 0 or self.episodes == last:
+                    _LOGGER.info(
+                        "%d episodes, return %.1f, entropy %.3f, %.0f steps/s",
+                        self.episodes,
+                        metrics["episode_return"],
+                        metrics["entropy"],
+                        metrics["steps_per_second"],
+                    )
+                stop = callback is not None and callback(dict(metrics)) is False
+                if run is not None and (
+                    stop or self.episodes == last or self.iteration % self.checkpoint_interval == 0
+                ):
+                    save_checkpoint(run, self, env)
+                if stop:
+                    break
         return TrainingResult(
             self.timesteps,
             self.iteration,

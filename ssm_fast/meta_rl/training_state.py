@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -54,6 +55,36 @@ def save_checkpoint(
         save_policy(path, trainer, env)
 
     run.save_checkpoint(trainer.iteration, trainer.state_dict(), write_model)
+
+
+@contextmanager
+def keep_last_iteration(
+    run: RunDirectory | None, trainer: Resumable, env: Environment | TrialEnvironment
+) -> Iterator[Callable[[], None]]:
+    """Writes a checkpoint of the last whole iteration where something ends a training inside one.
+
+    That is Ctrl-C, or an error of the environment or of a callback. Where numbers are not finite, or
+    a file cannot be written, the checkpoints stay as they are.
+
+    Yields:
+        What the training calls after each iteration, once its row is written.
+    """
+    last: dict[str, Any] | None = None
+
+    def keep() -> None:
+        nonlocal last
+        if run is not None:
+            last = copy.deepcopy(trainer.state_dict())
+
+    try:
+        yield keep
+    except (FloatingPointError, OSError):
+        raise
+    except BaseException:
+        if run is not None and last is not None and not run.has_checkpoint(last["iteration"]):
+            trainer.load_state_dict(last)
+            save_checkpoint(run, trainer, env)
+        raise
 
 
 def save_policy(path: Path, trainer: Resumable, env: Environment | TrialEnvironment) -> None:
