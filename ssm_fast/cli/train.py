@@ -17,7 +17,7 @@ from ssm_fast.checkpoint import write_atomic
 from ssm_fast.cli.environments import longest_evaluation, route_mujoco_warnings
 from ssm_fast.cli.evaluate import describe, evaluate_adaptation
 from ssm_fast.cli.info import versions
-from ssm_fast.cli.messages import check_option, say
+from ssm_fast.cli.messages import check_option, say, sentence
 from ssm_fast.cli.options import (
     EVALUATION_EPISODES,
     EVALUATION_SEED,
@@ -89,10 +89,6 @@ def _can_be_resumed(
     """Leaves a run folder that can be used on, whatever ends the training, and says how."""
     try:
         yield
-    except ValueError:
-        if run is not None and not run.has_checkpoints() and not run.read_rows():
-            run.config_path.unlink()  # nothing was learnt: the folder stays free
-        raise
     except KeyboardInterrupt:
         if run is not None and not run.model_path.exists():
             save_policy(
@@ -103,6 +99,13 @@ def _can_be_resumed(
         ) from None
     except (FloatingPointError, LostRank) as error:
         raise type(error)(f"{error}; {_how_to_resume(out, env.env_name, run, world)}") from error
+    except Exception as error:  # of the environment's code, too
+        if run is not None and not run.has_checkpoints() and not run.read_rows():
+            run.config_path.unlink(missing_ok=True)  # nothing was learnt: the folder stays free
+        elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            how = _how_to_resume(out, env.env_name, run, world)
+            raise OSError(f"{sentence(error)}; {how}") from error
+        raise
 
 
 def _learn(
@@ -122,7 +125,7 @@ def _learn(
         ends = " or ".join(f"{value:,} {name}" for name, value in limits.items())
         say(f"it ends after {ends}, whatever comes first")
     if isinstance(trainer, PPOTrainer):
-        limits.pop("steps", None)  # it stops by itself, after whole rollouts
+        limits.pop("steps", None)  # it stops by itself
     done = {"epochs": 0.0, "episodes": 0.0, "steps": 0.0}
     checkpoint = None
     with world.together():
@@ -228,8 +231,10 @@ def _report(
         "seconds": seconds,
     }
     contents = json.dumps(report, indent=2) + "\n"
-    write_atomic(run.path / "evaluation.json", lambda path: path.write_text(contents))
-    say(f"{trainer.timesteps:,} steps in {seconds:.0f} s; policy {run.model_path}")
+    evaluation_path = run.model_path.with_name("evaluation.json")
+    write_atomic(evaluation_path, lambda path: path.write_text(contents))
+    policy_path = run.path / run.model_path.name
+    say(f"{trainer.timesteps:,} steps in {seconds:.0f} s; policy {policy_path}")
     for line in lines:
         say(line)
 

@@ -29,6 +29,8 @@ from ssm_fast.meta_rl.meta_maml import Weights, inner_update, task_losses
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import (
+    check_model,
+    check_parts,
     check_settings,
     check_step,
     check_tensors,
@@ -198,8 +200,7 @@ class MetaRLTrainer:
         device: str | torch.device = "cpu",
         world: World | None = None,
     ) -> None:
-        if not isinstance(model, ImprovedSSM):
-            raise TypeError(f"model must be an ImprovedSSM, got {type(model).__name__}")
+        check_model(model, ImprovedSSM)
         self.inner_lr = check_number("inner_lr", inner_lr, at_least=0.0)
         self.outer_lr = check_number("outer_lr", outer_lr, above=0.0)
         self.inner_steps = check_count("inner_steps", inner_steps, at_least=0)
@@ -222,11 +223,7 @@ class MetaRLTrainer:
         self.seed = check_count("seed", seed, at_least=0)
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        self._shared = {
-            name: p
-            for name, p in model.named_parameters()
-            if p.requires_grad and not name.startswith("critic")
-        }
+        self._shared = self._trainable()
         self.rates = {
             name: torch.full_like(p, inner_lr * transition_pace(name))
             for name, p in self._shared.items()
@@ -235,13 +232,11 @@ class MetaRLTrainer:
         if learn_inner_lr:
             learnt += [(name, rate.requires_grad_()) for name, rate in self.rates.items()]
         self._learnt: list[Tensor] = [p for _, p in learnt]
+        groups = self._groups(learnt)
         self.optimizer = torch.optim.Adam(
             [
-                {
-                    "params": [p for name, p in learnt if transition_pace(name) == pace],
-                    "lr": outer_lr * pace,
-                }
-                for pace in (1.0, TRANSITION_PACE)
+                {"params": group, "lr": outer_lr * pace}
+                for group, pace in zip(groups, (1.0, TRANSITION_PACE), strict=True)
             ],
             fused=True,
         )
@@ -352,6 +347,7 @@ class MetaRLTrainer:
         """The tasks to learn from and to evaluate on, of an environment that fits."""
         with self.world.together():
             self._check_env(env)
+            self._check_parts()
             self._rows(env)
             assert env.family is not None
             train_tasks = env.family.train_tasks if train_tasks is None else tuple(train_tasks)
@@ -832,6 +828,26 @@ class MetaRLTrainer:
         return -torch.minimum(ratio * advantages, clipped * advantages).mean()
 
     # Checks and saving
+
+    def _trainable(self) -> dict[str, Tensor]:
+        """The parameters of the model that are learnt."""
+        return {
+            name: p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and not name.startswith("critic")
+        }
+
+    @staticmethod
+    def _groups(learnt: Sequence[tuple[str, Tensor]]) -> list[list[Tensor]]:
+        """What the optimizer moves at the full rate, and at that of transition matrices."""
+        return [
+            [p for name, p in learnt if transition_pace(name) == pace]
+            for pace in (1.0, TRANSITION_PACE)
+        ]
+
+    def _check_parts(self) -> None:
+        rates = list(self.rates.items()) if self.learn_inner_lr else []
+        check_parts(self.optimizer, self._groups([*self._trainable().items(), *rates]))
 
     def _check_env(self, env: TaskEnvironment) -> None:
         if not isinstance(env, (Environment, TrialEnvironment)):

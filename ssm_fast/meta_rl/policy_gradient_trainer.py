@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,6 +22,8 @@ from ssm_fast.env_runner.environment import AnyEnvironment, Environment
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import (
+    check_model,
+    check_parts,
     check_settings,
     check_tensors,
     check_weights,
@@ -34,6 +37,7 @@ from ssm_fast.meta_rl.training_state import (
 
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
+_LONGEST_EPISODE = 10_000  # steps, where the environment has no time limit
 _SETTINGS = (
     "learning_rate",
     "gamma",
@@ -118,8 +122,7 @@ class PolicyGradientTrainer:
         seed: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        if not isinstance(model, StateSpaceModel):
-            raise TypeError(f"model must be a StateSpaceModel, got {type(model).__name__}")
+        check_model(model, StateSpaceModel)
         self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
         self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
         self.entropy_coef = check_number("entropy_coef", entropy_coef, at_least=0.0)
@@ -261,6 +264,9 @@ class PolicyGradientTrainer:
         The seeds of the environments and of the actions follow from the trainer's seed and
         iteration, so a second call with the same weights returns the same episodes.
 
+        An episode of an environment without a time limit is cut short after 10,000 steps, with a
+        warning.
+
         Args:
             env: The environments.
             count: `B`; all of them by default.
@@ -292,6 +298,9 @@ class PolicyGradientTrainer:
                 noise = torch.empty_like(logits).exponential_(generator=generator)
                 actions = (logits - noise.log()).argmax(-1)  # Gumbel-max
                 obs, reward, ended, cut, _ = env.step(actions.cpu().numpy())
+                if env.max_episode_steps is None and len(steps) == _LONGEST_EPISODE - 1:
+                    cut = cut | ~ended
+                    _warn_of_no_limit(env)
                 step = (np.where(running, reward, 0.0), ended & running, cut & running, running)
                 steps.append((x[:B], actions[:B], *(torch.from_numpy(a[:B]) for a in step)))
                 running = running & ~(ended | cut)
@@ -305,6 +314,7 @@ class PolicyGradientTrainer:
         Returns:
             `policy_loss`, `entropy` and `grad_norm`.
         """
+        self._check_parts()
         advantages = self.compute_advantages(episodes)  # [B, T]
         logits, _ = self.model(episodes.observations)  # [B, T, action_dim]
         log_probs = F.log_softmax(logits, dim=-1)  # [B, T, action_dim]
@@ -361,7 +371,12 @@ class PolicyGradientTrainer:
                 f"got {env.single_action_space}"
             )
         check_spaces(env, self.model.input_dim, self.model.output_dim, discrete=True)
+        self._check_parts()
         return env
+
+    def _check_parts(self) -> None:
+        others = [p for p in self.model.parameters() if p is not self.model.A]
+        check_parts(self.optimizer, [others, [self.model.A]])
 
     # Saving
 
@@ -403,3 +418,11 @@ class PolicyGradientTrainer:
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SETTINGS}
+
+
+def _warn_of_no_limit(env: Environment) -> None:
+    warnings.warn(
+        f"{env.env_name} has no time limit: episodes end after {_LONGEST_EPISODE:,} steps. For another "
+        "number: Environment(..., max_episode_steps=...), or max_episode_steps of gymnasium.register",
+        stacklevel=3,
+    )

@@ -30,6 +30,8 @@ from ssm_fast.meta_rl.ppo_epoch import FIGURES, Objective, PpoEpoch
 from ssm_fast.meta_rl.rollout import Rollout, RolloutRecording
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.meta_rl.training_state import (
+    check_model,
+    check_parts,
     check_settings,
     check_tensors,
     check_weights,
@@ -216,6 +218,7 @@ class PPOTrainer:
         seed: int | None = None,
         world: World | None = None,
     ) -> None:
+        check_model(model, ImprovedSSM)
         self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
         self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
         self.gae_lambda = check_number("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
@@ -567,8 +570,13 @@ class PPOTrainer:
             env = source if isinstance(source, Environment) else Environment.wrap(source)
             model = self.model
             check_spaces(env, model.input_dim, model.action_dim, model.discrete)
+            self._check_parts()
         self._check_minibatches(self._steps_of(env), env)
         return env
+
+    def _check_parts(self) -> None:
+        vector = [] if self.model is not self._weights.model else [self._weights.vector]
+        check_parts(self.optimizer, [vector])
 
     def _check_minibatches(self, T: int, env: Environment) -> None:
         """Advantages are standardized: the only one of a minibatch would be zero."""
@@ -681,6 +689,7 @@ class PPOTrainer:
         explained_variance = math.nan
         sums: list[Tensor] = []
         weights: list[list[float]] = []
+        self._check_parts()
         self._weights.read()
         self._gradient = SequenceGradient.of(self.model, inputs, rollout.initial_state)
         native = self._native_epoch()
@@ -869,7 +878,7 @@ class PPOTrainer:
         yield from torch.split(order, max(1, self.mini_batch_size // L))
 
     def _sequence_length_for(self, T: int) -> int:
-        if T < self._rollout_steps:  # the last of a call to train: as those before it
+        if self._rollout_steps > T:  # the last of a call to train: as those before it
             return min(self._sequence_length_for(self._rollout_steps), T)
         if self.sequence_length is not None:
             if T % self.sequence_length:

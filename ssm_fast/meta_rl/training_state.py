@@ -157,6 +157,32 @@ def must_fit() -> Iterator[None]:
         raise ValueError(f"training state does not fit: {reason}") from error
 
 
+def check_model(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises TypeError for a model of another kind, with a word on one that is wrapped."""
+    if isinstance(model, kind):
+        return
+    hint = ""
+    if any(isinstance(inner, kind) for inner in model.modules()):
+        hint = ": give the trainer the model inside"
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    raise TypeError(f"model must be {article} {kind.__name__}, got {type(model).__name__}{hint}")
+
+
+def check_parts(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]) -> None:
+    """Compares the tensors of an optimizer with those that a trainer learns.
+
+    Raises:
+        ValueError: The optimizer has others: its steps would move nothing.
+    """
+    held = [[id(x) for x in group["params"]] for group in optimizer.param_groups]
+    if held != [[id(x) for x in group] for group in groups]:
+        raise ValueError(
+            "the trainer must keep the optimizer, the model and the trainable parameters that it was "
+            "made with: set options in trainer.optimizer.param_groups, load weights by "
+            "trainer.model.load_state_dict(...), or make a new trainer"
+        )
+
+
 @torch.no_grad()
 def check_step(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> None:
     """Goes back to what the parameters were before an optimizer's step that is not finite.

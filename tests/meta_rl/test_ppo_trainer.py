@@ -505,6 +505,27 @@ class TestTrain:
         with pytest.raises(TypeError, match=f"float32 or float64 to train, got {dtype}"):
             PPOTrainer(ImprovedSSM(3, 1).to(dtype))
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    def test_a_model_that_is_wrapped(self) -> None:
+        for wrapped in (torch.compile(_model()), torch.nn.DataParallel(_model())):
+            with pytest.raises(
+                TypeError, match=r"an ImprovedSSM, got .*: give the trainer the model"
+            ):
+                PPOTrainer(wrapped)
+
+    @pytest.mark.parametrize("part", ["model", "optimizer"])
+    def test_a_part_that_is_replaced(self, part: str) -> None:
+        env, trainer = _resumable("Pendulum-v1")
+        rollout = trainer.collect_rollout(env)
+        if part == "model":
+            trainer.model = copy.deepcopy(trainer.model)
+        else:
+            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+        with pytest.raises(ValueError, match="must keep the optimizer, the model"):
+            trainer.train(env, 64)
+        with pytest.raises(ValueError, match="must keep the optimizer, the model"):
+            trainer.update(rollout)
+
     def test_frozen_parameters(self) -> None:
         env, trainer = _resumable("Pendulum-v1")
         model = trainer.model
