@@ -59,10 +59,10 @@ class Kills(PendulumEnv):
 
 gymnasium.register("Kills-v0", entry_point=Kills, max_episode_steps=10)
 """
-# 8 iterations of 64 steps with a checkpoint in every fourth; rank 1 dies in the sixth
+# 8 iterations of 64 steps, after as many of warm-up, with a checkpoint in every fourth; rank 1 dies in the sixth
 TRAIN = [
     *("train", "--env", "kills:Kills-v0", "--batch_size", "4", "--num_steps", "16"),
-    *("--steps", "512", "--checkpoint_interval", "2", "--ppo_epochs", "2"),
+    *("--steps", "576", "--checkpoint_interval", "2", "--ppo_epochs", "2"),
     *("--state_dim", "4", "--hidden_dim", "8"),
 ]
 
