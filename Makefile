@@ -37,17 +37,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/pytest
 	$(MAKE) test-isa
 
-# The policies that come with the package, where the web app looks for them; of meta_rl with the checkpoint that holds
-# the lengths of the gradient steps.
+# The policies that come with the package, where the web app looks for them.
 pretrained: $(VENV)/.installed-rl
 	set -e; for policy in $(PRETRAINED); do \
-	  preset=$${policy%:*}; \
+	  preset=$${policy%:*}; to=ssm_fast/app/pretrained/$${preset%-long}; \
 	  $(BIN)/ssm-fast train --preset $$preset --seed $${policy#*:} --out runs/pretrained/$$preset; \
-	  to=ssm_fast/app/pretrained/$${preset%-long}; rm -rf $$to; mkdir -p $$to; cp runs/pretrained/$$preset/policy.safetensors $$to; \
-	  if grep -q '"mode": "meta_rl"' runs/pretrained/$$preset/config.json; then \
-	    mkdir $$to/checkpoints; cp runs/pretrained/$$preset/config.json $$to; \
-	    cp -r $$(ls -d runs/pretrained/$$preset/checkpoints/iteration_* | tail -1) $$to/checkpoints; chmod 755 $$to/checkpoints/*; \
-	  fi; \
+	  mkdir -p $$to; cp runs/pretrained/$$preset/policy.safetensors $$to; \
 	done
 
 # The kernels once more at every instruction set below the one that the processor would choose.

@@ -40,6 +40,7 @@ _JSON_TYPES = {  # by annotation; else str
     "float": (int, float),
     "bool": (bool,),
 }
+_RATE = "inner_rates."  # how the names of tensors begin that are not the model's
 _MAX_FILE_BYTES = 2**31
 _MAX_HEADER_BYTES = 2**20
 _MAX_SIZE = 2**20  # of one dimension
@@ -108,7 +109,10 @@ def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def save_model(
-    path: str | os.PathLike[str], model: Model, metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    model: Model,
+    metadata: Mapping[str, str] | None = None,
+    inner_rates: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model's configuration and weights to one safetensors file, atomically.
 
@@ -119,12 +123,16 @@ def save_model(
         model: A `StateSpaceModel` or an `ImprovedSSM`.
         metadata: More strings for the header, such as ``{"env_id": "HalfCheetah-v5"}``;
             `read_metadata` returns them.
+        inner_rates: The rates of the gradient steps by which a policy of `MetaRLTrainer` adapts, by
+            the names of the weights, each of the shape and dtype of its weight;
+            `load_inner_rates` returns them.
 
     Raises:
         TypeError: If ``model`` is of another class, or ``metadata`` holds something but strings.
         ValueError: If a weight is not finite, the model is not as its configuration makes it (a
-            module or a weight in another's place would be lost), or ``metadata`` uses a key of the
-            format itself. The old file is then untouched.
+            module or a weight in another's place would be lost), ``metadata`` uses a key of the
+            format itself, or an inner rate does not fit its weight, is not finite or is negative.
+            The old file is then untouched.
         OSError: If the file cannot be written.
     """
     from safetensors.torch import save
@@ -161,6 +169,10 @@ def save_model(
             raise ValueError(f"{key} of the model must be finite to be saved, got NaN or Inf")
         # A copy of its own: parameters may be views of one storage, which the format refuses.
         tensors[key] = tensor.detach().to("cpu", copy=True).contiguous()
+    rates = dict(inner_rates or {})
+    _check_rates(rates, model)
+    for key, rate in rates.items():
+        tensors[_RATE + key] = rate.detach().to("cpu", copy=True).contiguous()
     contents = _with_sorted_header(save(tensors, header))
     write_atomic(path, lambda temporary: temporary.write_bytes(contents))
 
@@ -222,11 +234,33 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Model, dict[str, str]
         name = header["class"]
         if name not in _MODELS:
             raise ValueError(f"unknown class {name!r}, expected one of {sorted(_MODELS)}")
-        names = list(file.keys())
+        names = [name for name in file.keys() if not name.startswith(_RATE)]  # noqa: SIM118
         model = _skeleton(_MODELS[name], header["config"], len(names))
         tensors = _tensors(file, names, model)
     model.load_state_dict(tensors, assign=True)
     return model, _metadata(header)
+
+
+def load_inner_rates(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The rates of the gradient steps by which a policy of `MetaRLTrainer` adapts.
+
+    Args:
+        path: A file of `save_model`.
+
+    Returns:
+        The rates, by the names of the weights. Empty if the file holds none: the policy takes no
+        such steps, or an earlier version wrote the file.
+
+    Raises:
+        ValueError: As `load_model`, and if a rate does not fit its weight, is not finite or is
+            negative.
+    """
+    model, _ = load_checkpoint(path)
+    with _opened(path) as file:
+        names = [name for name in file.keys() if name.startswith(_RATE)]  # noqa: SIM118
+        rates = {name.removeprefix(_RATE): file.get_tensor(name).clone() for name in names}
+        _check_rates(rates, model)
+    return rates
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -353,6 +387,22 @@ def _check_dtypes(dtypes: Mapping[str, torch.dtype], made: Model) -> None:
                 raise ValueError(f"{name} has dtype {dtype}, others {weights}")
         elif dtype != wanted.dtype:
             raise ValueError(f"{name} must have dtype {wanted.dtype}, got {dtype}")
+
+
+def _check_rates(rates: Mapping[str, Tensor], model: Model) -> None:
+    """Raise unless every inner rate fits a weight of the model, is finite and not negative."""
+    weights = dict(model.named_parameters())
+    for name, rate in rates.items():
+        if name not in weights:
+            raise ValueError(f"the inner rate {name} belongs to no weight of the model")
+        expected = list(weights[name].shape), weights[name].dtype
+        if (list(rate.shape), rate.dtype) != expected:
+            raise ValueError(
+                f"the inner rate {name} must have shape and dtype {expected}, "
+                f"got {(list(rate.shape), rate.dtype)}"
+            )
+        if not bool(torch.isfinite(rate).all()) or bool((rate < 0).any()):
+            raise ValueError(f"the inner rate {name} must be finite and not negative")
 
 
 def _tensors(file: Any, names: list[str], made: Model) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import random
@@ -22,7 +23,13 @@ from safetensors.torch import save as safetensors_save
 from torch import Tensor
 from torch.nn.utils import prune
 
-from ssm_fast.checkpoint import load_model, read_metadata, save_model, write_atomic
+from ssm_fast.checkpoint import (
+    load_inner_rates,
+    load_model,
+    read_metadata,
+    save_model,
+    write_atomic,
+)
 from ssm_fast.core import ImprovedSSM, StateSpaceModel
 
 Model = ImprovedSSM | StateSpaceModel
@@ -141,6 +148,46 @@ def test_views_of_one_storage_are_saved_as_tensors_of_their_own(tmp_path: Path) 
     model.B = torch.nn.Parameter(stacked[1].t()[:, :4])
     model.save(tmp_path / "m.safetensors")
     assert_equal(StateSpaceModel.load(tmp_path / "m.safetensors"), model)
+
+
+def test_inner_rates_are_kept_beside_the_weights(tmp_path: Path) -> None:
+    model = improved().double()
+    rates = {
+        name: torch.rand_like(p).requires_grad_()
+        for name, p in model.named_parameters()
+        if name.startswith("actor")
+    }
+    path = tmp_path / "m"
+    save_model(path, model, inner_rates=rates)
+    assert_equal(load_model(path), model)
+    loaded = load_inner_rates(path)
+    assert loaded.keys() == rates.keys()
+    for name, rate in loaded.items():
+        assert torch.equal(rate, rates[name])
+        assert not rate.requires_grad
+    model.save(path)
+    assert load_inner_rates(path) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "message"),
+    [
+        ("nobody", torch.ones(3), "the inner rate nobody belongs to no weight of the model"),
+        ("actor.bias", torch.ones(4), r"actor.bias must have shape and dtype \(\[3\], "),
+        ("actor.bias", torch.ones(3, dtype=torch.float64), "must have shape and dtype"),
+        ("actor.bias", torch.tensor([1.0, math.inf, 0.0]), "must be finite and not negative"),
+        ("actor.bias", torch.tensor([1.0, -0.5, 0.0]), "must be finite and not negative"),
+    ],
+)
+def test_inner_rates_that_do_not_fit(name: str, rate: Tensor, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    with pytest.raises(ValueError, match=message):
+        save_model(path, improved(), inner_rates={name: rate})
+    assert not path.exists()
+    write(path, improved(), tensors_of(improved()) | {f"inner_rates.{name}": rate})
+    with pytest.raises(ValueError, match=message) as caught:
+        load_inner_rates(path)
+    assert str(path) in str(caught.value)
 
 
 def test_metadata_must_be_strings_and_leave_the_formats_keys_alone(tmp_path: Path) -> None:

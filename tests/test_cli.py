@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import torch
 
 import ssm_fast
 from ssm_fast import cli
-from ssm_fast.checkpoint import load_model, read_metadata, save_model
+from ssm_fast.checkpoint import load_inner_rates, load_model, read_metadata, save_model
 from ssm_fast.cli import progress
 from ssm_fast.cli.options import EVALUATION_SEED, Train
 from ssm_fast.cli.presets import load_preset, preset_names
@@ -165,16 +166,17 @@ class TestTrain:
         text = capsys.readouterr().out
         assert cli.main(["evaluate", "out"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert lines[:2] == text.splitlines()[-2:]
-        assert [line.split()[0] for line in lines] == ["stochastic"] * 2 + ["deterministic"] * 2
+        assert lines[: len(lines) // 2] == text.splitlines()[-len(lines) // 2 :]
+        titles = [line.split()[0] for line in lines if line.endswith(FAMILY)]
+        assert titles == ["stochastic"] * 2 + ["deterministic"] * 2
         for option, value in (("--env", FAMILY), ("--episodes", "3")):
             assert cli.main(["evaluate", "out", option, value]) == 2
             assert f"{option} must not be given" in capsys.readouterr().err
-        mean = report["test_tasks"][0]["mean"]
-        assert (
-            f"return in 40 test tasks of {FAMILY} after 0, 1, ... gradient steps: {mean:.1f}"
-            in text
-        )
+        title, _, table = text.partition(f"stochastic return in 40 test tasks of {FAMILY}\n")
+        cells = [re.findall(r"[\d.]+", line) for line in table.splitlines()]
+        for row in report["test_tasks"]:
+            figures = f"{row['mean']:.1f}", f"{row['std_over_tasks']:.1f}"
+            assert [str(row["gradient_steps"]), *figures] in cells
 
     def test_meta_rl_whose_evaluation_breaks_down(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -508,16 +510,20 @@ class TestAdapt:
         ):
             assert cli.main([*play, *options]) == 0
             lines = capsys.readouterr().out.splitlines()
-            assert lines[0] == f"in the task {task}"
+            assert lines[0] == "in the task"
+            for name, value in task.as_dict().items():
+                assert any(line.split()[1::2] == [name, f"{value:.4g}"] for line in lines)
             result = evaluate(
                 ssm_fast.load_policy("one.safetensors"), FAMILY, 2, EVALUATION_SEED, task=task
             )
-            assert f"return {result.mean:.1f} +- {result.std:.1f}" in lines[1]
+            assert f"return {result.mean:.1f} +- {result.std:.1f}" in lines[-1]
         again = ["adapt", "one.safetensors", "--method", "standard", "--episodes", "2"]
         again += ["--adapt-every", "5"]
         assert cli.main([*again, "--out", "three.safetensors"]) == 0
-        assert capsys.readouterr().out.startswith(f"in the task {family.test_tasks[3]}\n")
-        assert read_metadata("three.safetensors") == read_metadata("one.safetensors")
+        assert capsys.readouterr().out.startswith("in the task\n")
+        adapted_before = read_metadata("one.safetensors")
+        assert adapted_before["adapted"] == method
+        assert read_metadata("three.safetensors") == adapted_before | {"adapted": "standard"}
         assert cli.main([*play, "--video", "one.mp4"]) == 0
         assert re.fullmatch(
             r"one\.mp4: return \d+\.0 after \d+ steps", capsys.readouterr().out.splitlines()[-1]
@@ -542,6 +548,78 @@ class TestAdapt:
                 "adapted to Pendulum-v1 by test_time, seed 0; policy adapted.safetensors" + end
             )
         assert ssm_fast.load_policy("adapted.safetensors").action_low is not None
+
+    def test_the_defaults_adapt(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Without an option, a policy plays what it has not learnt, and changes on the way."""
+        torch.manual_seed(0)
+        model = ImprovedSSM(4, 2, 4, 8, 1, discrete=True)
+        save_model("policy.safetensors", model, {"env_id": "CartPole-v1"})
+        assert cli.main(["adapt", "policy.safetensors", "--episodes", "8"]) == 0
+        captured = capsys.readouterr()
+        assert captured.err == ""
+        lines = captured.out.splitlines()
+        assert lines[0] == f"test task 0 of {FAMILY}; --task chooses another one"
+        rows = [line.split()[1:] for line in lines if re.match(r" +\d ", line)]
+        assert any(without != adapting for without, adapting in rows[:-1])
+        task = json.loads(read_metadata("adapted.safetensors")["task"])
+        family = get_family(FAMILY)
+        assert family.task_type(**task) == family.test_tasks[0]
+
+    @pytest.mark.filterwarnings("default:the policy was trained in")
+    def test_in_the_environment_that_it_was_trained_in(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = ImprovedSSM(4, 2, 4, 8, 1, discrete=True)
+        save_model("policy.safetensors", model, {"env_id": "CartPole-v1"})
+        args = ["adapt", "policy.safetensors", "--episodes", "1", "--env", "CartPole-v1"]
+        assert cli.main(args) == 0
+        captured = capsys.readouterr()
+        assert captured.err.startswith(
+            "ssm-fast: warning: the policy was trained in CartPole-v1 itself"
+        )
+        assert "adapted to CartPole-v1 by test_time" in captured.out
+
+    def test_a_file_that_holds_its_gradient_steps(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """A policy that was downloaded adapts, and what it adapted to adapts on."""
+        start = [*META, "--epochs", "1", "--inner_lr", "3", "--num_steps", "60", "--out", "run"]
+        assert cli.main(start) == 0
+        shutil.move("run/policy.safetensors", "mine.safetensors")
+        shutil.rmtree("run")
+        play = ["evaluate", "mine.safetensors", "--task", "1", "--episodes", "1"]
+        capsys.readouterr()
+        assert cli.main(play) == 0
+        command = "ssm-fast adapt mine.safetensors --task 1 --split test"
+        assert capsys.readouterr().out.splitlines()[-1] == (
+            f"this is before any gradient step; after some: {command}"
+        )
+        assert cli.main([*shlex.split(command)[1:], "--out", "one.safetensors"]) == 0
+        assert "by gradient, seed 0" in capsys.readouterr().out
+        assert cli.main(["adapt", "one.safetensors", "--out", "two.safetensors"]) == 0
+        assert "by gradient, seed 0" in capsys.readouterr().out
+        weights = [load_model(f"{n}.safetensors").state_dict() for n in ("mine", "one", "two")]
+        for before, after in zip(weights, weights[1:], strict=False):
+            assert not torch.equal(before["actor.weight"], after["actor.weight"])
+        rates = [load_inner_rates(f"{n}.safetensors") for n in ("mine", "two")]
+        torch.testing.assert_close(*rates, rtol=0, atol=0)
+        assert cli.main(["evaluate", "two.safetensors", "--episodes", "1"]) == 0
+        assert "gradient step" not in capsys.readouterr().out
+
+    def test_a_file_without_gradient_steps(self, capsys: pytest.CaptureFixture[str]) -> None:
+        model = ImprovedSSM(4, 2, 4, 8, 1, discrete=True)
+        save_model("old.safetensors", model, {"env_id": FAMILY, "critic": "untrained"})
+        assert cli.main(["evaluate", "old.safetensors", "--episodes", "1"]) == 0
+        assert "gradient" not in capsys.readouterr().out
+        assert cli.main(["adapt", "old.safetensors", "--method", "gradient"]) == 2
+        error = capsys.readouterr().err
+        assert "--method gradient: old.safetensors must hold inner rates" in error
+        assert error.count("\n") == 1
+
+    def test_where_it_was_trained_is_said_once(self, capsys: pytest.CaptureFixture[str]) -> None:
+        model = ImprovedSSM(4, 2, 4, 8, 1, discrete=True)
+        save_model("policy.safetensors", model, {"env_id": "Acrobot-v1"})
+        args = ["adapt", "policy.safetensors", "--env", "CartPole-v1", "--episodes", "1"]
+        assert cli.main(args) == 0
+        assert capsys.readouterr().out.count("the policy was trained in Acrobot-v1") == 1
 
     def test_a_task_of_the_family_around_an_environment(
         self, capsys: pytest.CaptureFixture[str]
@@ -594,9 +672,9 @@ class TestAdapt:
         [
             ([], ["--lr", "0.1"], "--lr is not an option of --method gradient"),
             ([], ["--episodes", "1"], "--episodes must be at least 2"),
-            (["--inner_steps", "0"], [], "run was trained without gradient steps"),
+            (["--inner_steps", "0"], [], "run/policy.safetensors must hold inner rates"),
             (["--trial_episodes", "2"], [], "plays trials of 2 episodes"),
-            (PPO[1:], [], "--method gradient needs the folder of a meta_rl run, got run"),
+            (PPO[1:], [], "--method gradient: run/policy.safetensors must hold inner rates"),
         ],
     )
     def test_gradient_steps_that_a_run_does_not_have(
@@ -648,7 +726,7 @@ class TestAdapt:
             (["--env", "Nope-v0"], "'Nope-v0' cannot be made"),
             (["--env", "CartPole-v1", "--episodes", "0"], "--episodes must be at least 1"),
             (["--env", "CartPole-v1", "--rows", "0"], "--rows must be at least 1"),
-            (["--env", "CartPole-v1", "--lr", "0"], "adaptation_lr must be finite"),
+            (["--env", "CartPole-v1", "--lr", "0"], "--lr must be finite"),
             (["--env", "CartPole-v1", "--seed", "-1"], "--seed must be at least 0"),
             (
                 ["--env", "CartPole-v1", "--experience_weight", "0.3"],
@@ -696,8 +774,8 @@ class TestErrors:
             (["train", "--env", "Nope-v0"], "'Nope-v0' cannot be made"),
             (["train", "--env", "FrozenLake-v1"], "observation space must be a Box"),
             ([*REINFORCE, "--env", "Pendulum-v1"], "needs discrete actions; Pendulum-v1 has Box"),
-            ([*REINFORCE, "--lr", "-1"], "learning_rate must be finite and positive, got -1.0"),
-            ([*REINFORCE, "--lr", "nan"], "learning_rate must be finite"),
+            ([*REINFORCE, "--lr", "-1"], "--lr must be finite and positive, got -1.0"),
+            ([*REINFORCE, "--lr", "nan"], "--lr must be finite"),
             ([*REINFORCE, "--episodes", "0"], "--episodes must be at least 1, got 0"),
             ([*REINFORCE, "--batch_size", "0"], "batch_size must be at least 1, got 0"),
             ([*REINFORCE, "--state_dim", "0"], "state_dim"),
@@ -721,6 +799,67 @@ class TestErrors:
         assert text in error
         assert error.count("\n") == 1
         assert not Path("out/config.json").exists(), "the folder must stay free"
+
+    @pytest.mark.parametrize("command", ["train", "evaluate", "adapt", "video"])
+    @pytest.mark.parametrize(
+        ("entry_point", "text"),
+        [
+            ("own_env:Typo", "has no attribute 'Typo'"),
+            ("no_such_module:Typo", "No module named 'no_such_module'"),
+            ("own_env:Needs", "Box2D is not installed"),
+        ],
+    )
+    def test_an_environment_that_cannot_be_made(
+        self,
+        command: str,
+        entry_point: str,
+        text: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """A missing extra, a mistyped class and a missing module."""
+        (tmp_path / "own_env.py").write_text(
+            "def __getattr__(name):\n"
+            "    from gymnasium.error import DependencyNotInstalled\n"
+            "    if name == 'Needs':\n"
+            "        raise DependencyNotInstalled('Box2D is not installed')\n"
+            "    raise AttributeError(f'own_env has no attribute {name!r}')\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        gymnasium.register("Bad-v0", entry_point=entry_point)
+        ImprovedSSM(4, 2, 4, 8, 1, discrete=True).save("policy.safetensors")
+        args = [command, *(["--out", "out"] if command == "train" else ["policy.safetensors"])]
+        if command == "video":
+            args = ["evaluate", "policy.safetensors", "--video", "film.mp4"]
+        try:
+            assert cli.main([*args, "--env", "Bad-v0"]) == 2
+        finally:
+            del gymnasium.registry["Bad-v0"]
+            sys.modules.pop("own_env", None)
+        error = capsys.readouterr().err
+        assert error.startswith("ssm-fast: --env 'Bad-v0' cannot be made: ")
+        assert text in error
+        assert error.count("\n") == 1
+        assert not Path("out").exists()
+
+    def test_an_environment_of_a_file_that_cannot_be_made(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        StateSpaceModel().save("policy.safetensors", {"env_id": "Nope-v0"})
+        assert cli.main(["evaluate", "policy.safetensors"]) == 2
+        assert capsys.readouterr().err.startswith("ssm-fast: the environment 'Nope-v0' cannot be")
+
+    def test_a_crash_before_anything_is_learnt_leaves_the_folder_free(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def crash(*_: Any) -> Any:
+            raise KeyError("speed")
+
+        monkeypatch.setattr(Breaks, "step", crash)
+        with pytest.raises(KeyError, match="speed"):
+            cli.main([*REINFORCE, "--env", "Breaks-v0", "--out", "out"])
+        assert not Path("out/config.json").exists()
 
     @pytest.mark.parametrize("option", [["--lr", "abc"], ["--no-such"], ["--mode", "meta"]])
     def test_a_mistake_in_the_command_line(
@@ -752,20 +891,21 @@ class TestErrors:
             gymnasium.registry.pop("Own-v0", None)
             sys.modules.pop("own", None)
         assert capsys.readouterr().err.splitlines()[-1] == (
-            f"ssm-fast: 3 is not in list (ValueError at {tmp_path / 'own.py'}:5, in step)"
+            "ssm-fast: 3 is not in list; in environment 0 of own:Own-v0, at step 1 of its episode "
+            f"(ValueError at {tmp_path / 'own.py'}:5, in step)"
         )
 
     def test_without_a_time_limit(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         """The evaluation of a policy that never fails has to end, too."""
-        monkeypatch.setattr("ssm_fast.cli.environments.LONGEST_EVALUATION", 30)
+        monkeypatch.setattr("ssm_fast.env_runner.evaluation.LONGEST_EVALUATION", 30)
         args = [*PPO, "--steps", "80", "--checkpoint_interval", "1", "--out", "out"]
         args[args.index("Pendulum-v1")] = "Endless-v0"
         assert cli.main(args) == 0
         assert "Endless-v0 has no time limit: the evaluation ends" in capsys.readouterr().out
         assert len(json.loads(Path("out/evaluation.json").read_text())["returns"]) == 10
-        monkeypatch.setattr("ssm_fast.cli.environments.LONGEST_EVALUATION", 20)
+        monkeypatch.setattr("ssm_fast.env_runner.evaluation.LONGEST_EVALUATION", 20)
         assert cli.main(["evaluate", "out"]) == 0
         assert "the evaluation ends episodes after 20 steps" in capsys.readouterr().out
         play = ["evaluate", "out", "--max-episode-steps", "20", "--episodes", "2"]
@@ -1246,7 +1386,7 @@ class TestCommands:
         process.stdout.close()
         _, error = process.communicate(timeout=60)
         assert error == b""
-        assert process.returncode == 1
+        assert process.returncode == 0
 
     def test_python_m(self) -> None:
         done = subprocess.run(
@@ -1256,5 +1396,157 @@ class TestCommands:
             check=False,
         )
         assert done.returncode == 2
-        assert done.stderr.startswith("ssm-fast: env_name 'Nope-v0' cannot be made")
+        assert done.stderr.startswith("ssm-fast: --env 'Nope-v0' cannot be made")
         assert done.stderr.count("\n") == 1
+
+
+class TestOverwrite:
+    def test_replaces_the_run_and_nothing_else(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*REINFORCE, "--seed", "1", "--out", "out"]) == 0
+        for name in ("notes.txt", "checkpoints/mine.pt", "tensorboard/other.log"):
+            Path("out", name).write_text("mine")
+        assert cli.main([*REINFORCE, "--out", "out"]) == 2
+        assert "replace it (--overwrite)" in capsys.readouterr().err
+        assert cli.main([*REINFORCE, "--lr", "-1", "--overwrite", "--out", "out"]) == 2
+        assert Path("out/policy.safetensors").exists(), "a mistake removes nothing"
+        assert cli.main([*REINFORCE, "--overwrite", "--out", "out"]) == 0
+        assert cli.main([*REINFORCE, "--out", "fresh"]) == 0
+        _assert_same_policy("out", "fresh")
+        assert _rows("out") == _rows("fresh")
+        assert len(list(Path("out/tensorboard").glob("events.*"))) == 1
+        for name in ("notes.txt", "checkpoints/mine.pt", "tensorboard/other.log"):
+            assert Path("out", name).read_text() == "mine"
+        assert cli.main([*REINFORCE, "--overwrite", "--resume", "--out", "out"]) == 2
+        assert "--resume and --overwrite exclude each other" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("config", [None, '{"mode": "fast"}', '{"versions": 3}', "{"])
+    def test_never_a_foreign_folder(
+        self, config: str | None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        Path("out/checkpoints/iteration_00000010").mkdir(parents=True)
+        files = [Path("out/policy.safetensors"), Path("out/checkpoints/iteration_00000010/w.pt")]
+        if config is not None:
+            files.append(Path("out/config.json"))
+        for file in files:
+            file.write_text(config or "mine")
+        assert cli.main([*REINFORCE, "--overwrite", "--out", "out"]) == 2
+        error = capsys.readouterr().err
+        assert "out/config.json" in error
+        assert error.count("\n") == 1
+        assert all(file.read_text() == (config or "mine") for file in files)
+
+
+COMMAND = [sys.executable, "-m", "ssm_fast"]
+
+
+class TestOutput:
+    """A training is worth more than what it prints."""
+
+    def test_a_closed_one(self) -> None:
+        done = subprocess.run(
+            ["sh", "-c", f"exec {shlex.join([*COMMAND, *REINFORCE])} --out out >&- 2>&-"],
+            check=False,
+        )
+        assert done.returncode == 0
+        assert json.loads(Path("out/config.json").read_text())["mode"] == "policy_gradient"
+        assert Path("out/evaluation.json").exists()
+
+    def test_one_whose_reader_has_gone(self) -> None:
+        process = subprocess.Popen(
+            [*COMMAND, *REINFORCE, "--episodes", "40", "--out", "out"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("training in CartPole-v1")
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+        assert Path("out/evaluation.json").exists()
+
+    def test_one_of_ascii(self) -> None:
+        done = subprocess.run(
+            [*COMMAND, *REINFORCE, "--out", "läufe/日本"],
+            env=os.environ | {"PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert rb"run folder l\xe4ufe/\u65e5\u672c" in done.stdout
+        assert Path("läufe/日本/evaluation.json").exists()
+
+    def test_a_full_one_leaves_the_folder_free(self) -> None:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                [*COMMAND, *REINFORCE, "--out", "out"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == 2
+        assert done.stderr.startswith("ssm-fast: [Errno 28] No space left on device")
+        assert not Path("out/config.json").exists()
+
+    @pytest.mark.filterwarnings("default:.*Using the latest versioned environment")
+    def test_warnings_have_no_colours(self, capsys: pytest.CaptureFixture[str]) -> None:
+        StateSpaceModel().save("policy.safetensors")
+        args = ["evaluate", "policy.safetensors", "--env", "CartPole", "--episodes", "1"]
+        assert cli.main(args) == 0
+        error = capsys.readouterr().err
+        assert "ssm-fast: warning: WARN: Using the latest versioned environment" in error
+        assert "\x1b" not in error
+
+
+class TestParsing:
+    def _said(self, capsys: pytest.CaptureFixture[str], *args: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(args)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("command", "hint"),
+        [
+            ("trian", "did you mean train?"),
+            ("eval", "did you mean evaluate?"),
+            ("xyz", "expected one of train, evaluate, adapt, app, bench, info"),
+        ],
+    )
+    def test_a_mistyped_command(
+        self, command: str, hint: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        said = self._said(capsys, command, "--steps", "100")
+        assert said == f"ssm-fast: {command!r} is not a command: {hint}\n"
+
+    def test_suggestions_are_of_the_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        said = self._said(capsys, "train", "--step", "100")
+        assert "--num-steps" in said
+        assert "adapt" not in said
+        assert "--max-episode-steps" not in said  # of adapt and evaluate
+
+    @pytest.mark.parametrize(
+        "args", [["train", "--out", ""], ["bench", "--out="], ["evaluate", ""], ["adapt", ""]]
+    )
+    def test_an_empty_path(self, args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        assert "a path must not be empty" in " ".join(self._said(capsys, *args).split())
+        assert list(Path().iterdir()) == []
+
+    @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["trian"], ["train", "--x"]])
+    def test_help_and_mistakes_import_no_torch(self, args: list[str]) -> None:
+        code = (
+            "import atexit, runpy, sys\n"
+            "atexit.register(lambda: print('imported', {'torch', 'gymnasium', 'numpy'} & set(sys.modules)))\n"
+            "sys.argv[0] = 'ssm-fast'\n"
+            "import ssm_fast.__main__\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *args], capture_output=True, text=True, check=False
+        )
+        assert done.stdout.endswith("imported set()\n"), done.stderr
+
+    def test_import_registers_the_ops(self) -> None:
+        """Without the command line, as for a file of torch.export."""
+        code = "import torch, ssm_fast; print(torch.ops.ssm_fast.dense_scan, ssm_fast.SSM)"
+        done = subprocess.run([sys.executable, "-c", code], check=False)
+        assert done.returncode == 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from ssm_fast.bench import Op
 from ssm_fast.bench.peers import (
     Contenders,
     GRUPolicy,
@@ -28,16 +29,6 @@ from ssm_fast.ops import (
 )
 from ssm_fast.ops.backend import Impl
 
-Op: TypeAlias = Literal[
-    "dense_scan",
-    "norm_scan",
-    "linear_scan",
-    "output_norm",
-    "gae",
-    "discounted_returns",
-    "policy_step",
-    "ssm",
-]
 OPS: tuple[Op, ...] = get_args(Op)
 _LARGEST_LOOP = 1 << 20  # elements of a scan; beyond, an eager loop only takes time
 _STATE = 64

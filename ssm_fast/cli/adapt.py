@@ -19,25 +19,31 @@ from ssm_fast.adaptation import (
     TestTimeAdapter,
 )
 from ssm_fast.adaptation.online import adapt_to_environment, episode_means, play_episodes
-from ssm_fast.checkpoint import load_model, read_metadata, save_model
+from ssm_fast.checkpoint import load_inner_rates, load_model, read_metadata, save_model
 from ssm_fast.checks import check_spaces
 from ssm_fast.cli.environments import (
     FAMILY_OF,
     environment_of,
     policy_file,
     route_mujoco_warnings,
+    say_task,
+    say_where_trained,
     stored_task,
     task_of,
 )
-from ssm_fast.cli.evaluate import trained_meta_rl
 from ssm_fast.cli.messages import check_option, say
-from ssm_fast.cli.options import ADAPT_DEFAULTS, EVALUATION_SEED, HYBRID_DEFAULTS, Adapt, Method
-from ssm_fast.cli.settings import stored_settings
+from ssm_fast.cli.options import (
+    ADAPT_DEFAULTS,
+    DEFAULTS,
+    EVALUATION_SEED,
+    HYBRID_DEFAULTS,
+    Adapt,
+    Method,
+)
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner import Environment, Task
 from ssm_fast.experience.experience_buffer import ExperienceBuffer
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
-from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.policy import spaces_of
 
 
@@ -65,12 +71,15 @@ class AdaptationReport:
 def run_adaptation(options: Adapt) -> None:
     """Adapts a copy of a policy, writes it, and prints the comparison with the policy as it was."""
     replaced = " (another one was there before)" if options.out.exists() else ""
-    task = None
-    if options.task is None:
-        path = policy_file(options.path)
-        task = stored_task(path, environment_of(path, options.env))
-        if task is not None:
-            say(f"in the task {task}")
+    path = policy_file(options.path)
+    env_id = environment_of(path, options.env)
+    say_where_trained(path, env_id)
+    task = stored_task(path, env_id) if options.task is None else None
+    if task is None and options.env is None and options.task is None and env_id in FAMILY_OF:
+        options = replace(options, task=0)
+        say(f"{options.split} task 0 of {FAMILY_OF[env_id]}; --task chooses another one")
+    if task is not None:
+        say_task(task)
     report = adapt_policy(options, task=task)
     say(f"{'episode':>14} {'without':>10} {'adapting':>10}")
     for i, row in enumerate(zip(report.without, report.adapting, strict=True)):
@@ -99,10 +108,11 @@ def adapt_policy(
         task: What to play where the options name no number; what the environment plays anyway if
             None.
     """
-    method = _method_of(options)
-    options = replace(options, method=method)
     path = policy_file(options.path)
     model = load_model(path)
+    rates = load_inner_rates(path)
+    method = options.method or ("gradient" if rates else "test_time")
+    options = replace(options, method=method)
     if not isinstance(model, ImprovedSSM):
         raise ValueError(  # noqa: TRY004 (the file's fault)
             f"{path} is of --mode policy_gradient, whose {type(model).__name__} has no critic to adapt "
@@ -117,17 +127,25 @@ def adapt_policy(
     env_id = environment_of(path, options.env)
     if options.task is not None:
         env_id = FAMILY_OF.get(env_id, env_id)
-    run, settings = _meta_rl_run(options.path) if method == "gradient" else (None, {})
-    chosen = _chosen(options, settings)
+    trainer = _trainer_of(path) if method == "gradient" else None
+    chosen = _chosen(options, trainer)
     critic = _state_of_critic(path, method)
     route_mujoco_warnings(env_id)
     torch.set_num_threads(1)
     if options.task is not None:
         task = task_of(env_id, options.split, options.task)
+    elif task is None and method != "gradient" and read_metadata(path).get("env_id") == env_id:
+        warnings.warn(
+            f"the policy was trained in {env_id} itself: it has little to learn there and may get "
+            "worse",
+            stacklevel=2,
+        )
     with _environment(env_id, task, chosen) as env:
+        if chosen.get("adapt_every", 0) is None:
+            assert env.max_episode_steps is not None
+            chosen["adapt_every"] = max(env.max_episode_steps // 5, 1)
         check_spaces(env, *spaces_of(model))
-        if run is not None:
-            trainer = trained_meta_rl(run, settings, env)
+        if trainer is not None:
             on_stage("playing with and without gradient steps")
             adapted, without, adapting = _by_gradient_steps(trainer, env, chosen)
         else:
@@ -137,10 +155,12 @@ def adapt_policy(
             without = episode_means(play_episodes(model, env, chosen["episodes"], options.seed))
             on_stage("playing and adapting")
             adapting = _by_adapter(adapter, env, chosen)
-        metadata = env.policy_metadata() | critic
+        metadata = env.policy_metadata() | critic | {"adapted": method}
+        if rates:
+            metadata["inner_loop"] = read_metadata(path)["inner_loop"]
         if task is not None:
             metadata["task"] = json.dumps(task.as_dict())
-        save_model(options.out, adapted, metadata)
+        save_model(options.out, adapted, metadata, rates)
         on_stage("playing both deterministically")
         before, after = (
             episode_means(play_episodes(policy, env, chosen["episodes"], EVALUATION_SEED, True))
@@ -149,39 +169,22 @@ def adapt_policy(
     return AdaptationReport(method, env_id, without, adapting, before, after)
 
 
-def _method_of(options: Adapt) -> Method:
-    """The method that is given, or the one that what is adapted was trained for."""
-    if options.method is not None:
-        return options.method
-    run = _meta_rl_folder(options.path)
-    has_steps = run is not None and stored_settings(run)["inner_steps"] > 0
-    return "gradient" if has_steps else "test_time"
+def _trainer_of(path: Path) -> MetaRLTrainer:
+    """The gradient steps that a policy has learnt to take."""
+    try:
+        return MetaRLTrainer.from_policy(path)
+    except ValueError as error:
+        raise ValueError(f"--method gradient: {error}") from error
 
 
-def _meta_rl_folder(path: Path) -> RunDirectory | None:
-    """The folder of a meta_rl run, if it is one."""
-    run = RunDirectory(path, read_only=True) if path.is_dir() else None
-    if run is None or not run.config_path.exists() or run.read_config().get("mode") != "meta_rl":
-        return None
-    return run
-
-
-def _meta_rl_run(path: Path) -> tuple[RunDirectory, dict[str, Any]]:
-    """The run that learnt the gradient steps, and its settings."""
-    run = _meta_rl_folder(path)
-    if run is None:
-        raise ValueError(f"--method gradient needs the folder of a meta_rl run, got {path}")
-    settings = stored_settings(run)
-    if settings["inner_steps"] == 0:
-        raise ValueError(f"{path} was trained without gradient steps: use another --method")
-    return run, settings
-
-
-def _chosen(options: Adapt, settings: dict[str, Any]) -> dict[str, Any]:
+def _chosen(options: Adapt, trainer: MetaRLTrainer | None) -> dict[str, Any]:
     """The numbers that the method takes, given or by default, and the seed."""
     defaults: dict[str, Any] = HYBRID_DEFAULTS if options.method == "hybrid" else ADAPT_DEFAULTS
-    if options.method == "gradient":
-        defaults = {"episodes": 4, "rows": settings["batch_size"]}
+    if trainer is not None:
+        defaults = {
+            "episodes": 4,
+            "rows": trainer.rows_per_task or DEFAULTS["meta_rl"]["batch_size"],
+        }
     given = {name: getattr(options, name) for name in HYBRID_DEFAULTS}
     given = {name: value for name, value in given.items() if value is not None}
     for name in given.keys() - defaults:
@@ -190,7 +193,7 @@ def _chosen(options: Adapt, settings: dict[str, Any]) -> dict[str, Any]:
     check_option("seed", options.seed, 0, EVALUATION_SEED - 1)
     check_option("rows", chosen["rows"], 1, 2**16)
     check_option("episodes", chosen["episodes"], 2 if options.method == "gradient" else 1, 2**31)
-    if "adapt_every" in chosen:
+    if chosen.get("adapt_every") is not None:
         check_option("adapt_every", chosen["adapt_every"], 1, 2**31)
     return chosen | {"seed": options.seed, "max_episode_steps": options.max_episode_steps}
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from ssm_fast.checkpoint import read_metadata
-from ssm_fast.cli.messages import say
-from ssm_fast.cli.options import LONGEST_EVALUATION
-from ssm_fast.env_runner import Environment, Task, TrialEnvironment, get_family
+from ssm_fast.cli.messages import note, say, say_table
+from ssm_fast.env_runner import Environment, Task, TrialEnvironment, evaluation, get_family
 from ssm_fast.env_runner.film import is_mujoco
 
 # Environments of one task that a family varies.
@@ -39,9 +37,6 @@ def environment_of(path: Path, env_id: str | None) -> str:
             "evaluate its run folder instead"
         )
     if env_id is not None:
-        trained = metadata.get("env_id", env_id)
-        if FAMILY_OF.get(trained, trained) != FAMILY_OF.get(env_id, env_id):
-            say(f"the policy was trained in {trained}")
         return env_id
     if "env_id" not in metadata:
         raise ValueError(f"{path} does not say which environment it is for: give --env")
@@ -49,12 +44,18 @@ def environment_of(path: Path, env_id: str | None) -> str:
     return metadata["env_id"]
 
 
+def say_where_trained(path: Path, env_id: str) -> None:
+    """Writes where a policy was trained, if that is neither the environment nor its family."""
+    trained = read_metadata(path).get("env_id", env_id)
+    if FAMILY_OF.get(trained, trained) != FAMILY_OF.get(env_id, env_id):
+        say(f"the policy was trained in {trained}")
+
+
 def longest_evaluation(env: Environment | TrialEnvironment) -> int | None:
-    """Where to end the episodes of an environment that does not end them itself; None if it does."""
-    if env.max_episode_steps is not None:
-        return None
-    limit = LONGEST_EVALUATION
-    say(f"{env.env_name} has no time limit: the evaluation ends episodes after {limit:,} steps")
+    """What `evaluation.longest_evaluation` returns, with a line where it ends the episodes."""
+    limit = evaluation.longest_evaluation(env)
+    if limit is not None:
+        say(f"{env.env_name} has no time limit: the evaluation ends episodes after {limit:,} steps")
     return limit
 
 
@@ -79,6 +80,18 @@ def stored_task(path: Path, env_id: str) -> Task | None:
     return task
 
 
+def say_task(task: Task) -> None:
+    """Writes the numbers of a task."""
+    say("in the task")
+    say_table(
+        ("", "value"),
+        (
+            (name, ", ".join(f"{x:.4g}" for x in (value if isinstance(value, tuple) else [value])))
+            for name, value in task.as_dict().items()
+        ),
+    )
+
+
 def refuse_import(env_id: str, source: Path) -> None:
     """Gymnasium imports the module of an id like `module:Name-v0`: a file must not ask for it."""
     if ":" in env_id:
@@ -98,7 +111,7 @@ def route_mujoco_warnings(env_id: str) -> None:
 
     def write_once(text: str) -> None:
         if text not in seen and "deprecated" not in text:
-            sys.stderr.write(f"MuJoCo: {text}\n")
+            note(f"MuJoCo: {text}")
         seen.add(text)
 
     mujoco.set_mju_user_warning(write_once)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 import ssm_fast
+from ssm_fast.checkpoint import load_inner_rates, read_metadata
 from ssm_fast.checks import check_spaces
 from ssm_fast.cli.environments import (
     FAMILY_OF,
@@ -19,10 +20,12 @@ from ssm_fast.cli.environments import (
     policy_file,
     refuse_import,
     route_mujoco_warnings,
+    say_task,
+    say_where_trained,
     stored_task,
     task_of,
 )
-from ssm_fast.cli.messages import check_option, say
+from ssm_fast.cli.messages import check_option, say, say_table
 from ssm_fast.cli.options import EVALUATION_EPISODES, EVALUATION_SEED, LARGEST_SEED, Evaluate
 from ssm_fast.cli.settings import make_environment, make_trainer, stored_settings
 from ssm_fast.env_runner import (
@@ -49,6 +52,7 @@ def run_evaluation(options: Evaluate) -> None:
             return
     path = policy_file(options.path)
     env_id = environment_of(path, options.env)
+    say_where_trained(path, env_id)
     route_mujoco_warnings(env_id)
     torch.set_num_threads(1)
     check_option("seed", options.seed, 0, LARGEST_SEED)
@@ -60,7 +64,7 @@ def run_evaluation(options: Evaluate) -> None:
         env_id = FAMILY_OF.get(env_id, env_id)
         task = task_of(env_id, options.split, options.task)
     if task is not None:
-        say(f"in the task {task}")
+        say_task(task)
     if options.video is not None:
         _check_film(options.video, env_id)
     policy = ssm_fast.load_policy(path)
@@ -77,8 +81,20 @@ def run_evaluation(options: Evaluate) -> None:
         task=task,
     )
     say(describe(env_id, result, options.deterministic))
+    if load_inner_rates(path) and "adapted" not in read_metadata(path):
+        say(f"this is before any gradient step; after some: {_adapting(options)}")
     if options.video is not None:
         _film(options, policy, env_id, task)
+
+
+def _adapting(options: Evaluate) -> str:
+    """The command that adapts the policy in the same task."""
+    command = ["ssm-fast", "adapt", str(options.path)]
+    if options.env is not None:
+        command += ["--env", options.env]
+    if options.task is not None:
+        command += ["--task", str(options.task), "--split", options.split]
+    return shlex.join(command)
 
 
 def _check_film(video: Path, env_id: str) -> None:
@@ -139,8 +155,7 @@ def _evaluate_meta_rl(options: Evaluate, run: RunDirectory) -> None:
     with make_environment(settings) as env:
         trainer = trained_meta_rl(run, settings, env)
         for deterministic in (False, True) if options.deterministic else (False,):
-            for line in evaluate_adaptation(trainer, env, options.seed, deterministic)[1]:
-                say(line)
+            say_adaptation(evaluate_adaptation(trainer, env, options.seed, deterministic), env)
 
 
 def trained_meta_rl(
@@ -161,14 +176,13 @@ def evaluate_adaptation(
     env: Environment | TrialEnvironment,
     seed: int = EVALUATION_SEED,
     deterministic: bool = False,
-) -> tuple[dict[str, Any], list[str]]:
-    """Returns after each gradient step on held-out tasks: for the report, and to be read.
+) -> dict[str, Any]:
+    """Returns after each gradient step on held-out tasks.
 
-    The mean leaves out tasks whose policy broke down; in the report they have None.
+    The mean leaves out tasks whose policy broke down; these have None.
     """
     family = get_family(env.env_name)
     report: dict[str, Any] = {"deterministic": deterministic}
-    lines = []
     for what in ("test_tasks", "out_of_range_tasks"):
         tasks = getattr(family, what)
         if not tasks:  # nothing lies outside a family of two directions
@@ -187,20 +201,33 @@ def evaluate_adaptation(
             }
             for k, (row, ok) in enumerate(zip(of_tasks, alive, strict=True))
         ]
-        figures = ", ".join(_figure(row[ok]) for row, ok in zip(of_tasks, alive, strict=True))
+    return report
+
+
+def say_adaptation(report: dict[str, Any], env: Environment | TrialEnvironment) -> None:
+    """Writes the tables of `evaluate_adaptation`."""
+    for what in ("test_tasks", "out_of_range_tasks"):
+        if what not in report:
+            continue
+        steps = report[what]
+        tasks = steps[-1]["tasks"]
         kind = what.replace("_tasks", "").replace("_", " ")
-        lines.append(
-            f"{'deterministic' if deterministic else 'stochastic'} return in {len(tasks)} {kind} "
-            f"tasks of {env.env_name} after 0, 1, ... gradient steps: {figures}"
+        policy = "deterministic" if report["deterministic"] else "stochastic"
+        say(f"{policy} return in {len(tasks)} {kind} tasks of {env.env_name}")
+        say_table(
+            ("after gradient steps", "mean", "deviation over tasks"),
+            (
+                (str(k), _figure(row["mean"]), _figure(row["std_over_tasks"]))
+                for k, row in enumerate(steps)
+            ),
         )
-        if not alive[-1].all():
-            broken = ", ".join(str(i) for i in np.flatnonzero(~alive[-1]))
-            lines.append(f"left out, as their policies broke down on the way: tasks {broken}")
-    return report, lines
+        broken = ", ".join(str(i) for i, x in enumerate(tasks) if x is None)
+        if broken:
+            say(f"left out, as their policies broke down on the way: tasks {broken}")
 
 
-def _figure(returns: NDArray[np.float64]) -> str:
-    return f"{returns.mean():.1f} +- {returns.std():.1f}" if len(returns) else "none"
+def _figure(x: float | None) -> str:
+    return "none" if x is None else f"{x:.1f}"
 
 
 def describe(env_id: str, result: Evaluation, deterministic: bool) -> str:

@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import tyro
 
-from ssm_fast.bench.cases import Op
+from ssm_fast.bench import Op
 from ssm_fast.cli.presets import preset_names
 
 # Trainers draw their seeds below 2**31: no episode of an evaluation was trained on.
 EVALUATION_SEED = 3_000_000_000
 EVALUATION_EPISODES = 10
-LONGEST_EVALUATION = 10_000  # steps of an episode that has no time limit
 LARGEST_SEED = 2**63 - 1  # of torch's generators
 MOST_THREADS = 1024
 
@@ -51,8 +50,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 ADAPT_DEFAULTS: dict[str, Any] = {
     "episodes": 5,
-    "rows": 1,
-    "adapt_every": 500,
+    "rows": 8,  # with fewer, what is learnt in a few episodes cannot be told from noise
+    "adapt_every": None,  # a fifth of the time limit
     "lr": 1e-4,
     "steps": 20,
     "max_kl": 0.03,
@@ -113,6 +112,8 @@ class Train:
     resume: bool = False
     """Continue the run in the run folder exactly where its last checkpoint left it. With more --steps
     (or episodes, or epochs) the learning rate goes on as in a run of that length."""
+    overwrite: bool = False
+    """Replace the run in the run folder. Files that are not a run's stay."""
     device: Annotated[Literal["cpu", "cuda"] | None, _default("cpu")] = None
     """Where the policy acts and learns; the environments stay on the CPU. A run may be continued on
     another one."""
@@ -246,7 +247,8 @@ class Adapt:
     """Gymnasium id; by default the one that the policy was trained in."""
     task: int | None = None
     """Number of the task in the task family of the environment; by default the one that the policy
-    was adapted to, or what the environment plays anyway."""
+    was adapted to. A policy of an environment that a family varies has learnt its task already, and
+    takes task 0; --env plays the environment as it is."""
     split: Literal["train", "test", "out_of_range"] = "test"
     """Which tasks of the family --task counts."""
     method: Annotated[
@@ -258,9 +260,9 @@ class Adapt:
     run was trained for, at its inner rates, one between any two episodes."""
     episodes: Annotated[int | None, _default("5, gradient: 4")] = None
     """Episodes to adapt in."""
-    rows: Annotated[int | None, _default("1, gradient: as the run")] = None
+    rows: Annotated[int | None, _default("8, gradient: as the run")] = None
     """Copies of the task that are played side by side and learnt from together."""
-    adapt_every: Annotated[int | None, _default("500; not gradient")] = None
+    adapt_every: Annotated[int | None, _default("a fifth of the time limit; not gradient")] = None
     """Steps of every row between two updates."""
     lr: Annotated[float | None, _default("1e-4; not gradient")] = None
     """Learning rate."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args
+from typing import Any, NoReturn, Union, get_args
 
 import tyro
 from tyro.constructors import (
@@ -17,22 +19,26 @@ from tyro.constructors import (
 )
 
 import ssm_fast
-from ssm_fast.cli.messages import say
 from ssm_fast.cli.options import COMMANDS
 
 _registry = ConstructorRegistry()
 
 
-def parse(args: Sequence[str] | None = None) -> Any:
+def parse(args: Sequence[str]) -> Any:
     """The options of the command that is asked for; help and mistakes end the program.
 
     Args:
-        args: The arguments; `sys.argv[1:]` by default.
+        args: The arguments, the command first.
     """
-    if list(sys.argv[1:] if args is None else args) == ["--version"]:
-        say(f"ssm_fast {ssm_fast.__version__}")
+    if list(args) == ["--version"]:
+        sys.stdout.write(f"ssm_fast {ssm_fast.__version__}\n")
         raise SystemExit(0)
+    command = args[0] if args else ""
     with _registry:
+        if command in COMMANDS:  # alone: what is said of a mistake then names its options alone
+            return tyro.cli(COMMANDS[command], prog=f"ssm-fast {command}", args=args[1:])
+        if command and not command.startswith("-"):
+            _refuse(command)
         return tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="ssm-fast",
@@ -40,6 +46,14 @@ def parse(args: Sequence[str] | None = None) -> Any:
             "`ssm-fast --version` says which version this is.",
             args=args,
         )
+
+
+def _refuse(command: str) -> NoReturn:
+    """Ends the program: there is no such command."""
+    alike = difflib.get_close_matches(command, COMMANDS, n=1)
+    hint = f"did you mean {alike[0]}?" if alike else f"expected one of {', '.join(COMMANDS)}"
+    sys.stderr.write(f"ssm-fast: {command!r} is not a command: {hint}\n")
+    raise SystemExit(2)
 
 
 @_registry.primitive_rule
@@ -63,6 +77,26 @@ def _optional(
         str_from_instance=lambda value: (
             ["None"] if value is None else inner.str_from_instance(value)
         ),
+    )
+
+
+@_registry.primitive_rule
+def _path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """An empty path, as of a variable of the shell that is not set, is not the working folder."""
+    if info.type is not Path:
+        return None
+
+    def read(given: list[str]) -> Path:
+        if not given[0]:
+            raise ValueError("a path must not be empty")
+        return Path(given[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from ssm_fast.cli.messages import note
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 
@@ -34,8 +35,7 @@ def show_progress(total: int, unit: str) -> Iterator[Callable[[float, dict[str, 
             if now - last < SECONDS_BETWEEN_LINES and done < total:
                 return
             last = now
-            sys.stderr.write(f"{done:,.0f} of {total:,} {unit}, {_figures(metrics)}\n")
-            sys.stderr.flush()
+            note(f"{done:,.0f} of {total:,} {unit}, {_figures(metrics)}")
 
         yield write_line
         return

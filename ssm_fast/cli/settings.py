@@ -80,7 +80,7 @@ def settings_of(options: Train, out: Path) -> dict[str, Any]:
     given = {
         name: value
         for name, value in asdict(options).items()
-        if value is not None and name not in ("out", "resume", "preset")
+        if value is not None and name not in ("out", "resume", "overwrite", "preset")
     }
     if options.preset is not None:
         given = _with_preset(given, options.preset)

@@ -15,7 +15,7 @@ import torch
 import ssm_fast
 from ssm_fast.checkpoint import write_atomic
 from ssm_fast.cli.environments import longest_evaluation, route_mujoco_warnings
-from ssm_fast.cli.evaluate import describe, evaluate_adaptation
+from ssm_fast.cli.evaluate import describe, evaluate_adaptation, say_adaptation
 from ssm_fast.cli.info import versions
 from ssm_fast.cli.messages import check_option, say, sentence
 from ssm_fast.cli.options import (
@@ -45,6 +45,8 @@ from ssm_fast.meta_rl.training_state import load_checkpoint, save_policy
 def run_training(options: Train, world: World) -> None:
     """Trains, or continues to, and evaluates; rank 0 alone reads and writes the run folder."""
     out = options.out or default_folder(options)
+    if options.resume and options.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: give one of them")
     settings: dict[str, Any] = {}
     with world.together():
         if world.rank == 0:
@@ -66,9 +68,12 @@ def run_training(options: Train, world: World) -> None:
         run: RunDirectory | None = None
         with world.together():
             if world.rank == 0:
-                run = open_things.enter_context(RunDirectory(out, resume=options.resume))
-                run.write_config({**settings, "versions": versions()})
+                run = open_things.enter_context(
+                    RunDirectory(out, resume=options.resume, overwrite=options.overwrite)
+                )
+                # First, as it may fail (a full disk): config.json makes the folder a run's.
                 say(f"training in {env_id} ({mode}, seed {seed}); run folder {run.path}")
+                run.write_config({**settings, "versions": versions()})
         with _can_be_resumed(out, env, trainer, run, world):
             _learn(trainer, env, settings, total, run, options.resume, world)
         if run is not None:
@@ -204,7 +209,7 @@ def _report(
     """
     seconds = time.perf_counter() - start
     if isinstance(trainer, MetaRLTrainer):
-        report, lines = evaluate_adaptation(trainer, env)
+        report = evaluate_adaptation(trainer, env)
         means = [row["mean"] for row in report["test_tasks"]]
         scalars = {f"evaluation/return_{k}": x for k, x in enumerate(means) if x is not None}
     if run is None:
@@ -222,7 +227,6 @@ def _report(
             "std": result.std,
         }
         scalars = {"evaluation/return": result.mean}
-        lines = [describe(env.env_name, result, deterministic=True)]
     run.log_scalars(scalars, trainer.timesteps)
     report |= {
         "env": env.env_name,
@@ -231,12 +235,13 @@ def _report(
         "seconds": seconds,
     }
     contents = json.dumps(report, indent=2) + "\n"
-    evaluation_path = run.model_path.with_name("evaluation.json")
-    write_atomic(evaluation_path, lambda path: path.write_text(contents))
+    write_atomic(run.evaluation_path, lambda path: path.write_text(contents))
     policy_path = run.path / run.model_path.name
     say(f"{trainer.timesteps:,} steps in {seconds:.0f} s; policy {policy_path}")
-    for line in lines:
-        say(line)
+    if isinstance(trainer, MetaRLTrainer):
+        say_adaptation(report, env)
+    else:
+        say(describe(env.env_name, result, deterministic=True))
 
 
 def _how_to_resume(out: Path, env_id: str, run: RunDirectory | None, world: World) -> str:

@@ -6,7 +6,7 @@ from ssm_fast.env_runner import positions as positions  # registers its environm
 from ssm_fast.env_runner.acrobot_family import AcrobotTask, AcrobotVectorEnv
 from ssm_fast.env_runner.cartpole_family import CartPoleTask, CartPoleVectorEnv
 from ssm_fast.env_runner.environment import Environment, MetaEnvironment
-from ssm_fast.env_runner.evaluation import Evaluation, evaluate
+from ssm_fast.env_runner.evaluation import Evaluation, evaluate, longest_evaluation
 from ssm_fast.env_runner.mujoco_families import (
     AntDirTask,
     HalfCheetahBodyTask,
@@ -37,5 +37,6 @@ __all__ = [
     "Walker2dBodyTask",
     "evaluate",
     "get_family",
+    "longest_evaluation",
     "register_family",
 ]

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import traceback
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
-from gymnasium.vector import SyncVectorEnv, VectorEnv
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from gymnasium.wrappers import TimeLimit
 from numpy.typing import ArrayLike, NDArray
 
-from ssm_fast.checks import check_count
+from ssm_fast.checks import check_count, is_replaced
 from ssm_fast.env_runner import vector_physics
 from ssm_fast.env_runner.acrobot_family import AcrobotVectorEnv
 from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
@@ -49,6 +53,11 @@ class Environment:
 
     Observations are flattened to `[B, input_dim]` float32. Continuous actions are clipped to their
     bounds here and nowhere else, so that a caller's log-probabilities belong to the raw actions.
+
+    An error that an environment raises passes through as it is, with a note (`__notes__`) that
+    names the environment, row and step. The rows then stand at different steps, and `step` asks for
+    a `reset`. Warnings tell of spaces that a policy can hardly learn with: flattened pictures, wide
+    or distant bounds of actions, and observations whose changes float32 rounds away.
 
     Attribute `physics` and `repr` tell which of the two ways to step the rows is in use; both give
     the same numbers:
@@ -120,13 +129,20 @@ class Environment:
                 for _ in range(batch_size if vector is None else 0):
                     envs.append(gymnasium.make(env_name, **env_kwargs))
                     undo.callback(envs[-1].close)
-            except (gymnasium.error.Error, ImportError) as error:
+            except Exception as error:
                 # Gymnasium reports an unknown name, version, namespace or module, and a missing
                 # extra, through these two families.
+                is_known = isinstance(error, (gymnasium.error.Error, ImportError))
+                if not is_known and _last_frame(error).name != "load_env_creator":
+                    _add_note(error, f"in the making of {env_name}")
+                    raise
                 is_lost = isinstance(error, ModuleNotFoundError) and ":" in env_name
                 hint = " PYTHONPATH names the folders that have modules." if is_lost else ""
+                if not is_known:
+                    hint = " (its registration must have an entry_point 'module:class')"
                 raise ValueError(f"env_name {env_name!r} cannot be made: {error}{hint}") from error
-            self._setup(env_name, envs, vector, seed)
+            source: Any = envs[0] if vector is None else vector
+            self._setup(env_name, envs, vector, source.spec, seed)
             if tasks is not None:
                 self.set_tasks(tasks)
             undo.pop_all()
@@ -142,8 +158,12 @@ class Environment:
         Args:
             env: An environment (`B` = 1), a `SyncVectorEnv` (its environments are stepped one by
                 one, whatever its autoreset mode), or another vector environment whose autoreset
-                mode is same-step.
+                mode is same-step: a `SyncVectorEnv` with a `step` or `reset` of its own, too.
             seed: Seed of the first `reset` and of `sample_action`.
+
+        Raises:
+            ValueError: Its spaces do not fit, or its autoreset mode is another.
+            TypeError: It is no environment.
         """
         if not isinstance(env, (gymnasium.Env, VectorEnv)):
             raise TypeError(
@@ -151,19 +171,16 @@ class Environment:
             )
         self = cls.__new__(cls)
         spec = env.spec
+        if spec is None and isinstance(env, SyncVectorEnv):
+            spec = env.envs[0].spec
         name = spec.id if spec is not None else type(env.unwrapped).__name__
-        if isinstance(env, SyncVectorEnv):
-            self._setup(name, list(env.envs), env, seed)
+        if isinstance(env, SyncVectorEnv) and not is_replaced(env, SyncVectorEnv, _SYNC_METHODS):
+            self._setup(name, list(env.envs), env, spec, seed)
         elif isinstance(env, VectorEnv):
-            mode = env.metadata.get("autoreset_mode")
-            if getattr(mode, "value", mode) != "SameStep":
-                raise ValueError(
-                    f"env must have autoreset_mode AutoresetMode.SAME_STEP, got {mode}: make it "
-                    "with vector_kwargs={'autoreset_mode': AutoresetMode.SAME_STEP}"
-                )
-            self._setup(name, [], env, seed)
+            _check_same_step(env)
+            self._setup(name, [], env, spec, seed)
         else:
-            self._setup(name, [env], None, seed)
+            self._setup(name, [env], None, spec, seed)
         return self
 
     def _setup(
@@ -171,9 +188,9 @@ class Environment:
         env_name: str,
         envs: list[gymnasium.Env[Any, Any]],
         vector: VectorEnv[Any, Any, Any] | None,
+        spec: EnvSpec | None,
         seed: int | None,
     ) -> None:
-        spec = envs[0].spec if envs else vector.spec if vector is not None else None
         self.max_episode_steps: int | None = spec.max_episode_steps if spec is not None else None
         self.env_name = env_name
         self._envs = envs
@@ -221,6 +238,13 @@ class Environment:
         self._episodes = 0
         self._last_returns: deque[float] = deque(maxlen=100)
         self._last_lengths: deque[int] = deque(maxlen=100)
+        # Observations are gathered in float64 where float32 could round their changes away.
+        is_wide = observation_space.dtype in _WIDE_DTYPES
+        self._gathered: type[np.floating[Any]] = np.float64 if is_wide else np.float32
+        self._may_round = is_wide
+        self._large: NDArray[np.intp] | None = None  # components that are watched
+        self._before: NDArray[np.float64] = np.empty(0)  # [B, len(large)], as of the last step
+        _warn_of_spaces(env_name, self.single_observation_space, self.single_action_space)
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -255,6 +279,7 @@ class Environment:
         seed: int | Sequence[int] | NDArray[np.integer] | None = None,
         *,
         elapsed: ArrayLike | None = None,
+        options: dict[str, Any] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Starts a new episode in every row.
 
@@ -264,6 +289,8 @@ class Environment:
             elapsed: Steps `[B]` that the time limit counts as taken already. Such a first episode
                 is truncated that much sooner, so that rows may restart at different times. Wrappers
                 that count steps themselves, as `TimeAwareObservation` does, count from zero.
+            options: Handed to the `reset` of every row, for these first episodes alone. The vector
+                physics takes none.
 
         Returns:
             The observations `[B, input_dim]` and a dict with `"env_info"`, what the environments
@@ -271,10 +298,20 @@ class Environment:
 
         Raises:
             ValueError: `seed` or `elapsed` is not one a row, a seed is negative, `elapsed` lies
-                outside `[0, max_episode_steps)`, or there is no `TimeLimit`.
+                outside `[0, max_episode_steps)`, there is no `TimeLimit`, or `options` cannot be
+                handed on.
             TypeError: A seed or `elapsed` is no integer.
         """
         self._check_open()
+        if options and self.physics == "vector":
+            raise ValueError(
+                f"options must be None for {self!r}, got {sorted(options)}: "
+                "physics='gymnasium' hands them on"
+            )
+        if options and "reset_mask" in options:
+            raise ValueError(
+                f"options must not have 'reset_mask': reset() of {self!r} is of all rows"
+            )
         if elapsed is not None:
             if not self._envs and self.physics != "vector":
                 raise ValueError(
@@ -284,9 +321,7 @@ class Environment:
             of_rows: list[int] = [limit._max_episode_steps for limit in limits]
             elapsed = check_elapsed(elapsed, self.batch_size, of_rows or self.max_episode_steps)
         if seed is None:
-            seed, self._seed = self._seed, None
-        else:
-            self._seed = None
+            seed = self._seed
         seeds: list[int | None]
         given: Any = None  # to a vector environment: Gymnasium's own signature has no sequence
         if seed is None:
@@ -298,31 +333,40 @@ class Environment:
         else:
             given = _check_seed(seed)
             seeds = [given + i for i in range(self.batch_size)]
+        self._is_reset = False  # whatever interrupts the rows, they have to start together
         self._returns[:] = 0.0
         self._lengths[:] = 0
 
-        obs = np.empty((self.batch_size, self.input_dim), dtype=np.float32)  # [B, input_dim]
+        raw: NDArray[Any]
         env_info: Any = []
-        with np.errstate(over="ignore"):  # _check_finite reports a value beyond float32
-            if self._next_tasks is not None:
-                for env, task in zip(self._envs, self._next_tasks, strict=True):
-                    cast(Any, env.unwrapped).set_task(task)
-                self._next_tasks = None
-            if self._envs:
-                for i, (env, env_seed) in enumerate(zip(self._envs, seeds, strict=True)):
-                    row, row_info = env.reset(seed=env_seed)
-                    self._store(obs, i, row)
-                    env_info.append(row_info)
-                    if elapsed is not None:
-                        limits[i]._elapsed_steps = int(elapsed[i])
-            else:
-                assert self._vector is not None
-                options = None if elapsed is None else {"elapsed": elapsed}
-                rows, env_info = self._vector.reset(seed=given, options=options)
-                obs[:] = np.reshape(rows, obs.shape)
-                if self.physics == "vector":
-                    env_info = RowInfo(env_info, self.batch_size)
+        if self._envs:
+            raw = np.empty((self.batch_size, self.input_dim), self._gathered)  # [B, input_dim]
+            for i, (env, env_seed) in enumerate(zip(self._envs, seeds, strict=True)):
+                if self._next_tasks is not None:
+                    env.get_wrapper_attr("set_task")(self._next_tasks[i])
+                row, row_info = self._reset_row(i, seed=env_seed, options=options)
+                self._store(raw, i, row)
+                env_info.append(_own(row_info))
+                if elapsed is not None:
+                    limits[i]._elapsed_steps = int(elapsed[i])
+            self._next_tasks = None
+        else:
+            assert self._vector is not None
+            if self.physics == "vector" and elapsed is not None:
+                options = {"elapsed": elapsed}
+            try:
+                result = self._vector.reset(seed=given, options=options)
+            except Exception as error:
+                _add_note(error, f"in the reset of {self.env_name}")
+                raise
+            rows, env_info = self._of_length("reset", _OF_RESET, result)
+            raw = self._rows_of("observations", rows, self.single_observation_space.shape)
+            if self.physics == "vector":
+                env_info = RowInfo(env_info, self.batch_size)
+        obs = self._cast(raw)
         self._check_finite("observation", obs)
+        self._watch(raw)
+        self._seed = None
         self._is_reset = True
         return obs, {"env_info": env_info}
 
@@ -345,16 +389,28 @@ class Environment:
 
         Raises:
             FloatingPointError: An environment returned NaN or infinity. The message names the row.
+            ValueError: An environment returned what Gymnasium's interface has not, or the actions
+                do not fit (before any environment moves).
+            RuntimeError: There was no `reset` yet, or an error ended the last `step`.
         """
         self._check_open()
         if not self._is_reset:
             raise RuntimeError("call reset() before step()")
         checked = self._check_actions(actions)
+        self._is_reset = False  # whatever interrupts the rows, they have to start together
         self._steps += 1
         self._lengths += 1
         step = self._step_rows if self._envs else self._step_vector
-        with np.errstate(over="ignore"):  # _check_finite reports a value beyond float32
-            obs, final_obs, rewards, terminated, truncated, env_info = step(checked)
+        raw, raw_final, rewards, terminated, truncated, env_info = step(checked)
+        final_obs, obs = self._cast(raw_final), self._cast(raw)  # [B, input_dim]
+        with np.errstate(over="ignore"):  # of a reward that is large for what learns from it
+            self._check_finite("reward", rewards.astype(np.float32))
+        self._check_finite("observation", final_obs)
+        self._check_finite("first observation", obs)
+        if self._large is not None:
+            self._warn_of_rounding(raw_final)
+            self._watch(raw)
+        self._is_reset = True
 
         self._returns += rewards
         done = terminated | truncated  # [B]
@@ -383,50 +439,144 @@ class Environment:
         dicts key by key and deep-copies the observations.
         """
         B = self.batch_size
-        final_obs = np.empty((B, self.input_dim), dtype=np.float32)  # [B, input_dim]
+        final = np.empty((B, self.input_dim), self._gathered)  # [B, input_dim]
         rewards = np.empty(B)  # [B]
         terminated = np.empty(B, dtype=np.bool_)  # [B]
         truncated = np.empty(B, dtype=np.bool_)  # [B]
         env_info = []
-        first_obs: list[tuple[int, Any]] = []
-        for i, env in enumerate(self._envs):
-            row, reward, ended, cut, row_info = env.step(actions[i])
-            self._store(final_obs, i, row)
-            rewards[i], terminated[i], truncated[i] = reward, ended, cut
-            env_info.append(row_info)
+        first: list[tuple[int, Any]] = []
+        for i in range(B):
+            row, reward, ended, cut, row_info = self._step_row(i, actions[i])
+            self._store(final, i, row)
+            try:
+                rewards[i], terminated[i], truncated[i] = reward, ended, cut
+            except (TypeError, ValueError) as error:
+                raise ValueError(self._no_scalars(i, reward, ended, cut)) from error
+            env_info.append(_own(row_info))
             if ended or cut:
-                first_obs.append((i, env.reset()[0]))
-        self._check_finite("reward", rewards.astype(np.float32))  # what a policy learns from
-        self._check_finite("observation", final_obs)
-        obs = final_obs.copy()  # [B, input_dim]
-        if first_obs:
-            for i, row in first_obs:
+                # a copy: the environment may share the memory of its observations with others
+                first.append((i, np.array(self._reset_row(i)[0])))
+        obs = final
+        if first:
+            obs = final.copy()  # [B, input_dim]
+            for i, row in first:
                 self._store(obs, i, row)
-            self._check_finite("first observation", obs)
-        return obs, final_obs, rewards, terminated, truncated, env_info
+        return obs, final, rewards, terminated, truncated, env_info
+
+    def _step_row(self, i: int, action: Any) -> Any:
+        """Steps one environment; whatever it raises says which one it is."""
+        try:
+            result = self._envs[i].step(action)
+        except Exception as error:
+            if _is_of_unpacking(error):  # a wrapper of Gymnasium's met the wrong tuple first
+                raise ValueError(self._wrong_tuple("step", _OF_STEP, str(error), i)) from error
+            self._name_row(error, i, f"step {self._lengths[i]} of its episode")
+            raise
+        return self._of_length("step", _OF_STEP, result, i)
+
+    def _reset_row(self, i: int, **arguments: Any) -> Any:
+        """Resets one environment; whatever it raises says which one it is."""
+        try:
+            result = self._envs[i].reset(**arguments)
+        except Exception as error:
+            self._name_row(error, i, "its reset")
+            raise
+        return self._of_length("reset", _OF_RESET, result, i)
+
+    def _name_row(self, error: Exception, i: int, when: str) -> None:
+        _add_note(error, f"in environment {i} of {self.env_name}, at {when}")
+
+    def _of_length(self, call: str, names: str, result: Any, i: int | None = None) -> Any:
+        """What `call` of environment `i`, or of all at once, returned: a tuple of these names."""
+        if isinstance(result, tuple) and len(result) == len(names.split(", ")):
+            return result
+        got = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+        raise ValueError(self._wrong_tuple(call, names, f"got {got}", i))
+
+    def _wrong_tuple(self, call: str, names: str, got: str, i: int | None) -> str:
+        who = self.env_name if i is None else f"{self.env_name}: environment {i}"
+        old = "; Gym's old step returned done in the place of terminated and truncated"
+        return f"{who}: {call} must return ({names}), {got}{old if call == 'step' else ''}"
+
+    def _no_scalars(self, i: int, *values: Any) -> str:
+        names = ("reward", "terminated", "truncated")
+        got = ", ".join(f"{name} {value!r}" for name, value in zip(names, values, strict=True))
+        return (
+            f"{self.env_name}: environment {i} must return a number as reward, and a bool each as "
+            f"terminated and truncated, not arrays: got {got}; float(...) makes a number of an array "
+            "of one"
+        )
 
     def _step_vector(self, actions: NDArray[Any]) -> tuple[Any, ...]:
         """Steps a vector environment that restarts its rows in the same step."""
         assert self._vector is not None
-        env_info: Any
-        rows, rewards, terminated, truncated, env_info = self._vector.step(actions)
-        rewards = np.array(rewards, dtype=np.float64)
-        terminated = np.array(terminated, dtype=np.bool_)
-        truncated = np.array(truncated, dtype=np.bool_)
-        obs = np.asarray(rows).reshape(self.batch_size, self.input_dim).astype(np.float32)
-        final_obs = obs.copy()  # [B, input_dim]
+        try:
+            result = self._vector.step(actions)
+        except Exception as error:
+            _add_note(error, f"in step {self._steps} of {self.env_name}")
+            raise
+        rows, *scalars, info = self._of_length("step", _OF_STEP, result)
+        obs = self._rows_of("observations", rows, self.single_observation_space.shape)
+        rewards = self._rows_of("rewards", scalars[0], ()).astype(np.float64)
+        terminated = self._rows_of("terminated", scalars[1], ()).astype(np.bool_)
+        truncated = self._rows_of("truncated", scalars[2], ()).astype(np.bool_)
+        final = obs
         ended = terminated | truncated  # [B]
-        any_ended = np.count_nonzero(ended)
-        if any_ended:
+        if np.count_nonzero(ended):
+            if "final_obs" not in info:
+                raise ValueError(
+                    f"{self.env_name}: info must have 'final_obs' where episodes end, as "
+                    f"AutoresetMode.SAME_STEP has it, got {sorted(info)}"
+                )
+            final = obs.copy()  # [B, input_dim]
             for i in np.flatnonzero(ended).tolist():
-                self._store(final_obs, i, env_info["final_obs"][i])
-        self._check_finite("reward", rewards.astype(np.float32))  # what a policy learns from
-        self._check_finite("observation", final_obs)
-        if any_ended:
-            self._check_finite("first observation", obs)
-        if self.physics == "vector":
-            env_info = RowInfo(env_info, self.batch_size)
-        return obs, final_obs, rewards, terminated, truncated, env_info
+                self._store(final, i, info["final_obs"][i])
+        env_info = RowInfo(info, self.batch_size) if self.physics == "vector" else info
+        return obs, final, rewards, terminated, truncated, env_info
+
+    def _rows_of(self, what: str, values: Any, shape: tuple[int, ...]) -> NDArray[Any]:
+        """What a vector environment returned, a row each, checked and flattened."""
+        array = np.asarray(values)
+        expected = (self.batch_size, *shape)
+        if array.shape != expected:
+            raise ValueError(
+                f"{self.env_name}: {what} must have shape {list(expected)}, got {list(array.shape)}"
+            )
+        return array.reshape(self.batch_size, -1) if shape else array
+
+    def _cast(self, raw: NDArray[Any]) -> NDArray[np.float32]:
+        """The observations as they are handed out, in memory of their own."""
+        with np.errstate(over="ignore"):  # _check_finite reports a value beyond float32
+            obs: NDArray[np.float32] = raw.astype(np.float32)
+        return obs  # [B, input_dim]
+
+    def _watch(self, raw: NDArray[Any]) -> None:
+        """Remembers the components that are so large that float32 may round their changes away."""
+        if not self._may_round:
+            return
+        if self._large is None:
+            large = np.flatnonzero((np.abs(raw) >= _LARGE).any(axis=0))
+            self._large = large if large.size else None
+        if self._large is not None:
+            self._before = raw[:, self._large].astype(np.float64)
+
+    def _warn_of_rounding(self, raw: NDArray[Any]) -> None:
+        """Warns once where a component that is watched changed, and its float32 did not."""
+        assert self._large is not None
+        now, before = raw[:, self._large].astype(np.float64), self._before
+        lost = (now != before) & (now.astype(np.float32) == before.astype(np.float32))
+        if not lost.any():
+            return
+        row, k = np.argwhere(lost)[0].tolist()
+        index = np.unravel_index(self._large[k], self.single_observation_space.shape)
+        self._large, self._may_round = None, False
+        warnings.warn(
+            f"{self.env_name}: component {list(map(int, index))} of the observations went from "
+            f"{before[row, k]} to {now[row, k]} in environment {row}, which are the same number in "
+            "float32, what policies see: subtract a constant, as "
+            "gymnasium.wrappers.NormalizeObservation does, or leave it out",
+            stacklevel=3,
+        )
 
     def sample_action(self) -> NDArray[Any]:
         """Draws a random action for every row, reproducible by the constructor's seed."""
@@ -533,14 +683,15 @@ class Environment:
         clipped: NDArray[Any] = array.astype(self.single_action_space.dtype)
         return clipped
 
-    def _store(self, into: NDArray[np.float32], i: int, row: Any) -> None:
+    def _store(self, into: NDArray[Any], i: int, row: Any) -> None:
         array = np.asarray(row)
         if array.shape != self.single_observation_space.shape:
             raise ValueError(
                 f"{self.env_name}: environment {i} must return an observation of shape "
                 f"{list(self.single_observation_space.shape)}, got {list(array.shape)}"
             )
-        into[i] = array.reshape(-1)
+        with np.errstate(over="ignore"):  # _check_finite reports a value beyond float32
+            into[i] = array.reshape(-1)
 
     def _check_finite(self, what: str, values: NDArray[Any]) -> None:
         finite = np.isfinite(values)
@@ -633,15 +784,23 @@ class RowInfo(Sequence[dict[str, Any]]):
             return [self[k] for k in range(*i.indices(len(self)))]
         if not -len(self) <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
-        info = self._info
+        info, all_rows = self._info, [True] * len(self)  # a subclass may report without masks
         if "final_info" in info and info["_final_info"][i]:
             info = info["final_info"]
         return {
             key: value[i]
             for key, value in info.items()
-            if not key.startswith("_") and not key.startswith("final_") and info[f"_{key}"][i]
+            if not key.startswith(("_", "final_")) and info.get(f"_{key}", all_rows)[i]
         }
 
+
+_OF_STEP = "observation, reward, terminated, truncated, info"
+_OF_RESET = "observation, info"
+_SYNC_METHODS = ("reset", "step", "render", "_add_info")  # what stepping row by row replaces
+_WIDE_DTYPES = tuple(map(np.dtype, ("float64", "int64", "uint64", "int32", "uint32")))
+_LARGE = 2.0**16  # where neighbours in float32 are 2**-7 apart
+_MANY_INPUTS = 1000
+_FAR = 10.0  # half a range of actions that a deviation below 1 hardly explores
 
 AnyEnvironment: TypeAlias = (
     Environment | gymnasium.Env[Any, Any] | gymnasium.vector.VectorEnv[Any, Any, Any]
@@ -662,6 +821,48 @@ def _unsupported(env_name: str, **env_kwargs: Any) -> str | None:
     if in_arrays is not None:
         return in_arrays.unsupported(env_name, **env_kwargs)
     return vector_physics.unsupported(env_name, **env_kwargs)
+
+
+def _check_same_step(env: VectorEnv[Any, Any, Any]) -> None:
+    """Raises where rows do not restart in the step in which their episode ends."""
+    mode = env.metadata.get("autoreset_mode")
+    if getattr(mode, "value", mode) == "SameStep":
+        return
+    # Other vector environments, as Gymnasium's CartPoleVectorEnv, need not have the choice.
+    remedy = (
+        "make it with gymnasium.make_vec(id, num_envs, 'sync', "
+        "vector_kwargs={'autoreset_mode': AutoresetMode.SAME_STEP})"
+    )
+    if isinstance(env, VectorWrapper):
+        remedy += (
+            "; wrappers of observations refuse that mode, so give make_vec their counterparts for "
+            "single environments, such as wrappers=[gymnasium.wrappers.NormalizeObservation]"
+        )
+    raise ValueError(f"env must have autoreset_mode AutoresetMode.SAME_STEP, got {mode}: {remedy}")
+
+
+def _is_of_unpacking(error: Exception) -> bool:
+    """Whether a wrapper of Gymnasium's could not unpack what an environment returned."""
+    file = Path(_last_frame(error).filename)
+    of_gymnasium = file.is_relative_to(Path(gymnasium.__file__).parent)
+    return isinstance(error, ValueError) and "values to unpack" in str(error) and of_gymnasium
+
+
+def _last_frame(error: Exception) -> traceback.FrameSummary:
+    """Where an error was raised."""
+    return traceback.extract_tb(error.__traceback__)[-1]
+
+
+def _add_note(error: Exception, note: str) -> None:
+    """`BaseException.add_note`, which Python 3.10 has not."""
+    cast(Any, error).__notes__ = [*getattr(error, "__notes__", []), note]
+
+
+def _own(info: Any) -> Any:
+    """A copy of what an environment reports, which may go on to use its dict and arrays."""
+    if isinstance(info, dict):
+        return {key: _own(value) for key, value in info.items()}
+    return info.copy() if isinstance(info, np.ndarray) else info
 
 
 def _time_limit(env: gymnasium.Env[Any, Any]) -> TimeLimit[Any, Any]:
@@ -689,6 +890,35 @@ def _check_observation_space(env_name: str, space: spaces.Space[Any]) -> spaces.
         f"{env_name}: observation space must be a Box, got {space}; "
         "gymnasium.wrappers.FlattenObservation turns most spaces into one"
     )
+
+
+def _warn_of_spaces(
+    env_name: str, observation_space: spaces.Box, action_space: spaces.Box | spaces.Discrete
+) -> None:
+    """Warns of spaces in which a policy can hardly learn."""
+    shape, inputs = observation_space.shape, math.prod(observation_space.shape)
+    if len(shape) > 1 and inputs > _MANY_INPUTS:
+        warnings.warn(
+            f"{env_name}: observations of shape {list(shape)} are flattened to {inputs:,} inputs, and "
+            "no layer is made for pictures: shrink them, as by "
+            "gymnasium.wrappers.GrayscaleObservation and ResizeObservation, or turn them into "
+            "features in an ObservationWrapper",
+            stacklevel=1,
+        )
+    if isinstance(action_space, spaces.Discrete):
+        return
+    low, high = action_space.low.astype(np.float64), action_space.high.astype(np.float64)
+    with np.errstate(over="ignore"):
+        half = (high - low) / 2  # [action_dim]
+    far = np.isfinite(half) & ((low > 1) | (high < -1) | (half > _FAR) | (half < 0.5 / _FAR))
+    if far.any():
+        i = int(np.flatnonzero(far)[0])
+        warnings.warn(
+            f"{env_name}: component {i} of the actions lies in [{low[i]:g}, {high[i]:g}], but a policy "
+            "starts with actions around 0 of a deviation below 1, which are clipped and not rescaled: "
+            "wrap the environment in gymnasium.wrappers.RescaleAction(env, -1, 1)",
+            stacklevel=1,
+        )
 
 
 def _check_action_space(env_name: str, space: spaces.Space[Any]) -> spaces.Box | spaces.Discrete:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from ssm_fast.checks import check_count
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.env_runner.task_families import Task
+from ssm_fast.env_runner.trial_environment import TrialEnvironment
+
+LONGEST_EVALUATION = 10_000  # steps of an episode that has no time limit
 
 
 class PredictsActions(Protocol):
@@ -45,6 +49,11 @@ class Evaluation:
         return float(self.returns.std())
 
 
+def longest_evaluation(env: Environment | TrialEnvironment) -> int | None:
+    """Steps after which an evaluation ends an episode; `None` where the time limit does."""
+    return LONGEST_EVALUATION if env.max_episode_steps is None else None
+
+
 def evaluate(
     policy: PredictsActions,
     env_name: str,
@@ -66,8 +75,8 @@ def evaluate(
         episodes: Number of episodes.
         seed: Seed of the first episode.
         deterministic: Handed to `predict`.
-        max_episode_steps: Truncate episodes here; without it, an environment that has no limit of
-            its own may never end.
+        max_episode_steps: Truncate episodes here. `None` keeps the limit of the registration, and
+            `longest_evaluation` where there is none, with a warning.
         batch_size: Episodes that are played side by side; `None` is at most 32.
         task: What every episode plays, for the id of a `TaskFamily`; `None` is its default task.
     """
@@ -81,19 +90,30 @@ def evaluate(
         count = min(batch_size, episodes - start)
         tasks = None if task is None else [task] * count
         with Environment(env_name, count, max_episode_steps, tasks=tasks) as env:
+            limit = longest_evaluation(env)
+            if limit is not None and start == 0:
+                warnings.warn(
+                    f"{env_name} has no time limit: the evaluation ends episodes after {limit:,} "
+                    "steps; max_episode_steps sets another number",
+                    stacklevel=2,
+                )
             obs, _ = env.reset(seed=seed + start)
             state: Any = None
+            steps, total = 0, np.zeros(count)  # [B], undiscounted returns so far
             episode_start = np.ones(count, dtype=np.bool_)  # [B]
             unfinished = np.ones(count, dtype=np.bool_)  # [B]
             while unfinished.any():
                 actions, state = policy.predict(
                     obs, state=state, episode_start=episode_start, deterministic=deterministic
                 )
-                obs, _, terminated, truncated, info = env.step(actions)
+                obs, rewards, terminated, truncated, _ = env.step(actions)
+                steps += 1
+                total += rewards
                 episode_start = terminated | truncated
-                rows = np.flatnonzero(episode_start & unfinished)
-                returns[start + rows] = info["episode_return"][rows]
-                lengths[start + rows] = info["episode_length"][rows]
+                ended = np.ones_like(unfinished) if steps == limit else episode_start
+                rows = np.flatnonzero(ended & unfinished)
+                returns[start + rows] = total[rows]
+                lengths[start + rows] = steps
                 unfinished[rows] = False
         start += count
     return Evaluation(returns, lengths)

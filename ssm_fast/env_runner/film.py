@@ -181,8 +181,8 @@ def is_mujoco(env_name: str) -> bool:
         made = (
             spec.entry_point if callable(spec.entry_point) else load_env_creator(spec.entry_point)
         )
-    except (ImportError, AttributeError):  # gymnasium.make says what is wrong with it
-        return False
+    except (gymnasium.error.Error, ImportError, AttributeError, ValueError):
+        return False  # an extra is missing, or the entry point is mistyped: gymnasium.make says so
     bases = getattr(made, "__mro__", ())
     return any(base.__module__.startswith("gymnasium.envs.mujoco") for base in bases)
 

@@ -150,9 +150,10 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             self.num_envs,
             self._max_episode_steps,
         )
+        self._is_reset = False
         if self._next_tasks is not None:
+            self._begin_tasks(self._next_tasks)
             self._tasks, self._next_tasks = self._next_tasks, None
-            self._begin_tasks(self._tasks)
         for i in np.flatnonzero(mask).tolist():
             if seeds[i] is not None:
                 self._generators[i] = np_random(seeds[i])[0]
@@ -180,6 +181,7 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             raise RuntimeError("call reset() before step()")
         actions = np.asarray(actions)
         self._check_actions(actions)
+        self._is_reset = False  # whatever interrupts the rows, they have to start together
         self._elapsed += 1
         obs, rewards, terminated, report = self._advance(actions)
         place = self._place()
@@ -189,6 +191,7 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             truncated = self._elapsed >= self._max_episode_steps
         done = terminated | truncated  # [B]
         if not np.count_nonzero(done):  # a quarter of the time of done.any()
+            self._is_reset = True
             return obs, rewards, terminated, truncated, _with_masks(place | report, self._all_rows)
 
         final_obs, final_info = obs, _with_masks(_only(done, place | report), done)
@@ -202,6 +205,7 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
             info["final_obs"][i] = final_obs[i]
         info["final_info"] = final_info
         info["_final_obs"] = info["_final_info"] = done
+        self._is_reset = True
         return self._observation(), rewards, terminated, truncated, info
 
     def _restart(self, rows: NDArray[np.intp]) -> None:

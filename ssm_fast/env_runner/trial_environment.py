@@ -64,10 +64,13 @@ class TrialEnvironment:
         self.env.set_tasks(tasks)
 
     def reset(
-        self, seed: int | Sequence[int] | NDArray[np.integer] | None = None
+        self,
+        seed: int | Sequence[int] | NDArray[np.integer] | None = None,
+        *,
+        options: dict[str, Any] | None = None,
     ) -> tuple[NDArray[np.float32], dict[str, Any]]:
         """Starts a trial in every row; see `Environment.reset`."""
-        obs, info = self.env.reset(seed)
+        obs, info = self.env.reset(seed, options=options)
         self._index[:] = 0
         blank = np.zeros((self.batch_size, self.action_dim + 2), dtype=np.float32)
         return np.concatenate([obs, blank], axis=1), info

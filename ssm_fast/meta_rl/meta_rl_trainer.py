@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ssm_fast.checkpoint import load_checkpoint as load_model_file
+from ssm_fast.checkpoint import load_inner_rates
 from ssm_fast.checks import check_count, check_flag, check_number, check_spaces, is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 from ssm_fast.core.task_gradients import policy_task_gradients
@@ -71,6 +75,9 @@ _SETTINGS = (
     "evaluation_steps",
     "seed",
 )
+
+# What a gradient step depends on beside the weights and the rates; in the header of a policy's file.
+_INNER_LOOP = ("inner_steps", "gamma", "gae_lambda", "num_steps", "rows")
 
 
 @dataclass(frozen=True)
@@ -166,14 +173,11 @@ class MetaRLTrainer:
 
     Attributes:
         rates: The inner rates by the names of the weights.
-        policy_metadata: What a file of its policy says beside the environment.
 
     Raises:
         ValueError: A number is out of its range.
         TypeError: A count is no integer, a flag no bool, or the model no `ImprovedSSM`.
     """
-
-    policy_metadata: ClassVar[dict[str, str]] = {"critic": "untrained"}
 
     def __init__(
         self,
@@ -250,6 +254,60 @@ class MetaRLTrainer:
         self._batch_size = 0  # of that call
         self._env = ("", 1)  # of that call: its id and the episodes of a trial
         self._seconds = 0.0
+
+    @classmethod
+    def from_policy(cls, path: str | os.PathLike[str]) -> MetaRLTrainer:
+        """The trainer of a policy's file: to `adapt` by the gradient steps that were learnt.
+
+        It has the weights, the inner rates and all settings of these steps, and nothing else of the
+        run.
+
+        Args:
+            path: A file that this trainer's run or `ssm-fast adapt` has written.
+
+        Raises:
+            ValueError: The file is not sound, or holds no inner rates.
+        """
+        model, metadata = load_model_file(path)
+        rates = load_inner_rates(path)
+        if not isinstance(model, ImprovedSSM) or not rates or "inner_loop" not in metadata:
+            raise ValueError(
+                f"{os.fspath(path)} must hold inner rates, the lengths of the gradient steps that "
+                "meta_rl learns (files of earlier versions lack them: `ssm-fast train --resume` in "
+                "the run folder adds them)"
+            )
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name in rates)
+        try:
+            settings = {name: json.loads(metadata["inner_loop"])[name] for name in _INNER_LOOP}
+            rows = check_count("rows", settings.pop("rows"), at_least=0)
+            trainer = cls(model, tasks_per_epoch=1, seed=0, **settings)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{os.fspath(path)}: inner_loop in the header: {error!r}") from error
+        with torch.no_grad():
+            for name, rate in trainer.rates.items():
+                rate.copy_(rates[name])
+        trainer._batch_size = rows
+        return trainer
+
+    @property
+    def rows_per_task(self) -> int:
+        """The trajectories of a gradient step; 0 before the first training."""
+        return self._batch_size // self.tasks_per_epoch
+
+    @property
+    def policy_metadata(self) -> dict[str, str]:
+        """What a file of the policy says beside the environment."""
+        if not self.inner_steps:
+            return {"critic": "untrained"}
+        settings = self._settings() | {"rows": self.rows_per_task}
+        inner_loop = json.dumps({name: settings[name] for name in _INNER_LOOP})
+        return {"critic": "untrained", "inner_loop": inner_loop}
+
+    @property
+    def policy_rates(self) -> dict[str, Tensor]:
+        """The inner rates in a file of the policy; empty if it takes no gradient steps."""
+        return self.rates if self.inner_steps else {}
 
     def train(
         self,

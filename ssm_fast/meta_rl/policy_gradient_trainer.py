@@ -107,6 +107,7 @@ class PolicyGradientTrainer:
     """
 
     policy_metadata: ClassVar[dict[str, str]] = {}
+    policy_rates: ClassVar[dict[str, Tensor]] = {}
 
     def __init__(
         self,

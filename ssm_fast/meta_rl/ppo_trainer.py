@@ -188,6 +188,7 @@ class PPOTrainer:
     """
 
     policy_metadata: ClassVar[dict[str, str]] = {}
+    policy_rates: ClassVar[dict[str, Tensor]] = {}
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class RunDirectory:
     policy.safetensors               the newest weights, for `ssm_fast.load_policy`
     curve.csv, curve.png             the learning curve, a row an iteration
     tensorboard/                     event files
+    evaluation.json                  returns of the final policy, of `ssm-fast train`
     ```
 
     A checkpoint is built under a temporary name, synced and renamed, so that a kill at any moment
@@ -80,13 +81,15 @@ class RunDirectory:
         path: The folder; it is made where it is missing. A relative path counts from the folder in
             which this object is made.
         resume: Continue the run that is there. Without it, a folder that holds a run is refused.
+        overwrite: Replace the run that is there: the files of a run are removed, others stay.
         read_only: Look at the run that is there, maybe while it is training. Nothing is made,
             removed or written; the folder may be on a read-only disk.
         keep: How many checkpoints are kept.
 
     Raises:
-        ValueError: The folder holds a run and neither `resume` nor `read_only` is set, another
-            process has it, or `keep` is below 1.
+        ValueError: The folder holds a run and none of `resume`, `overwrite` and `read_only` is set,
+            `overwrite` is and config.json is not that of a run, another process has the folder, or
+            `keep` is below 1.
         TypeError: `keep` is no integer.
         OSError: The folder cannot be made or written to.
     """
@@ -96,6 +99,7 @@ class RunDirectory:
         path: str | os.PathLike[str],
         *,
         resume: bool = False,
+        overwrite: bool = False,
         read_only: bool = False,
         keep: int = 3,
     ) -> None:
@@ -109,13 +113,14 @@ class RunDirectory:
         self.curve_path = folder / "curve.csv"
         self.figure_path = folder / "curve.png"
         self.tensorboard_path = folder / "tensorboard"
+        self.evaluation_path = folder / "evaluation.json"
         self._columns: list[str] | None = None
         self._writer: Any = None
         self._lock: _Lock | None = None
         if not read_only:
-            self._prepare(resume)
+            self._prepare(resume, overwrite)
 
-    def _prepare(self, resume: bool) -> None:
+    def _prepare(self, resume: bool, overwrite: bool) -> None:
         """Makes the folders, checks that they can be used, and clears what a kill has left."""
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
@@ -132,10 +137,13 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise OSError(f"run folder {self.path} cannot be written to: {error}") from error
-        if not resume and (self.config_path.exists() or self._checkpoint_paths()):
+        if overwrite:
+            self._remove_run()
+        elif not resume and (self.config_path.exists() or self._checkpoint_paths()):
             self.close()
             raise ValueError(
-                f"{self.path} holds a run already; resume it (--resume) or choose another folder (--out)"
+                f"{self.path} holds a run already; resume it (--resume), replace it (--overwrite) or "
+                "choose another folder (--out)"
             )
         if not resume:
             self.curve_path.unlink(missing_ok=True)  # of one that ended before its first checkpoint
@@ -144,6 +152,23 @@ class RunDirectory:
         for leftover in self._folder.iterdir():
             if _LEFTOVER_NAME.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
+
+    def _remove_run(self) -> None:
+        """Removes what `ssm-fast train` has written; what else is in the folder stays."""
+        if not self.config_path.exists() and not self._checkpoint_paths():
+            return
+        versions = self.read_config().get("versions")
+        if not isinstance(versions, dict) or "ssm_fast" not in versions:
+            raise ValueError(
+                f"{self.path} is not overwritten: {self.config_path} is not of ssm-fast train"
+            )
+        for checkpoint in self._checkpoint_paths():
+            shutil.rmtree(checkpoint)
+        for file in (self.model_path, self.curve_path, self.figure_path, self.evaluation_path):
+            file.unlink(missing_ok=True)
+        for events in self.tensorboard_path.glob("events.out.tfevents.*"):
+            events.unlink()
+        self.config_path.unlink()  # last: with it, what a kill leaves can be overwritten
 
     # Configuration
 

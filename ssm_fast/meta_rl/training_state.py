@@ -36,6 +36,10 @@ class Resumable(Protocol):
         """What a file of the policy says beside its environment."""
 
     @property
+    def policy_rates(self) -> Mapping[str, Tensor]:
+        """The inner rates in a file of the policy; empty if it takes no gradient steps."""
+
+    @property
     def iteration(self) -> int:
         """How many iterations are done."""
 
@@ -89,7 +93,8 @@ def keep_last_iteration(
 
 def save_policy(path: Path, trainer: Resumable, env: Environment | TrialEnvironment) -> None:
     """Writes the policy, with what whoever loads it must know of its environment and training."""
-    save_model(path, trainer.model, env.policy_metadata() | dict(trainer.policy_metadata))
+    metadata = env.policy_metadata() | dict(trainer.policy_metadata)
+    save_model(path, trainer.model, metadata, trainer.policy_rates)
 
 
 def start_run(world: World, run: RunDirectory | None, trainer: Resumable, resume: bool) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import closing
 
 import gymnasium
@@ -10,12 +11,13 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from ssm_fast.env_runner.cartpole_family import CartPoleVectorEnv
+from ssm_fast.env_runner.cartpole_family import CartPoleFamilyEnv, CartPoleVectorEnv
 from ssm_fast.env_runner.environment import Environment, MetaEnvironment
 from ssm_fast.env_runner.task_families import get_family
 from ssm_fast.env_runner.vector_physics import MujocoVectorEnv
 
 pytestmark = pytest.mark.isa_independent
+FAMILIES = ["ssm_fast/CartPoleFamily-v0", "ssm_fast/HalfCheetahVel-v0", "ssm_fast/Walker2dBody-v0"]
 
 
 def by_hand(name, seed, actions, **kwargs):
@@ -359,6 +361,338 @@ def test_arrays_of_a_step_are_the_callers_own():
         np.testing.assert_array_equal(a[0][1], copies[0][1])
 
 
+class OneSeed(VectorEnv):
+    """Noise, seeded as the `reset` of Gymnasium's `VectorEnv` is: with one number or none."""
+
+    num_envs = 2
+    single_observation_space = spaces.Box(0.0, 1.0, (3,), np.float32)
+    single_action_space = spaces.Discrete(2)
+    observation_space = spaces.Box(0.0, 1.0, (2, 3), np.float32)
+    action_space = spaces.MultiDiscrete([2, 2])
+
+    def __init__(self):
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed, options=options)
+        return self.np_random.random((2, 3), np.float32), {}
+
+
+class Frugal(gymnasium.Env):
+    """Reports in a dict, an array and an observation that it makes once."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (1,))
+    action_space = spaces.Discrete(2)
+    shared = np.zeros(1)
+
+    def __init__(self):
+        self.info = {"count": 0, "at": np.zeros(1), "inner": {"count": 0}}
+
+    def _tell(self, count, state):
+        self.info["count"] = self.info["inner"]["count"] = count
+        self.info["at"][0] = count
+        self.shared[0] = state
+        return self.shared, self.info
+
+    def reset(self, *, seed=None, options=None):
+        self.start = seed if seed is not None else self.start + 10
+        return self._tell(0, self.start)
+
+    def step(self, action):
+        obs, info = self._tell(self.info["count"] + 1, -1)
+        return obs, 1.0, self.info["count"] == 2, False, info
+
+
+def test_info_is_kept_where_an_environment_uses_its_dict_again():
+    gymnasium.register("Frugal-v0", Frugal, disable_env_checker=True)
+    try:
+        with Environment("Frugal-v0", 2) as env:
+            obs, start = env.reset(seed=3)
+            assert obs.tolist() == [[3.0], [4.0]]
+            first = env.step([0, 0])[4]
+            obs, _, terminated, _, last = env.step([0, 0])
+    finally:
+        del gymnasium.registry["Frugal-v0"]
+    assert terminated.all()
+    assert obs.tolist() == [[13.0], [14.0]]  # the rows share the memory of their observations
+    assert last["final_obs"].tolist() == [[-1.0], [-1.0]]
+    for count, info in enumerate((start, first, last)):
+        for row in info["env_info"]:
+            assert row == {"count": count, "at": count, "inner": {"count": count}}
+
+
+class Strange(gymnasium.Env):
+    """Its second row does something else from the second step on."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (2,))
+    action_space = spaces.Discrete(2)
+    returns = (np.zeros(2), 1.0, False, False, {})
+
+    def __init__(self, what, call="step"):
+        self.what, self.call = what, call
+
+    def _act(self, usual):
+        if isinstance(self.what, Exception):
+            raise self.what
+        return self.what(*usual)
+
+    def reset(self, *, seed=None, options=None):
+        self.row, self.count, self.options = seed, 0, options
+        usual = np.zeros(2), {}
+        return self._act(usual) if self.call == "reset" and seed == 1 else usual
+
+    def step(self, action):
+        self.count += 1
+        is_strange = self.call == "step" and self.row == 1 and self.count == 2
+        return self._act(self.returns) if is_strange else self.returns
+
+
+@pytest.fixture
+def _strange():
+    gymnasium.register("Strange-v0", Strange, disable_env_checker=True)
+    yield
+    del gymnasium.registry["Strange-v0"]
+
+
+@pytest.mark.usefixtures("_strange")
+@pytest.mark.parametrize(
+    "error", [TypeError("a"), KeyError("b"), ValueError("not enough values to unpack")]
+)
+@pytest.mark.parametrize("limit", [None, 9])
+def test_an_error_of_an_environment_names_it_and_asks_for_a_reset(error, limit):
+    with Environment("Strange-v0", 3, limit, seed=0, what=error) as env:
+        env.reset()
+        env.step([0, 0, 0])
+        with pytest.raises(type(error)) as raised:
+            env.step([0, 0, 0])
+        assert raised.value is error
+        note = "in environment 1 of Strange-v0, at step 2 of its episode"
+        assert error.__notes__[-1] == note
+        assert raised.traceback[-1].name == "_act"
+        with pytest.raises(RuntimeError, match=r"reset\(\) before step"):
+            env.step([0, 0, 0])
+        env.reset(seed=5)  # the rows start together
+        env.step([0, 0, 0])
+        assert [row.unwrapped.count for row in env._envs] == [1, 1, 1]
+    with Environment("Strange-v0", 3, limit, seed=0, what=error, call="reset") as env:
+        with pytest.raises(type(error)):
+            env.reset()
+        assert error.__notes__[-1] == "in environment 1 of Strange-v0, at its reset"
+        with pytest.raises(RuntimeError, match=r"reset\(\) before step"):
+            env.step([0, 0, 0])
+        with pytest.raises(type(error)):
+            env.reset()  # still by the constructor's seed
+
+
+@pytest.mark.usefixtures("_strange")
+@pytest.mark.parametrize("limit", [None, 9])
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        (
+            lambda o, r, e, t, i: (o, np.ones(1), e, t, i),
+            r"number as reward.* got reward array.*float",
+        ),
+        (lambda o, r, e, t, i: (o, "x", e, t, i), "number as reward.* got reward 'x'"),
+        (
+            lambda o, r, e, t, i: (o, r, np.ones(2), t, i),
+            "bool each as terminated.* terminated array",
+        ),
+        (lambda o, r, e, t, i: (o, r, e, i), r"step must return \(observation.*got 4.*done in the"),
+        (lambda o, r, e, t, i: o, r"step must return \(observation, reward, terminated"),
+    ],
+)
+def test_what_is_no_step_of_gymnasiums_is_named(what, text, limit):
+    with Environment("Strange-v0", 3, limit, seed=0, what=what) as env:
+        env.reset()
+        env.step([0, 0, 0])
+        with pytest.raises(ValueError, match=f"Strange-v0: environment 1.*{text}"):
+            env.step([0, 0, 0])
+        with pytest.raises(RuntimeError, match=r"reset\(\) before step"):
+            env.step([0, 0, 0])
+
+
+@pytest.mark.usefixtures("_strange")
+def test_a_reset_of_the_old_interface_is_named():
+    with (
+        Environment("Strange-v0", 3, seed=0, what=lambda obs, info: obs, call="reset") as env,
+        pytest.raises(
+            ValueError, match=r"environment 1: reset must return \(observation, info\), got nd"
+        ),
+    ):
+        env.reset()
+
+
+class BrokenVector(OneSeed):
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def step(self, actions):
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (KeyError("x"), "'x'"),
+        (
+            (np.zeros((2, 3)), np.zeros(2), np.zeros(2, bool), {}),
+            "step must return .* got 4 values",
+        ),
+        (
+            (np.zeros((2, 3)), np.zeros((2, 1)), np.zeros(2, bool), np.zeros(2, bool), {}),
+            r"rewards must have shape \[2\], got \[2, 1\]",
+        ),
+        (
+            (np.zeros((3, 2)), np.zeros(2), np.zeros(2, bool), np.zeros(2, bool), {}),
+            r"observations must have shape \[2, 3\], got \[3, 2\]",
+        ),
+        (
+            (np.zeros((2, 3)), np.zeros(2), np.ones(2, bool), np.zeros(2, bool), {}),
+            "info must have 'final_obs' where episodes end",
+        ),
+    ],
+)
+def test_an_error_of_a_vector_environment_names_it_and_asks_for_a_reset(result, text):
+    with Environment.wrap(BrokenVector(result), seed=0) as env:
+        env.reset()
+        kind = type(result) if isinstance(result, Exception) else ValueError
+        with pytest.raises(kind, match=text) as raised:
+            env.step([0, 0])
+        assert "BrokenVector" in "".join(
+            [str(raised.value), *getattr(raised.value, "__notes__", [])]
+        )
+        with pytest.raises(RuntimeError, match=r"reset\(\) before step"):
+            env.step([0, 0])
+
+
+@pytest.mark.parametrize("physics", ["vector", "gymnasium"])
+def test_an_interrupted_step_asks_for_a_reset(physics, monkeypatch):
+    with Environment(FAMILIES[0], 2, seed=0, physics=physics) as env:
+        env.reset()
+        kind = CartPoleVectorEnv if physics == "vector" else CartPoleFamilyEnv
+        name = "_advance" if physics == "vector" else "step"
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, name, lambda self, action: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                env.step([0, 0])
+        with pytest.raises(RuntimeError, match=r"reset\(\) before step"):
+            env.step([0, 0])
+        if physics == "vector":
+            with pytest.raises(RuntimeError, match=r"reset\(\) before step"):
+                env._vector.step(np.zeros(2, int))
+        env.reset()
+        env.step([0, 0])
+
+
+@pytest.mark.usefixtures("_strange")
+def test_options_of_a_reset():
+    with Environment("Strange-v0", 2, seed=0, what=None, call=None) as env:
+        env.reset(options={"low": 1})
+        assert [row.unwrapped.options for row in env._envs] == [{"low": 1}] * 2
+        with pytest.raises(ValueError, match="options must not have 'reset_mask'"):
+            env.reset(options={"reset_mask": np.ones(2, bool)})
+    with Environment.wrap(gymnasium.make_vec("CartPole-v1", 2, "sync")) as env:
+        obs, _ = env.reset(seed=0, options={"low": 0.01, "high": 0.02})
+        assert ((obs >= 0.01) & (obs <= 0.02)).all()
+    with Environment(FAMILIES[0], 2) as env:
+        with pytest.raises(ValueError, match=r"options must be None .*\['low'\].* physics='gymn"):
+            env.reset(options={"low": 0.01})
+        env.reset(options={})
+
+
+def test_an_environment_that_cannot_be_made_is_named():
+    gymnasium.register("Mistyped-v0", "gymnasium.envs.classic_control:CartPoolEnv")
+    gymnasium.register("Colonless-v0", "gymnasium.envs.classic_control.CartPoleEnv")
+    gymnasium.register("Raises-v0", Strange)
+    try:
+        for name, text in (("Mistyped-v0", "'CartPoolEnv'"), ("Colonless-v0", "'module:class'")):
+            with pytest.raises(ValueError, match=f"'{name}' cannot be made: .*{text}"):
+                Environment(name)
+        with pytest.raises(TypeError, match="'what'") as raised:
+            Environment("Raises-v0")
+        assert raised.value.__notes__ == ["in the making of Raises-v0"]
+    finally:
+        for name in ("Mistyped-v0", "Colonless-v0", "Raises-v0"):
+            del gymnasium.registry[name]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [(0, 1000, "[0, 1000]"), (100, 101, "[100, 101]"), (-0.01, 0.01, "[-0.01, 0.01]")],
+)
+def test_actions_far_from_what_a_policy_starts_with_are_said(low, high, shown):
+    box = spaces.Box(np.array([-1, low], np.float32), np.array([1, high], np.float32))
+    pattern = (
+        rf"Counter-v0: component 1 of the actions .*{re.escape(shown)}.*RescaleAction\(env, -1, 1\)"
+    )
+    with pytest.warns(UserWarning, match=pattern):
+        env = Environment("Counter-v0", action_space=box)
+    env.close()
+    rescaled = gymnasium.wrappers.RescaleAction(
+        gymnasium.make("Counter-v0", action_space=box), np.float32(-1), np.float32(1)
+    )
+    with Environment.wrap(rescaled) as env:  # without a warning
+        env.reset()
+        env.step(np.ones((1, 2)))
+        np.testing.assert_allclose(rescaled.unwrapped.received[0], [1, high], rtol=1e-5)
+
+
+def test_no_warning_of_ranges_that_a_policy_can_learn_in():
+    for low, high in ((-3, 3), (0, 1), (-0.4, 0.4), (-np.inf, np.inf), (0, np.inf)):
+        box = spaces.Box(low, high, (2,))
+        Environment("Counter-v0", action_space=box).close()
+
+
+def test_flattened_pictures_are_said():
+    box = spaces.Box(0, 255, (64, 64, 3), np.uint8)
+    text = r"Counter-v0: .* shape \[64, 64, 3\] are flattened to 12,288 inputs.*ResizeObservation"
+    with pytest.warns(UserWarning, match=text):
+        env = Environment("Counter-v0", observation_space=box, shape=(64, 64, 3))
+    assert env.input_dim == 12288
+    env.close()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_changes_that_float32_rounds_away_are_said(wrapped, dtype):
+    class Clock(gymnasium.Env):
+        observation_space = spaces.Box(0, 1e18, (2,), dtype)
+        action_space = spaces.Discrete(2)
+
+        def __init__(self, start=1.7e9):
+            self.start = start
+
+        def reset(self, *, seed=None, options=None):
+            self.count = 0
+            return np.array([0, self.start], dtype), {}
+
+        def step(self, action):
+            self.count += 1
+            obs = np.array([self.count, self.start + self.count], dtype)
+            return obs, 0.0, False, False, {}
+
+    def make(start):
+        makers = [lambda: Clock(start)] * 2
+        if not wrapped:
+            return Environment.wrap(SyncVectorEnv(makers))
+        return Environment.wrap(AsyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP))
+
+    with make(1.7e9) as env:
+        env.reset()
+        with pytest.warns(UserWarning, match=r"component \[1\] .* 1700000000.0 to 1700000001.0"):
+            env.step([0, 0])
+        env.step([0, 0])  # once is enough
+        env.reset()
+        env.step([0, 0])
+    with make(2.0**23) as env:  # float32 tells these apart
+        env.reset()
+        assert env.step([0, 0])[0].tolist() == [[1.0, 2.0**23 + 1]] * 2
+
+
 def test_wrong_observation_shape_is_named():
     box = spaces.Box(-1, 1, (4,))
     with (
@@ -444,29 +778,100 @@ def test_wrap_equals_the_environment_made_by_id():
             np.testing.assert_array_equal(got, expected)
 
 
-class OneSeed(VectorEnv):
-    """Noise, seeded as the `reset` of Gymnasium's `VectorEnv` is: with one number or none."""
-
-    num_envs = 2
-    single_observation_space = spaces.Box(0.0, 1.0, (3,), np.float32)
-    single_action_space = spaces.Discrete(2)
-    observation_space = spaces.Box(0.0, 1.0, (2, 3), np.float32)
-    action_space = spaces.MultiDiscrete([2, 2])
-
-    def __init__(self):
-        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed, options=options)
-        return self.np_random.random((2, 3), np.float32), {}
-
-
 def test_wrap_seeds_a_vector_environment_as_gymnasium_does():
     with Environment.wrap(OneSeed()) as env:
         want = OneSeed().reset(seed=5)[0]
         np.testing.assert_array_equal(env.reset(seed=5)[0], want)
         assert not np.array_equal(env.reset()[0], want)
         np.testing.assert_array_equal(env.reset(seed=5)[0], want)
+
+
+class DoubledRewards(SyncVectorEnv):
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return obs, 2 * rewards, *rest
+
+
+class ShiftedResets(SyncVectorEnv):
+    def reset(self, **kwargs):
+        obs, info = super().reset(**kwargs)
+        return obs + 1, info
+
+
+def test_wrap_calls_the_methods_of_a_subclass():
+    makers = [lambda: gymnasium.make("CartPole-v1")] * 2
+    mode = AutoresetMode.SAME_STEP
+    with Environment.wrap(DoubledRewards(makers, autoreset_mode=mode)) as env:
+        assert env.env_name == "CartPole-v1"
+        assert env.max_episode_steps == 500
+        first = env.reset(seed=0)[0]
+        for _ in range(30):  # the pole falls
+            _, rewards, terminated, _, info = env.step([1, 1])
+            assert rewards.tolist() == [2.0, 2.0]
+            if terminated[0]:
+                assert info["episode_return"][0] == 2 * info["episode_length"][0]
+                break
+        assert terminated[0]
+    with Environment.wrap(ShiftedResets(makers, autoreset_mode=mode)) as env:
+        np.testing.assert_array_equal(env.reset(seed=0)[0], first + 1)
+    vector = SyncVectorEnv(makers, autoreset_mode=mode)
+    stepped = vector.step
+    vector.step = lambda actions: (*stepped(actions)[:1], np.full(2, 7.0), *stepped(actions)[2:])
+    with Environment.wrap(vector) as env:
+        env.reset(seed=0)
+        assert env.step([1, 1])[1].tolist() == [7.0, 7.0]
+    vector = DoubledRewards(makers)
+    with pytest.raises(ValueError, match=r"SAME_STEP, got AutoresetMode\.NEXT_STEP"):
+        Environment.wrap(vector)
+    vector.close()
+
+
+def test_wrap_calls_the_methods_of_a_subclass_of_an_array_version():
+    class Doubled(CartPoleVectorEnv):
+        def step(self, actions):
+            obs, rewards, terminated, truncated, info = super().step(actions)
+            return obs, 2 * rewards, terminated, truncated, info | {"mine": 2 * rewards}
+
+    with Environment.wrap(Doubled(FAMILIES[0], 2), seed=0) as env:
+        env.reset()
+        _, rewards, _, _, info = env.step([1, 0])
+        assert rewards.tolist() == [2.0, 2.0]
+        assert info["env_info"][1] == {"mine": 2.0}
+
+
+def test_set_tasks_calls_the_method_of_a_wrapper():
+    received = []
+
+    class Listens(gymnasium.Wrapper):
+        def set_task(self, task):
+            received.append(task)
+            self.env.unwrapped.set_task(task)
+
+    tasks = get_family(FAMILIES[0]).sample(1, 0)
+    with Environment.wrap(Listens(gymnasium.make(FAMILIES[0]))) as env:
+        env.set_tasks(tasks)
+        env.reset()
+        assert env.tasks == tuple(received) == tasks
+
+
+def test_wrappers_of_vector_environments_by_the_message_that_refuses_them():
+    outer = gymnasium.wrappers.vector
+    vector = outer.NormalizeObservation(gymnasium.make_vec("Pendulum-v1", 2))
+    with pytest.raises(
+        ValueError, match=r"SAME_STEP, got .*NEXT_STEP: .*wrappers=\[gymnasium.wrappers.Norm"
+    ):
+        Environment.wrap(vector)
+    vector.close()
+    follow = {
+        "wrappers": [gymnasium.wrappers.NormalizeObservation],
+        "vector_kwargs": {"autoreset_mode": AutoresetMode.SAME_STEP},
+    }
+    vector = outer.RecordEpisodeStatistics(gymnasium.make_vec("Pendulum-v1", 2, "sync", **follow))
+    with Environment.wrap(vector, seed=0) as env:
+        env.reset()
+        for _ in range(200):
+            info = env.step(np.zeros((2, 1)))[4]
+        np.testing.assert_allclose(info["env_info"]["episode"]["r"], info["episode_return"], 1e-6)
 
 
 def test_auto_takes_the_vector_physics_where_it_can():
@@ -538,9 +943,6 @@ def test_wrap_refuses_what_it_cannot_step_correctly():
     vector.close()
     with pytest.raises(TypeError, match=r"must be a gymnasium\.Env"):
         Environment.wrap("CartPole-v1")
-
-
-FAMILIES = ["ssm_fast/CartPoleFamily-v0", "ssm_fast/HalfCheetahVel-v0", "ssm_fast/Walker2dBody-v0"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,7 +4,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from ssm_fast.env_runner.evaluation import evaluate
+from ssm_fast.env_runner.environment import Environment
+from ssm_fast.env_runner.evaluation import evaluate, longest_evaluation
 
 pytestmark = pytest.mark.isa_independent
 
@@ -24,6 +25,11 @@ class Tilt:
         count = np.where(episode_start, 0, count) + 1
         push = (obs[:, 2] > 0) ^ (count % 3 == 0)
         return push.astype(np.int64), (count,)
+
+
+class Still:
+    def predict(self, obs, state=None, episode_start=None, deterministic=True):
+        return np.zeros((len(obs), 2)), state
 
 
 def by_hand(seed):
@@ -54,6 +60,19 @@ def test_deterministic_is_handed_on_and_the_limit_applies():
     got = evaluate(policy, "CartPole-v1", 2, seed=0, deterministic=False, max_episode_steps=4)
     assert got.lengths.tolist() == [4, 4]
     assert policy.flags == [False] * 4
+
+
+def test_episodes_without_a_time_limit_end_with_a_warning(monkeypatch):
+    monkeypatch.setattr("ssm_fast.env_runner.evaluation.LONGEST_EVALUATION", 2)
+    with pytest.warns(UserWarning, match=r"Counter-v0 has no time limit: .* after 2 steps") as said:
+        got = evaluate(Still(), "Counter-v0", 5, batch_size=2)  # ends by itself after 3
+    assert len(said) == 1
+    assert got.lengths.tolist() == [2] * 5
+    assert got.returns.tolist() == [1.0 + 2.0] * 5
+    assert evaluate(Still(), "Counter-v0", 1, max_episode_steps=9).lengths.tolist() == [3]
+    with Environment("Counter-v0") as env, Environment("CartPole-v1") as limited:
+        assert longest_evaluation(env) == 2
+        assert longest_evaluation(limited) is None
 
 
 def test_wrong_arguments():

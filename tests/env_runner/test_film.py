@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import gymnasium
@@ -85,16 +86,27 @@ class Robot(HalfCheetahEnv):
     """A MuJoCo task of somebody's own."""
 
 
-def test_robots_are_found_by_what_they_derive_from() -> None:
+def test_robots_are_found_by_what_they_derive_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gymnasium.register("Robot-v0", entry_point=Robot)
     gymnasium.register("Lost-v0", entry_point="no_such_mujoco_module:Robot")
+    gymnasium.register("Mistyped-v0", entry_point="gymnasium.envs.mujoco.ant_v5:AnEnv")
+    gymnasium.register("Colonless-v0", entry_point="gymnasium.envs.mujoco.ant_v5.AntEnv")
+    monkeypatch.setitem(sys.modules, "Box2D", None)  # an extra that is missing
+    monkeypatch.delitem(sys.modules, "gymnasium.envs.box2d", raising=False)
     try:
         for env_id in ("HalfCheetah-v5", "ssm_fast/HalfCheetahPositions-v0", "Robot-v0"):
             assert is_mujoco(env_id)
-        for env_id in ("CartPole-v1", "ssm_fast/CartPolePositions-v0", "Lost-v0", "NoSuchEnv-v0"):
+        for env_id in ("CartPole-v1", "ssm_fast/CartPolePositions-v0", "NoSuchEnv-v0"):
             assert not is_mujoco(env_id)
+        for env_id in ("Lost-v0", "Mistyped-v0", "Colonless-v0", "LunarLander-v3"):
+            assert not is_mujoco(env_id)
+            with pytest.raises(ValueError, match=f"{env_id} cannot be drawn: "):
+                film(_policy(), env_id, tmp_path / "none.mp4")
     finally:
-        del gymnasium.registry["Robot-v0"], gymnasium.registry["Lost-v0"]
+        for name in ("Robot-v0", "Lost-v0", "Mistyped-v0", "Colonless-v0"):
+            del gymnasium.registry[name]
 
 
 @pytest.mark.parametrize(("env_id", "camera"), [("HalfCheetah-v5", 0), ("InvertedPendulum-v5", -1)])

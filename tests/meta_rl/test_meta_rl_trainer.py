@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from ssm_fast.checkpoint import load_inner_rates, save_model
 from ssm_fast.core import ImprovedSSM, StateSpaceModel
 from ssm_fast.env_runner import Environment, TrialEnvironment, get_family
 from ssm_fast.meta_rl import meta_rl_trainer
 from ssm_fast.meta_rl.meta_maml import inner_update
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer, PolicyBreakdown
 from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.meta_rl.training_state import save_policy
 
 pytestmark = [pytest.mark.isa_independent, pytest.mark.usefixtures("one_thread")]
 
@@ -322,6 +324,8 @@ def test_resumed_equals_uninterrupted(trial, tmp_path):
     assert rows[1]["test_return_1"] > 0
     policy = ImprovedSSM.load(tmp_path / "parts" / "policy.safetensors")
     assert torch.equal(policy.encoder.weight, resumed.model.encoder.weight)
+    rates = load_inner_rates(tmp_path / "parts" / "policy.safetensors")
+    assert torch.equal(rates["encoder.weight"], resumed.rates["encoder.weight"])
 
 
 def test_rl2_takes_no_gradient_steps():
@@ -394,7 +398,51 @@ def test_adapts_to_what_an_environment_plays():
     assert (returns > 1.0).all()
 
 
+def test_from_policy_takes_the_same_steps(tmp_path):
+    """Everything that a gradient step needs is in the policy's file."""
+    path = tmp_path / "policy.safetensors"
+    env = environment()
+    task = tasks_of(env)[1]
+    trainer = trainer_for(env, gamma=0.9, gae_lambda=0.8, inner_steps=1, num_steps=30)
+    trainer.model.encoder.bias.requires_grad_(False)
+    trainer = MetaRLTrainer(trainer.model, **trainer._settings())
+    trainer.train(env, 1, test_tasks=())
+    save_policy(path, trainer, env)
+    downloaded = MetaRLTrainer.from_policy(path)
+    assert downloaded.rows_per_task == trainer.rows_per_task == R
+    assert downloaded.policy_metadata == trainer.policy_metadata
+    for found in (trainer, downloaded):
+        torch.manual_seed(3)
+        found.adaptation = found.adapt(env, [task], 2, seed=7)
+    expected = trainer.adaptation
+    assert torch.equal(downloaded.adaptation.returns, expected.returns)
+    assert downloaded.adaptation.weights.keys() == expected.weights.keys()
+    assert "encoder.bias" not in expected.weights
+    for name, weight in downloaded.adaptation.weights.items():
+        assert torch.equal(weight, expected.weights[name])
+
+
 # Mistakes
+
+
+@pytest.mark.parametrize("inner_loop", [None, "{", "[]", "{}", '{"inner_steps": "2"}', "gamma"])
+def test_from_policy_of_a_file_without_steps(inner_loop, tmp_path):
+    path = tmp_path / "policy.safetensors"
+    trainer = trainer_for(environment())
+    trainer.model.save(path)
+    with pytest.raises(ValueError, match=r"policy.safetensors must hold inner rates"):
+        MetaRLTrainer.from_policy(path)
+    metadata = dict(trainer.policy_metadata)
+    if inner_loop is None:
+        del metadata["inner_loop"]
+    elif inner_loop == "gamma":
+        metadata["inner_loop"] = metadata["inner_loop"].replace("0.99", "1e999")
+    else:
+        metadata["inner_loop"] = inner_loop
+    save_model(path, trainer.model, metadata, trainer.rates)
+    message = "must hold inner rates" if inner_loop is None else "inner_loop in the header"
+    with pytest.raises(ValueError, match=rf"policy.safetensors.*{message}"):
+        MetaRLTrainer.from_policy(path)
 
 
 def test_inner_steps_that_diverge():
