@@ -303,6 +303,8 @@ class TestTrain:
         monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
         assert cli.main(REINFORCE) == 0
         lines = capsys.readouterr().err.splitlines()
+        assert lines[:2] == ["4 steps so far", "8 steps so far"]
+        lines = [line for line in lines if not line.endswith(" so far")]
         assert [line.split(",")[0] for line in lines] == [f"{n} of 12 episodes" for n in (4, 8, 12)]
         assert re.fullmatch(r".* return \d+\.\d, [\d,]+ steps/s", lines[0])
 

@@ -166,11 +166,12 @@ def _learn(
             done["epochs"] = float(trainer.iteration)
             done["episodes"] += metrics["episodes"]
             done["steps"] = metrics["timesteps"]
-            show(done[unit], metrics)
+            show.iteration(done[unit], metrics)
             return reached() is None
 
         before = trainer.iteration
-        _train(trainer, env, total, {"callback": after_iteration, **arguments})
+        shown = {"callback": after_iteration, "on_step": show.steps}
+        _train(trainer, env, total, {**shown, **arguments})
     if trainer.iteration == before:  # PPO stops by itself
         _say_nothing_is_left(done["steps"], settings["steps"], "steps")
 

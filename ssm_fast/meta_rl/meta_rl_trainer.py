@@ -254,6 +254,7 @@ class MetaRLTrainer:
         self._batch_size = 0  # of that call
         self._env = ("", 1)  # of that call: its id and the episodes of a trial
         self._seconds = 0.0
+        self._on_step: Callable[[int], None] | None = None  # of that call
 
     @classmethod
     def from_policy(cls, path: str | os.PathLike[str]) -> MetaRLTrainer:
@@ -318,6 +319,7 @@ class MetaRLTrainer:
         train_tasks: Sequence[Task] | None = None,
         test_tasks: Sequence[Task] | None = None,
         callback: Callable[[dict[str, float]], bool | None] | None = None,
+        on_step: Callable[[int], None] | None = None,
         run: RunDirectory | None = None,
         resume: bool = False,
     ) -> TrainingResult:
@@ -335,6 +337,8 @@ class MetaRLTrainer:
                 once. An empty sequence leaves evaluations out.
             callback: Called with the metrics after each epoch; training stops after the one for
                 which it returns False, on rank 0.
+            on_step: Called in a rollout, after each step of all environments, with how many environment
+                steps are taken so far.
             run: Where checkpoints, the learning curve and TensorBoard events go; of several
                 processes, rank 0 alone has it.
             resume: Continue from the newest intact checkpoint of `run`, where it has one;
@@ -356,6 +360,7 @@ class MetaRLTrainer:
         """
         check_count("total_epochs", total_epochs)
         check_count("log_interval", log_interval)
+        self._on_step = on_step
         train_tasks, test_tasks = self._choose_tasks(env, train_tasks, test_tasks)
         self._first_iteration = self.iteration
         self._batch_size = self._rows(env).total
@@ -394,6 +399,7 @@ class MetaRLTrainer:
                         save_checkpoint(run, self, env)
                 if self.world.first(stop):
                     break
+        self._on_step = None
         return TrainingResult(self.timesteps, self.iteration, episode_returns, [], metrics)
 
     def _choose_tasks(
@@ -764,6 +770,8 @@ class MetaRLTrainer:
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {t}: {error}") from error
             recording.add(observation, first, action, log_prob, step)
+            if self._on_step is not None:
+                self._on_step(self.timesteps + rows.total * (t + 1))
             observation, first = step[0], step[2] | step[3]
         self.timesteps += rows.total * recording.steps
         return recording.trajectories(G, dtype, self.device)

@@ -147,6 +147,7 @@ class PolicyGradientTrainer:
         self._first_episode = 0  # of the call to train that is under way
         self._batch_size = 0  # of that call
         self._seconds = 0.0
+        self._on_step: Callable[[int], None] | None = None  # of that call
 
     def train(
         self,
@@ -155,6 +156,7 @@ class PolicyGradientTrainer:
         log_interval: int = 10,
         *,
         callback: Callable[[dict[str, float]], bool | None] | None = None,
+        on_step: Callable[[int], None] | None = None,
         run: RunDirectory | None = None,
         resume: bool = False,
     ) -> TrainingResult:
@@ -169,6 +171,8 @@ class PolicyGradientTrainer:
                 `ssm_fast.meta_rl.policy_gradient_trainer`, level INFO).
             callback: Called with the metrics after each iteration; training stops after the one for
                 which it returns False.
+            on_step: Called in a rollout, after each step of all environments, with how many environment
+                steps are taken so far.
             run: Where checkpoints, the learning curve and TensorBoard events go.
             resume: Continue from the newest intact checkpoint of `run`, where it has one;
                 `total_episodes` then counts from the start of the run.
@@ -183,6 +187,7 @@ class PolicyGradientTrainer:
         """
         check_count("total_episodes", total_episodes)
         check_count("log_interval", log_interval)
+        self._on_step = on_step
         env = self._prepare(env)
         self._first_episode = self.episodes
         self._batch_size = env.batch_size
@@ -214,6 +219,7 @@ class PolicyGradientTrainer:
                     save_checkpoint(run, self, env)
                 if stop:
                     break
+        self._on_step = None
         return TrainingResult(
             self.timesteps,
             self.iteration,
@@ -282,6 +288,7 @@ class PolicyGradientTrainer:
         generator = torch.Generator(self.device).manual_seed(int(action_seed))
         dtype = self.model.A.dtype
         steps: list[tuple[Tensor, ...]] = []
+        played = 0
         obs, _ = env.reset(seed=int(env_seed >> 1))
         running = np.arange(env.batch_size) < B  # [env.batch_size]
         state = self.model.init_hidden(env.batch_size)  # [env.batch_size, N]
@@ -305,6 +312,9 @@ class PolicyGradientTrainer:
                 step = (np.where(running, reward, 0.0), ended & running, cut & running, running)
                 steps.append((x[:B], actions[:B], *(torch.from_numpy(a[:B]) for a in step)))
                 running = running & ~(ended | cut)
+                played += int(step[3].sum())
+                if self._on_step is not None:
+                    self._on_step(self.timesteps + played)
         x, actions, *rest = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
         rewards, terminated, truncated, valid = (column.to(self.device) for column in rest)
         return Episodes(x, actions, rewards.to(dtype), terminated, truncated, valid)

@@ -271,6 +271,7 @@ class PPOTrainer:
         self._rollout_steps = 0  # of that call, but for its last rollout
         self._batch_size = 0  # of that call
         self._seconds = 0.0
+        self._on_step: Callable[[int], None] | None = None  # of that call
         self._recent_returns: deque[float] = deque(maxlen=_EPISODE_WINDOW)
         self._recent_lengths: deque[int] = deque(maxlen=_EPISODE_WINDOW)
         self._noise = torch.Generator(self.device).manual_seed(self.seed)
@@ -291,7 +292,8 @@ class PPOTrainer:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_gradient": None}  # addresses; the next update makes it anew
+        # Addresses, which the next update makes anew, and what only the call under way is for.
+        return {**vars(self), "_gradient": None, "_on_step": None}
 
     def train(
         self,
@@ -300,6 +302,7 @@ class PPOTrainer:
         log_interval: int = 10,
         *,
         callback: Callable[[dict[str, float]], bool | None] | None = None,
+        on_step: Callable[[int], None] | None = None,
         run: RunDirectory | None = None,
         resume: bool = False,
     ) -> TrainingResult:
@@ -316,6 +319,8 @@ class PPOTrainer:
                 level INFO).
             callback: Called with the metrics after each iteration; training stops after the one for
                 which it returns False, on rank 0.
+            on_step: Called in a rollout, after each step of all environments, with how many environment
+                steps are taken so far.
             run: Where checkpoints, the learning curve and TensorBoard events go; of several
                 processes, rank 0 alone has it.
             resume: Continue from the newest intact checkpoint of `run`, where it has one;
@@ -332,6 +337,7 @@ class PPOTrainer:
         """
         check_number("total_timesteps", total_timesteps, at_least=1)
         check_count("log_interval", log_interval)
+        self._on_step = on_step
         env = self._prepare(env)
         self._first_timesteps, self._warm_up_timesteps = self.timesteps, 0
         self._rollout_steps = self._steps_of(env)
@@ -372,7 +378,7 @@ class PPOTrainer:
                         save_checkpoint(run, self, env)
                 if self.world.first(stop):
                     break
-        self._rollout_steps = 0
+        self._rollout_steps, self._on_step = 0, None
         return TrainingResult(
             self.timesteps,
             self.iteration,
@@ -545,6 +551,8 @@ class PPOTrainer:
                     raise FloatingPointError(f"rollout step {t}: {error}") from error
                 first, any_ended = recording.add(observation, first, step)
                 observation = step[0]
+                if self._on_step is not None:
+                    self._on_step(self.timesteps + rows.total * (t + 1))
                 x = torch.from_numpy(observation).to(self.device, dtype)
                 if any_ended:
                     policy.end_episodes(torch.from_numpy(first).to(self.device))
