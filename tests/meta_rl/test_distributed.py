@@ -22,6 +22,7 @@ import torch
 from sharded_runs import CLOCKS
 
 from ssm_fast import cli
+from ssm_fast.cli import commands
 from ssm_fast.checkpoint import load_model
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.meta_rl.distributed import LostRank, Rows, World, join_world
@@ -371,7 +372,7 @@ def test_options_that_two_processes_cannot_have(
 ) -> None:
     world = World()
     world.size = 2
-    monkeypatch.setattr(cli, "join_world", lambda: world)
+    monkeypatch.setattr(commands, "join_world", lambda: world)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *args, "--out", "run"]) == 2
     assert capsys.readouterr().err == f"ssm-fast: {text}\n"
