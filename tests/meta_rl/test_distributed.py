@@ -22,8 +22,8 @@ import torch
 from sharded_runs import CLOCKS
 
 from ssm_fast import cli
-from ssm_fast.cli import commands
 from ssm_fast.checkpoint import load_model
+from ssm_fast.cli import commands
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.meta_rl.distributed import LostRank, Rows, World, join_world
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
