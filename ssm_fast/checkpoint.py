@@ -63,14 +63,26 @@ def write_atomic(path: str | os.PathLike[str], writer: Callable[[Path], object])
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.stem}.{secrets.token_hex(8)}.tmp{target.suffix}")
     try:
-        writer(temporary)
-        _sync(temporary)
+        with named_in_errors(target):
+            writer(temporary)
+            _sync(temporary)
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
     _sync(target.parent)
+
+
+@contextlib.contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Gives an error of writing, as of a full disk, the name of the file, which Python leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def read_limited(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -284,7 +284,8 @@ class TestTrain:
         ended = np.cumsum([row["episodes"] for row in rows])
         assert ended[-1] >= 29
         assert (ended[:-1] < 29).all()
-        assert rows[-1]["learning_rate"] == pytest.approx(2e-4 / len(rows))
+        # as if the warm-up, which is as long as a rollout, were the first of the rollouts
+        assert rows[-1]["learning_rate"] == pytest.approx(2e-4 * 2 / (len(rows) + 1))
 
     def test_policy_is_the_newest_where_episodes_end_a_run_early(self) -> None:
         args = ["train", "--env", "CartPole-v1", "--batch_size", "2", "--num_steps", "40"]
@@ -302,6 +303,8 @@ class TestTrain:
         monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
         assert cli.main(REINFORCE) == 0
         lines = capsys.readouterr().err.splitlines()
+        assert lines[:2] == ["4 steps so far", "8 steps so far"]
+        lines = [line for line in lines if not line.endswith(" so far")]
         assert [line.split(",")[0] for line in lines] == [f"{n} of 12 episodes" for n in (4, 8, 12)]
         assert re.fullmatch(r".* return \d+\.\d, [\d,]+ steps/s", lines[0])
 
@@ -1172,6 +1175,91 @@ class TestResume:
             "starts afresh"
         )
         assert load_model("out/policy.safetensors", ImprovedSSM).input_dim == 3
+
+    @pytest.mark.parametrize(
+        "args", [[*PPO, "--steps", "480"], REINFORCE, [*META, "--epochs", "3"]]
+    )
+    def test_before_the_first_checkpoint_is_due(
+        self,
+        args: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        args = [*args, "--checkpoint_interval", "100"]
+        assert cli.main([*args, "--out", "whole"]) == 0
+        append = RunDirectory.append_row
+
+        def interrupt(self: RunDirectory, row: Any) -> None:
+            if row["iteration"] == 3:
+                raise KeyboardInterrupt
+            append(self, row)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "append_row", interrupt)
+            assert cli.main([*args, "--out", "part"]) == 130
+        resume_it = ["train", "--resume", "--out", "part"]
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            f"ssm-fast: interrupted; the last checkpoint is intact, continue with: ssm-fast {' '.join(resume_it)}"
+        )
+        assert [p.name for p in Path("part/checkpoints").iterdir()] == ["iteration_00000002"]
+        assert cli.main(resume_it) == 0
+        assert _rows("part") == _rows("whole")
+        _assert_same_policy("part", "whole")
+
+    def test_in_a_folder_that_another_process_has(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main([*REINFORCE, "--out", "out"]) == 0
+        config = Path("out/config.json").read_bytes()
+        hold = (
+            "from ssm_fast.meta_rl.run import RunDirectory\n"
+            "run = RunDirectory('out', resume=True)\n"
+            "input('it has the folder\\n')"
+        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen([sys.executable, "-c", hold], **pipes) as process:
+            assert process.stdout.readline() == "it has the folder\n"
+            capsys.readouterr()
+            assert cli.main(["train", "--resume", "--out", "out"]) == 2
+            process.communicate("\n")
+        assert capsys.readouterr().err == (
+            "ssm-fast: out is in use: another process trains there; wait for its end or choose another "
+            "folder (--out)\n"
+        )
+        assert Path("out/config.json").read_bytes() == config
+
+    @pytest.mark.parametrize("kind", [TypeError, KeyError, ValueError, OSError])
+    def test_an_environment_that_fails_at_once_leaves_the_folder_free(
+        self, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_: Any) -> Any:
+            raise kind("something")
+
+        args = ["train", "--mode", "policy_gradient", "--env", "Breaks-v0", "--episodes", "8"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Breaks, "step", fail)
+            if kind in (ValueError, OSError):
+                assert cli.main([*args, "--out", "out"]) == 2
+            else:
+                with pytest.raises(kind):
+                    cli.main([*args, "--out", "out"])
+        monkeypatch.setattr(Breaks, "nan_at", None)
+        assert cli.main([*args, "--out", "out"]) == 0
+
+    def test_a_full_disk(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        append = RunDirectory.append_row
+
+        def full(self: RunDirectory, row: Any) -> None:
+            if row["iteration"] == 3:
+                raise OSError(28, "No space left on device", "out/curve.csv")
+            append(self, row)
+
+        monkeypatch.setattr(RunDirectory, "append_row", full)
+        assert cli.main([*REINFORCE, "--checkpoint_interval", "1", "--out", "out"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == (
+            "ssm-fast: 'out/curve.csv': No space left on device; the last checkpoint is intact, continue "
+            "with: ssm-fast train --resume --out out"
+        )
 
     def test_a_mistake_leaves_the_run(self, capsys: pytest.CaptureFixture[str]) -> None:
         """Also one whose curve has been lost."""

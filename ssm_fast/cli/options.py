@@ -101,8 +101,8 @@ class Train:
     steps: Annotated[int | None, _default("improved: 1000000, where --episodes is not given")] = (
         None
     )
-    """Stop after so many environment steps, rounded up to whole rollouts. Of improved, up to 2,048
-    come on top, which give the observations their first statistics."""
+    """Stop after so many environment steps. Of improved, the first 2,048 at most are not learnt from:
+    they give the observations their first statistics."""
     seed: Annotated[int | None, _default("0")] = None
     """Seed of the weights, the environments and the actions."""
     out: Annotated[

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -22,9 +23,21 @@ from ssm_fast.cli.messages import note
 SECONDS_BETWEEN_LINES = 10.0  # where there is no terminal to draw a bar on
 
 
+class Show(NamedTuple):
+    """What shows the progress of a training.
+
+    Attributes:
+        iteration: Takes what is done, and the figures of an iteration.
+        steps: Takes the environment steps so far, inside an iteration.
+    """
+
+    iteration: Callable[[float, dict[str, float]], None]
+    steps: Callable[[int], None]
+
+
 @contextmanager
-def show_progress(total: int, unit: str) -> Iterator[Callable[[float, dict[str, float]], None]]:
-    """Yields a function that shows progress: a bar on a terminal, a line now and then elsewhere."""
+def show_progress(total: int, unit: str) -> Iterator[Show]:
+    """Yields what shows progress: a bar on a terminal, a line now and then elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         last = time.monotonic()
@@ -37,7 +50,14 @@ def show_progress(total: int, unit: str) -> Iterator[Callable[[float, dict[str, 
             last = now
             note(f"{done:,.0f} of {total:,} {unit}, {_figures(metrics)}")
 
-        yield write_line
+        def write_steps(steps: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= SECONDS_BETWEEN_LINES:
+                last = now
+                note(f"{steps:,} steps so far")
+
+        yield Show(write_line, write_steps)
         return
 
     with Progress(
@@ -55,7 +75,11 @@ def show_progress(total: int, unit: str) -> Iterator[Callable[[float, dict[str, 
         def move_bar(done: float, metrics: dict[str, float]) -> None:
             bar.update(task, completed=min(done, total), figures=_figures(metrics))
 
-        yield move_bar
+        def count_steps(steps: int) -> None:
+            if not bar.tasks[task].completed:
+                bar.update(task, figures=f"{steps:,} steps so far")
+
+        yield Show(move_bar, count_steps)
 
 
 def _figures(metrics: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from ssm_fast.checkpoint import write_atomic
 from ssm_fast.cli.environments import longest_evaluation, route_mujoco_warnings
 from ssm_fast.cli.evaluate import describe, evaluate_adaptation, say_adaptation
 from ssm_fast.cli.info import versions
-from ssm_fast.cli.messages import check_option, say
+from ssm_fast.cli.messages import check_option, say, sentence
 from ssm_fast.cli.options import (
     EVALUATION_EPISODES,
     EVALUATION_SEED,
@@ -104,9 +104,12 @@ def _can_be_resumed(
         ) from None
     except (FloatingPointError, LostRank) as error:
         raise type(error)(f"{error}; {_how_to_resume(out, env.env_name, run, world)}") from error
-    except Exception:
+    except Exception as error:  # of the environment's code, too
         if run is not None and not run.has_checkpoints() and not run.read_rows():
-            run.config_path.unlink()  # nothing was learnt: the folder stays free
+            run.config_path.unlink(missing_ok=True)  # nothing was learnt: the folder stays free
+        elif isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            how = _how_to_resume(out, env.env_name, run, world)
+            raise OSError(f"{sentence(error)}; {how}") from error
         raise
 
 
@@ -127,7 +130,7 @@ def _learn(
         ends = " or ".join(f"{value:,} {name}" for name, value in limits.items())
         say(f"it ends after {ends}, whatever comes first")
     if isinstance(trainer, PPOTrainer):
-        limits.pop("steps", None)  # it stops by itself, after whole rollouts
+        limits.pop("steps", None)  # it stops by itself
     done = {"epochs": 0.0, "episodes": 0.0, "steps": 0.0}
     checkpoint = None
     with world.together():
@@ -163,11 +166,12 @@ def _learn(
             done["epochs"] = float(trainer.iteration)
             done["episodes"] += metrics["episodes"]
             done["steps"] = metrics["timesteps"]
-            show(done[unit], metrics)
+            show.iteration(done[unit], metrics)
             return reached() is None
 
         before = trainer.iteration
-        _train(trainer, env, total, {"callback": after_iteration, **arguments})
+        shown = {"callback": after_iteration, "on_step": show.steps}
+        _train(trainer, env, total, {**shown, **arguments})
     if trainer.iteration == before:  # PPO stops by itself
         _say_nothing_is_left(done["steps"], settings["steps"], "steps")
 
@@ -233,7 +237,8 @@ def _report(
     }
     contents = json.dumps(report, indent=2) + "\n"
     write_atomic(run.evaluation_path, lambda path: path.write_text(contents))
-    say(f"{trainer.timesteps:,} steps in {seconds:.0f} s; policy {run.model_path}")
+    policy_path = run.path / run.model_path.name
+    say(f"{trainer.timesteps:,} steps in {seconds:.0f} s; policy {policy_path}")
     if isinstance(trainer, MetaRLTrainer):
         say_adaptation(report, env)
     else:

@@ -28,6 +28,7 @@ class FlatParameters:
         ValueError: No parameter is trainable.
 
     Attributes:
+        model: Theirs.
         vector: All of them in order ``[P]``, what the optimizer steps.
         parameters: Where its values go.
         pace: The length of the steps of each ``[P]``; 1 in learning rates.
@@ -36,7 +37,7 @@ class FlatParameters:
     def __init__(
         self, model: nn.Module, world: World | None = None, memory_pace: float | None = None
     ) -> None:
-        self._model = model
+        self.model = model
         self._world = world or World()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters: list[Tensor] = [p for _, p in named]
@@ -70,7 +71,7 @@ class FlatParameters:
             ValueError: Other parameters of the model are trainable than at the start.
             TypeError: They have another dtype.
         """
-        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
         if [p.shape for p in trainable] != [p.shape for p in self.parameters]:
             raise ValueError("the model must train the parameters that the trainer was made with")
         for p in trainable:

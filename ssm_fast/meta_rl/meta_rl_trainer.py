@@ -33,9 +33,12 @@ from ssm_fast.meta_rl.meta_maml import Weights, inner_update, task_losses
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import (
+    check_model,
+    check_parts,
     check_settings,
     check_step,
     check_tensors,
+    keep_last_iteration,
     load_adam,
     must_fit,
     read_count,
@@ -201,8 +204,7 @@ class MetaRLTrainer:
         device: str | torch.device = "cpu",
         world: World | None = None,
     ) -> None:
-        if not isinstance(model, ImprovedSSM):
-            raise TypeError(f"model must be an ImprovedSSM, got {type(model).__name__}")
+        check_model(model, ImprovedSSM)
         self.inner_lr = check_number("inner_lr", inner_lr, at_least=0.0)
         self.outer_lr = check_number("outer_lr", outer_lr, above=0.0)
         self.inner_steps = check_count("inner_steps", inner_steps, at_least=0)
@@ -225,11 +227,7 @@ class MetaRLTrainer:
         self.seed = check_count("seed", seed, at_least=0)
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        self._shared = {
-            name: p
-            for name, p in model.named_parameters()
-            if p.requires_grad and not name.startswith("critic")
-        }
+        self._shared = self._trainable()
         self.rates = {
             name: torch.full_like(p, inner_lr * transition_pace(name))
             for name, p in self._shared.items()
@@ -238,13 +236,11 @@ class MetaRLTrainer:
         if learn_inner_lr:
             learnt += [(name, rate.requires_grad_()) for name, rate in self.rates.items()]
         self._learnt: list[Tensor] = [p for _, p in learnt]
+        groups = self._groups(learnt)
         self.optimizer = torch.optim.Adam(
             [
-                {
-                    "params": [p for name, p in learnt if transition_pace(name) == pace],
-                    "lr": outer_lr * pace,
-                }
-                for pace in (1.0, TRANSITION_PACE)
+                {"params": group, "lr": outer_lr * pace}
+                for group, pace in zip(groups, (1.0, TRANSITION_PACE), strict=True)
             ],
             fused=True,
         )
@@ -258,6 +254,7 @@ class MetaRLTrainer:
         self._batch_size = 0  # of that call
         self._env = ("", 1)  # of that call: its id and the episodes of a trial
         self._seconds = 0.0
+        self._on_step: Callable[[int], None] | None = None  # of that call
 
     @classmethod
     def from_policy(cls, path: str | os.PathLike[str]) -> MetaRLTrainer:
@@ -322,6 +319,7 @@ class MetaRLTrainer:
         train_tasks: Sequence[Task] | None = None,
         test_tasks: Sequence[Task] | None = None,
         callback: Callable[[dict[str, float]], bool | None] | None = None,
+        on_step: Callable[[int], None] | None = None,
         run: RunDirectory | None = None,
         resume: bool = False,
     ) -> TrainingResult:
@@ -339,6 +337,8 @@ class MetaRLTrainer:
                 once. An empty sequence leaves evaluations out.
             callback: Called with the metrics after each epoch; training stops after the one for
                 which it returns False, on rank 0.
+            on_step: Called in a rollout, after each step of all environments, with how many environment
+                steps are taken so far.
             run: Where checkpoints, the learning curve and TensorBoard events go; of several
                 processes, rank 0 alone has it.
             resume: Continue from the newest intact checkpoint of `run`, where it has one;
@@ -360,6 +360,7 @@ class MetaRLTrainer:
         """
         check_count("total_epochs", total_epochs)
         check_count("log_interval", log_interval)
+        self._on_step = on_step
         train_tasks, test_tasks = self._choose_tasks(env, train_tasks, test_tasks)
         self._first_iteration = self.iteration
         self._batch_size = self._rows(env).total
@@ -368,29 +369,37 @@ class MetaRLTrainer:
         last = self._first_iteration + total_epochs
         metrics: list[dict[str, float]] = []
         episode_returns: list[float] = []
-        while self.iteration < last:
-            try:
-                row, returns = self._iterate(env, last, train_tasks, test_tasks)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
-            metrics.append(row)
-            episode_returns += returns
-            due = self.iteration % log_interval == 0 or self.iteration == last
-            if due and self.world.rank == 0:
-                _LOGGER.info(
-                    "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
-                    self.iteration,
-                    row["return_0"],
-                    row["episode_return"],
-                    row["steps_per_second"],
-                )
-            stop = False
-            with self.world.together():
-                stop = callback is not None and callback(dict(row)) is False
-                if run is not None:
-                    self._record(run, env, row, stop or self.iteration == last)
-            if self.world.first(stop):
-                break
+        with keep_last_iteration(run, self, env) as keep:
+            while self.iteration < last:
+                try:
+                    row, returns = self._iterate(env, last, train_tasks, test_tasks)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"epoch {self.iteration}: {error}") from error
+                metrics.append(row)
+                episode_returns += returns
+                due = self.iteration % log_interval == 0 or self.iteration == last
+                if due and self.world.rank == 0:
+                    _LOGGER.info(
+                        "%d epochs, return %.1f before and %.1f after adapting, %.0f steps/s",
+                        self.iteration,
+                        row["return_0"],
+                        row["episode_return"],
+                        row["steps_per_second"],
+                    )
+                stop = False
+                with self.world.together():
+                    is_due = (
+                        self.iteration % self.checkpoint_interval == 0 or self.iteration == last
+                    )
+                    if run is not None:
+                        self._record(run, env, row, is_due)
+                    keep()
+                    stop = callback is not None and callback(dict(row)) is False
+                    if run is not None and stop and not is_due:
+                        save_checkpoint(run, self, env)
+                if self.world.first(stop):
+                    break
+        self._on_step = None
         return TrainingResult(self.timesteps, self.iteration, episode_returns, [], metrics)
 
     def _choose_tasks(
@@ -402,6 +411,7 @@ class MetaRLTrainer:
         """The tasks to learn from and to evaluate on, of an environment that fits."""
         with self.world.together():
             self._check_env(env)
+            self._check_parts()
             self._rows(env)
             assert env.family is not None
             train_tasks = env.family.train_tasks if train_tasks is None else tuple(train_tasks)
@@ -412,12 +422,12 @@ class MetaRLTrainer:
         return train_tasks, test_tasks
 
     def _record(
-        self, run: RunDirectory, env: TaskEnvironment, row: dict[str, float], is_last: bool
+        self, run: RunDirectory, env: TaskEnvironment, row: dict[str, float], is_due: bool
     ) -> None:
         """Writes the metrics of an epoch, and a checkpoint where one is due."""
         run.append_row(row)
         run.log_scalars({f"train/{name}": value for name, value in row.items()}, self.timesteps)
-        if is_last or self.iteration % self.checkpoint_interval == 0:
+        if is_due:
             save_checkpoint(run, self, env)
 
     def _iterate(
@@ -760,6 +770,8 @@ class MetaRLTrainer:
             except FloatingPointError as error:
                 raise FloatingPointError(f"step {t}: {error}") from error
             recording.add(observation, first, action, log_prob, step)
+            if self._on_step is not None:
+                self._on_step(self.timesteps + rows.total * (t + 1))
             observation, first = step[0], step[2] | step[3]
         self.timesteps += rows.total * recording.steps
         return recording.trajectories(G, dtype, self.device)
@@ -882,6 +894,26 @@ class MetaRLTrainer:
         return -torch.minimum(ratio * advantages, clipped * advantages).mean()
 
     # Checks and saving
+
+    def _trainable(self) -> dict[str, Tensor]:
+        """The parameters of the model that are learnt."""
+        return {
+            name: p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and not name.startswith("critic")
+        }
+
+    @staticmethod
+    def _groups(learnt: Sequence[tuple[str, Tensor]]) -> list[list[Tensor]]:
+        """What the optimizer moves at the full rate, and at that of transition matrices."""
+        return [
+            [p for name, p in learnt if transition_pace(name) == pace]
+            for pace in (1.0, TRANSITION_PACE)
+        ]
+
+    def _check_parts(self) -> None:
+        rates = list(self.rates.items()) if self.learn_inner_lr else []
+        check_parts(self.optimizer, self._groups([*self._trainable().items(), *rates]))
 
     def _check_env(self, env: TaskEnvironment) -> None:
         if not isinstance(env, (Environment, TrialEnvironment)):

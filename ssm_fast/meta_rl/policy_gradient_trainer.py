@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,10 +22,13 @@ from ssm_fast.env_runner.environment import AnyEnvironment, Environment
 from ssm_fast.meta_rl.ppo_trainer import TrainingResult
 from ssm_fast.meta_rl.run import RunDirectory
 from ssm_fast.meta_rl.training_state import (
+    check_model,
+    check_parts,
     check_settings,
     check_tensors,
     check_weights,
     continue_run,
+    keep_last_iteration,
     load_adam,
     must_fit,
     read_count,
@@ -33,6 +37,7 @@ from ssm_fast.meta_rl.training_state import (
 
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
+_LONGEST_EPISODE = 10_000  # steps, where the environment has no time limit
 _SETTINGS = (
     "learning_rate",
     "gamma",
@@ -118,8 +123,7 @@ class PolicyGradientTrainer:
         seed: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
-        if not isinstance(model, StateSpaceModel):
-            raise TypeError(f"model must be a StateSpaceModel, got {type(model).__name__}")
+        check_model(model, StateSpaceModel)
         self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
         self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
         self.entropy_coef = check_number("entropy_coef", entropy_coef, at_least=0.0)
@@ -143,6 +147,7 @@ class PolicyGradientTrainer:
         self._first_episode = 0  # of the call to train that is under way
         self._batch_size = 0  # of that call
         self._seconds = 0.0
+        self._on_step: Callable[[int], None] | None = None  # of that call
 
     def train(
         self,
@@ -151,6 +156,7 @@ class PolicyGradientTrainer:
         log_interval: int = 10,
         *,
         callback: Callable[[dict[str, float]], bool | None] | None = None,
+        on_step: Callable[[int], None] | None = None,
         run: RunDirectory | None = None,
         resume: bool = False,
     ) -> TrainingResult:
@@ -165,6 +171,8 @@ class PolicyGradientTrainer:
                 `ssm_fast.meta_rl.policy_gradient_trainer`, level INFO).
             callback: Called with the metrics after each iteration; training stops after the one for
                 which it returns False.
+            on_step: Called in a rollout, after each step of all environments, with how many environment
+                steps are taken so far.
             run: Where checkpoints, the learning curve and TensorBoard events go.
             resume: Continue from the newest intact checkpoint of `run`, where it has one;
                 `total_episodes` then counts from the start of the run.
@@ -179,6 +187,7 @@ class PolicyGradientTrainer:
         """
         check_count("total_episodes", total_episodes)
         check_count("log_interval", log_interval)
+        self._on_step = on_step
         env = self._prepare(env)
         env.warn_of_spaces()
         self._first_episode = self.episodes
@@ -187,28 +196,31 @@ class PolicyGradientTrainer:
             continue_run(run, self)
         last = self._first_episode + total_episodes
         result = TrainingResult(0, 0, [], [], [])
-        while self.episodes < last:
-            metrics = self._iterate(env, last, result)
-            if run is not None:
-                run.append_row(metrics)
-                run.log_scalars(
-                    {f"train/{name}": value for name, value in metrics.items()}, self.timesteps
-                )
-            if self.iteration % log_interval == 0 or self.episodes == last:
-                _LOGGER.info(
-                    "%d episodes, return %.1f, entropy %.3f, %.0f steps/s",
-                    self.episodes,
-                    metrics["episode_return"],
-                    metrics["entropy"],
-                    metrics["steps_per_second"],
-                )
-            stop = callback is not None and callback(dict(metrics)) is False
-            if run is not None and (
-                stop or self.episodes == last or self.iteration % self.checkpoint_interval == 0
-            ):
-                save_checkpoint(run, self, env)
-            if stop:
-                break
+        with keep_last_iteration(run, self, env) as keep:
+            while self.episodes < last:
+                metrics = self._iterate(env, last, result)
+                if run is not None:
+                    run.append_row(metrics)
+                    run.log_scalars(
+                        {f"train/{name}": value for name, value in metrics.items()}, self.timesteps
+                    )
+                keep()
+                if self.iteration % log_interval == 0 or self.episodes == last:
+                    _LOGGER.info(
+                        "%d episodes, return %.1f, entropy %.3f, %.0f steps/s",
+                        self.episodes,
+                        metrics["episode_return"],
+                        metrics["entropy"],
+                        metrics["steps_per_second"],
+                    )
+                stop = callback is not None and callback(dict(metrics)) is False
+                if run is not None and (
+                    stop or self.episodes == last or self.iteration % self.checkpoint_interval == 0
+                ):
+                    save_checkpoint(run, self, env)
+                if stop:
+                    break
+        self._on_step = None
         return TrainingResult(
             self.timesteps,
             self.iteration,
@@ -260,6 +272,9 @@ class PolicyGradientTrainer:
         The seeds of the environments and of the actions follow from the trainer's seed and
         iteration, so a second call with the same weights returns the same episodes.
 
+        An episode of an environment without a time limit is cut short after 10,000 steps, with a
+        warning.
+
         Args:
             env: The environments.
             count: `B`; all of them by default.
@@ -274,6 +289,7 @@ class PolicyGradientTrainer:
         generator = torch.Generator(self.device).manual_seed(int(action_seed))
         dtype = self.model.A.dtype
         steps: list[tuple[Tensor, ...]] = []
+        played = 0
         obs, _ = env.reset(seed=int(env_seed >> 1))
         running = np.arange(env.batch_size) < B  # [env.batch_size]
         state = self.model.init_hidden(env.batch_size)  # [env.batch_size, N]
@@ -291,9 +307,15 @@ class PolicyGradientTrainer:
                 noise = torch.empty_like(logits).exponential_(generator=generator)
                 actions = (logits - noise.log()).argmax(-1)  # Gumbel-max
                 obs, reward, ended, cut, _ = env.step(actions.cpu().numpy())
+                if env.max_episode_steps is None and len(steps) == _LONGEST_EPISODE - 1:
+                    cut = cut | ~ended
+                    _warn_of_no_limit(env)
                 step = (np.where(running, reward, 0.0), ended & running, cut & running, running)
                 steps.append((x[:B], actions[:B], *(torch.from_numpy(a[:B]) for a in step)))
                 running = running & ~(ended | cut)
+                played += int(step[3].sum())
+                if self._on_step is not None:
+                    self._on_step(self.timesteps + played)
         x, actions, *rest = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
         rewards, terminated, truncated, valid = (column.to(self.device) for column in rest)
         return Episodes(x, actions, rewards.to(dtype), terminated, truncated, valid)
@@ -304,6 +326,7 @@ class PolicyGradientTrainer:
         Returns:
             `policy_loss`, `entropy` and `grad_norm`.
         """
+        self._check_parts()
         advantages = self.compute_advantages(episodes)  # [B, T]
         logits, _ = self.model(episodes.observations)  # [B, T, action_dim]
         log_probs = F.log_softmax(logits, dim=-1)  # [B, T, action_dim]
@@ -360,7 +383,12 @@ class PolicyGradientTrainer:
                 f"got {env.single_action_space}"
             )
         check_spaces(env, self.model.input_dim, self.model.output_dim, discrete=True)
+        self._check_parts()
         return env
+
+    def _check_parts(self) -> None:
+        others = [p for p in self.model.parameters() if p is not self.model.A]
+        check_parts(self.optimizer, [others, [self.model.A]])
 
     # Saving
 
@@ -402,3 +430,11 @@ class PolicyGradientTrainer:
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SETTINGS}
+
+
+def _warn_of_no_limit(env: Environment) -> None:
+    warnings.warn(
+        f"{env.env_name} has no time limit: episodes end after {_LONGEST_EPISODE:,} steps. For another "
+        "number: Environment(..., max_episode_steps=...), or max_episode_steps of gymnasium.register",
+        stacklevel=3,
+    )

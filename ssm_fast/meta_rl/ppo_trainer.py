@@ -30,9 +30,12 @@ from ssm_fast.meta_rl.ppo_epoch import FIGURES, Objective, PpoEpoch
 from ssm_fast.meta_rl.rollout import Rollout, RolloutRecording
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.meta_rl.training_state import (
+    check_model,
+    check_parts,
     check_settings,
     check_tensors,
     check_weights,
+    keep_last_iteration,
     load_adam,
     must_fit,
     read_count,
@@ -44,7 +47,9 @@ from ssm_fast.nn.running_norm import RunningNorm
 _LOGGER = logging.getLogger(__name__)
 _STEPS_PER_ITERATION = 2048  # over all environments, where num_steps is not given
 _LONGEST_SEQUENCE = 8  # where sequence_length is not given
-_WARM_UP_STEPS = 2048  # over all environments, before the first iteration; at most a rollout
+_WARM_UP_STEPS = (
+    2048  # over all environments, before the first iteration; at most a rollout, or half of all
+)
 _REWARD_CLIP = 10.0  # of the scaled reward
 _EPISODES_PER_INTERVAL = 5  # of the time limit, at least, between two resets of all environments
 _EPISODE_WINDOW = 20  # episodes in the reported mean
@@ -127,7 +132,10 @@ class PPOTrainer:
     Every `checkpoint_interval` iterations all environments are reset with a seed that follows from
     `seed` and the iteration. A checkpoint thus needs no simulator state, and a resumed run equals
     the uninterrupted one bitwise on the same machine. A reset cuts episodes off, so where the
-    environment has a time limit, at least five times as many steps lie between two of them.
+    environment has a time limit, at least five times as many steps lie between two of them. A
+    checkpoint that is written in between, after Ctrl-C for instance, holds the actions since the
+    last reset, which a resume plays again without learning; of several processes it does not, and
+    all environments are reset there.
 
     Several processes train as one with all of their environments would, to rounding, where each
     makes the trainer and calls `train` with its own environments; see docs/distributed.md.
@@ -211,6 +219,7 @@ class PPOTrainer:
         seed: int | None = None,
         world: World | None = None,
     ) -> None:
+        check_model(model, ImprovedSSM)
         self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
         self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
         self.gae_lambda = check_number("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
@@ -257,9 +266,12 @@ class PPOTrainer:
         self.return_norm = RunningNorm(1)
         self.iteration = 0
         self.timesteps = 0
-        self._first_iteration = 0  # of the call to train that is under way
+        self._first_timesteps = 0  # of the call to train that is under way
+        self._warm_up_timesteps = 0  # of that call
+        self._rollout_steps = 0  # of that call, but for its last rollout
         self._batch_size = 0  # of that call
         self._seconds = 0.0
+        self._on_step: Callable[[int], None] | None = None  # of that call
         self._recent_returns: deque[float] = deque(maxlen=_EPISODE_WINDOW)
         self._recent_lengths: deque[int] = deque(maxlen=_EPISODE_WINDOW)
         self._noise = torch.Generator(self.device).manual_seed(self.seed)
@@ -273,9 +285,15 @@ class PPOTrainer:
         self._state = torch.empty(0)  # [num_layers, B, N]
         self._reset = np.empty(0, dtype=np.bool_)  # [B]
         self._return = torch.empty(0)  # [B], discounted, of the episodes under way
+        self._reset_seed = 0  # of the last reset of all environments
+        self._played: list[Tensor] = []  # actions since then [B, T, ...]
+        self._under_way: dict[str, Any] | None = (
+            None  # of a state that was read: `_episodes_under_way`
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_gradient": None}  # addresses; the next update makes it anew
+        # Addresses, which the next update makes anew, and what only the call under way is for.
+        return {**vars(self), "_gradient": None, "_on_step": None}
 
     def train(
         self,
@@ -284,6 +302,7 @@ class PPOTrainer:
         log_interval: int = 10,
         *,
         callback: Callable[[dict[str, float]], bool | None] | None = None,
+        on_step: Callable[[int], None] | None = None,
         run: RunDirectory | None = None,
         resume: bool = False,
     ) -> TrainingResult:
@@ -292,13 +311,16 @@ class PPOTrainer:
         Args:
             env: The environments, of several processes those of this one. A single one is stepped
                 alone; a batch learns faster.
-            total_timesteps: Steps over all environments, rounded up to whole rollouts; those of the
-                warm-up, which gives `obs_norm` its first statistics, come on top. A second call adds
-                as many, with a learning-rate schedule of its own.
+            total_timesteps: Steps over all environments, rounded up to whole steps of all of them;
+                the last rollout is as long as what is left. The first up to 2048 of them, half of
+                all at most, give `obs_norm` its first statistics and are not learnt from. A second
+                call adds as many, with a learning-rate schedule of its own.
             log_interval: Iterations between lines of the log (logger `ssm_fast.meta_rl.ppo_trainer`,
                 level INFO).
             callback: Called with the metrics after each iteration; training stops after the one for
                 which it returns False, on rank 0.
+            on_step: Called in a rollout, after each step of all environments, with how many environment
+                steps are taken so far.
             run: Where checkpoints, the learning curve and TensorBoard events go; of several
                 processes, rank 0 alone has it.
             resume: Continue from the newest intact checkpoint of `run`, where it has one;
@@ -315,22 +337,29 @@ class PPOTrainer:
         """
         check_number("total_timesteps", total_timesteps, at_least=1)
         check_count("log_interval", log_interval)
+        self._on_step = on_step
         env = self._prepare(env)
         if self.world.rank == 0:
             env.warn_of_spaces()
-        self._first_iteration = self.iteration
+        self._first_timesteps, self._warm_up_timesteps = self.timesteps, 0
+        self._rollout_steps = self._steps_of(env)
         self._batch_size = self._rows_of(env).total
         start_run(self.world, run, self, resume)
-        last = self._first_iteration + math.ceil(
-            total_timesteps / (self._steps_of(env) * self._batch_size)
-        )
+        total_timesteps = math.ceil(total_timesteps / self._batch_size) * self._batch_size
+        last = self._first_timesteps + total_timesteps
         interval = self.reset_interval(env)
         result = TrainingResult(0, 0, [], [], [])
         self._env = None
-        with torch.enable_grad(), _threads(self.num_threads):
-            while self.iteration < last:
-                metrics = self._iterate(env, last, result)
-                due = self.iteration % log_interval == 0 or self.iteration == last
+        if not resume:
+            self._under_way = None
+        with (
+            torch.enable_grad(),
+            _threads(self.num_threads),
+            keep_last_iteration(run, self, env) as keep,
+        ):
+            while self.timesteps < last:
+                metrics = self._iterate(env, total_timesteps, result)
+                due = self.iteration % log_interval == 0 or self.timesteps >= last
                 if due and self.world.rank == 0:
                     _LOGGER.info(
                         "%d steps, return %.1f, KL %.4f, %.0f steps/s",
@@ -341,15 +370,17 @@ class PPOTrainer:
                     )
                 stop = False
                 with self.world.together():
-                    is_due = self.iteration % interval == 0 or self.iteration == last
+                    is_due = self.iteration % interval == 0 or self.timesteps >= last
                     if run is not None:
                         self._record(run, env, metrics, is_due)
+                    keep()
                     if callback is not None:
                         stop = callback(dict(metrics)) is False
                     if run is not None and stop and not is_due:
                         save_checkpoint(run, self, env)
                 if self.world.first(stop):
                     break
+        self._rollout_steps, self._on_step = 0, None
         return TrainingResult(
             self.timesteps,
             self.iteration,
@@ -396,9 +427,10 @@ class PPOTrainer:
             return reset + intervals * interval + math.ceil((left // B + 1) * limit / T)
 
         last = end(0, episodes)
-        if ended is not None:  # a run that was ended between two resets needs more
+        if ended is not None and self._under_way is None:  # episodes were cut off where it ended
             last = max(last, end(self.iteration, episodes - ended))
-        return last * B * T
+        warm_up = B * self._warm_up_steps(env) or self._warm_up_timesteps
+        return last * B * T + warm_up
 
     def _record(
         self, run: RunDirectory, env: Environment, metrics: dict[str, float], is_due: bool
@@ -409,22 +441,29 @@ class PPOTrainer:
         if is_due:
             save_checkpoint(run, self, env)
 
-    def _iterate(self, env: Environment, last: int, result: TrainingResult) -> dict[str, float]:
-        """One rollout and update."""
+    def _iterate(self, env: Environment, total: int, result: TrainingResult) -> dict[str, float]:
+        """One rollout and update, of those that `total` steps have room for."""
         start = time.perf_counter()
         timesteps = self.timesteps
         try:
-            if self._env is None or self.iteration % self.reset_interval(env) == 0:
-                self._warm_up(env)
+            if self._env is None and self._under_way is not None:
+                self._go_on(env, self._under_way)
+            elif self._env is None or self.iteration % self.reset_interval(env) == 0:
+                self._warm_up(env, total)
                 self._begin(env, self._episode_seed(self.iteration))
-            left = (last - self.iteration) / (last - self._first_iteration)
+            B, T = self._batch_size, self._steps_of(env)
+            steps = self._first_timesteps + total - self.timesteps
+            # In rollouts, as if the warm-up came on top.
+            left = math.ceil((steps + self._warm_up_timesteps) / (B * T)) / math.ceil(
+                total / (B * T)
+            )
             learning_rate = self.learning_rate if self.desired_kl is None else self._rate
             if self.anneal_lr and self.desired_kl is None:
                 learning_rate *= left
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
             with self.world.together():
-                rollout = self.collect_rollout(env)
+                rollout = self.collect_rollout(env, min(T, max(1, steps // B)))
             losses = self.update(rollout)
             self._follow_kl(losses["approx_kl"], left)
         except FloatingPointError as error:
@@ -514,12 +553,15 @@ class PPOTrainer:
                     raise FloatingPointError(f"rollout step {t}: {error}") from error
                 first, any_ended = recording.add(observation, first, step)
                 observation = step[0]
+                if self._on_step is not None:
+                    self._on_step(self.timesteps + rows.total * (t + 1))
                 x = torch.from_numpy(observation).to(self.device, dtype)
                 if any_ended:
                     policy.end_episodes(torch.from_numpy(first).to(self.device))
         self._observation, self._state, self._reset = observation, policy.state, first
         self.timesteps += rows.total * T
         actions, log_probs, _ = policy.recorded()
+        self._played.append(actions)
         return recording.rollout(actions, log_probs, initial_state)
 
     @staticmethod
@@ -539,8 +581,13 @@ class PPOTrainer:
             env = source if isinstance(source, Environment) else Environment.wrap(source)
             model = self.model
             check_spaces(env, model.input_dim, model.action_dim, model.discrete)
+            self._check_parts()
         self._check_minibatches(self._steps_of(env), env)
         return env
+
+    def _check_parts(self) -> None:
+        vector = [] if self.model is not self._weights.model else [self._weights.vector]
+        check_parts(self.optimizer, [vector])
 
     def _check_minibatches(self, T: int, env: Environment) -> None:
         """Advantages are standardized: the only one of a minibatch would be zero."""
@@ -579,22 +626,56 @@ class PPOTrainer:
         self._state = self.model.init_hidden(env.batch_size)
         self._reset = np.ones(env.batch_size, dtype=np.bool_)
         self._return = torch.zeros(env.batch_size, dtype=torch.float64, device="cpu")
+        self._reset_seed, self._played, self._under_way = seed, [], None
         self._env = env
+
+    def _episodes_under_way(self) -> dict[str, Any] | None:
+        """What brings simulators, which cannot be saved, back to where they stand; None at a reset."""
+        if self._under_way is not None:
+            return self._under_way
+        at_reset = self._env is None or self.iteration % self.reset_interval(self._env) == 0
+        if at_reset or not self._played or self.world.size > 1:
+            return None
+        return {
+            "seed": self._reset_seed,
+            "actions": torch.cat(self._played, 1).cpu(),  # [B, T, ...]
+            "state": self._state.cpu(),
+            "reset": torch.from_numpy(self._reset),
+            "return": self._return,
+        }
+
+    def _go_on(self, env: Environment, under_way: dict[str, Any]) -> None:
+        """Brings the environments to where `_episodes_under_way` found them."""
+        actions = under_way["actions"]
+        self._begin(env, under_way["seed"])
+        for action in actions.unbind(1):
+            self._observation, *_ = env.step(action.contiguous().numpy())
+        self._played = [actions]
+        self._state = under_way["state"].to(self.device)
+        self._reset, self._return = under_way["reset"].numpy(), under_way["return"]
 
     def _episode_seed(self, iteration: int) -> int:
         """The seed of the environments that start at `iteration`."""
         return int(np.random.SeedSequence((self.seed, iteration)).generate_state(1)[0] >> 1)
 
-    def _warm_up(self, env: Environment) -> None:
+    def _warm_up(self, env: Environment, total: int) -> None:
         """Gives `obs_norm` its first statistics, from steps that are counted and not learnt from."""
         norm = self.model.obs_norm
-        if norm is None or float(norm.count) > 0:
+        steps = min(self._warm_up_steps(env), total // self._batch_size // 2)
+        if norm is None or steps == 0:
             return
         self._begin(env, self._episode_seed(2**32 - 1))
-        steps = min(self._steps_of(env), max(1, _WARM_UP_STEPS // self._rows_of(env).total))
         with self.world.together():
             rollout = self.collect_rollout(env, steps)
+        self._warm_up_timesteps = self._batch_size * steps
         self.world.update(norm, rollout.observations.flatten(0, 1))
+
+    def _warm_up_steps(self, env: Environment) -> int:
+        """Steps of each environment that give `obs_norm` its first statistics, if it has none yet."""
+        norm = self.model.obs_norm
+        if norm is None or float(norm.count) > 0:
+            return 0
+        return min(self._steps_of(env), max(1, _WARM_UP_STEPS // self._rows_of(env).total))
 
     # Learning
 
@@ -612,12 +693,14 @@ class PPOTrainer:
         B, T = rollout.rewards.shape
         L = self._sequence_length_for(T)
         rows, each = self.world.rows(B), T // L  # each row has so many sequences
+        learnt = each * L  # of a last, shorter rollout, all but what is left of a sequence
         rewards = self._scaled_rewards(rollout)  # [B, T]
         inputs = self.model.normalize(rollout.observations)  # [B, T, input_dim]
         fixed = (inputs, rollout.actions, rollout.log_probs, rollout.reset)
         explained_variance = math.nan
         sums: list[Tensor] = []
         weights: list[list[float]] = []
+        self._check_parts()
         self._weights.read()
         self._gradient = SequenceGradient.of(self.model, inputs, rollout.initial_state)
         native = self._native_epoch()
@@ -632,7 +715,8 @@ class PPOTrainer:
                     old_values = values
             parts = [rows.part(i, each) for i in self._minibatches(rows.total * each, L)]
             weights.append([part.weight for part in parts])
-            sequences = [_sequences(x, L) for x in (*fixed, old_values, returns, advantages)]
+            columns = (*fixed, old_values, returns, advantages)
+            sequences = [_sequences(x[:, :learnt], L) for x in columns]
             if native is not None:
                 order = torch.cat([items for items, _ in parts])
                 figures = native(sequences, states, order, len(parts[0].items))
@@ -692,8 +776,8 @@ class PPOTrainer:
         _, _, beyond, _ = self.model(rollout.boundary_observations, states[:, rows, steps])
         next_values[rows, steps] = beyond
         starts = torch.cat(
-            (rollout.initial_state.unsqueeze(2), states[:, :, L - 1 : -1 : L]), dim=2
-        )  # [num_layers, B, T / L, N]
+            (rollout.initial_state.unsqueeze(2), states[:, :, L - 1 : -L : L]), dim=2
+        )  # [num_layers, B, T // L, N]
         return starts.flatten(1, 2), values, next_values
 
     def _gather(
@@ -805,6 +889,8 @@ class PPOTrainer:
         yield from torch.split(order, max(1, self.mini_batch_size // L))
 
     def _sequence_length_for(self, T: int) -> int:
+        if self._rollout_steps > T:  # the last of a call to train: as those before it
+            return min(self._sequence_length_for(self._rollout_steps), T)
         if self.sequence_length is not None:
             if T % self.sequence_length:
                 raise ValueError(
@@ -858,7 +944,9 @@ class PPOTrainer:
             "shuffle": self._shuffle.get_state(),
             "iteration": self.iteration,
             "timesteps": self.timesteps,
-            "first_iteration": self._first_iteration,
+            "first_timesteps": self._first_timesteps,
+            "warm_up_timesteps": self._warm_up_timesteps,
+            "under_way": self._episodes_under_way(),
             "rate": self._rate,
             "seconds": self._seconds,
             "recent_returns": list(self._recent_returns),
@@ -874,7 +962,9 @@ class PPOTrainer:
         with must_fit():
             # What files of older versions lack.
             settings = {"staggered_resets": False, **state["settings"]}
-            known = {"batch_size": 0, **state, "settings": settings}
+            known = {"batch_size": 0, "under_way": None, **state, "settings": settings}
+            if "first_timesteps" not in known:
+                known |= self._counts_of_older_versions(known)
             current = self._settings()
             if self._batch_size and known["batch_size"]:
                 current["batch_size"] = self._batch_size
@@ -883,6 +973,7 @@ class PPOTrainer:
             statistics = check_tensors(
                 "return_norm", state["return_norm"], self.return_norm.state_dict()
             )
+            under_way = self._read_under_way(known)
             load_adam(self.optimizer, state["optimizer"])
             self.model.load_state_dict(weights)
             self.return_norm.load_state_dict(statistics)
@@ -890,7 +981,8 @@ class PPOTrainer:
             self._set_random_state(state["random_state"], state["cuda_random_state"])
             self.iteration = read_count(state, "iteration")
             self.timesteps = read_count(state, "timesteps")
-            self._first_iteration = read_count(state, "first_iteration")
+            self._first_timesteps = read_count(known, "first_timesteps")
+            self._warm_up_timesteps = read_count(known, "warm_up_timesteps")
             self._batch_size = read_count(known, "batch_size") or self._batch_size
             self._rate = check_number("rate", state["rate"], above=0.0)
             self._seconds = float(state["seconds"])
@@ -898,7 +990,41 @@ class PPOTrainer:
             self._recent_lengths.clear()
             self._recent_returns.extend(float(x) for x in state["recent_returns"])
             self._recent_lengths.extend(int(x) for x in state["recent_lengths"])
-        self._env = None
+        self._env, self._under_way = None, under_way
+
+    def _counts_of_older_versions(self, state: Mapping[str, Any]) -> dict[str, int]:
+        """What a state lacks in which all rollouts are whole ones, after a warm-up on top."""
+        first, B = read_count(state, "first_iteration"), read_count(state, "batch_size") or 1
+        T = self.num_steps or _usual_steps(B, self.sequence_length)
+        learnt = (read_count(state, "iteration") - first) * B * T
+        before = max(0, read_count(state, "timesteps") - learnt)
+        names = ("first_timesteps", "warm_up_timesteps")
+        return dict(zip(names, (before, 0) if first else (0, before), strict=True))
+
+    def _read_under_way(self, state: Mapping[str, Any]) -> dict[str, Any] | None:
+        """`_episodes_under_way` of a state, checked."""
+        stored = state["under_way"]
+        if stored is None:
+            return None
+        model, like = self.model, self._weights.vector.detach()
+        B, steps = stored["actions"].shape[:2]
+        actions = (B, steps) if model.discrete else (B, steps, model.action_dim)
+        flags = torch.empty(B, dtype=torch.bool, device="meta")
+        expected = {
+            "actions": like.new_empty(
+                actions, dtype=torch.int64 if model.discrete else None, device="meta"
+            ),
+            "state": like.new_empty(model.num_layers, B, model.state_dim, device="meta"),
+            "reset": flags,
+            "return": torch.empty(B, dtype=torch.float64, device="meta"),
+        }
+        tensors = {name: x for name, x in stored.items() if name != "seed"}
+        checked = check_tensors("under_way", tensors, expected)
+        if model.discrete and bool(
+            ((x := checked["actions"]) < 0).any() | (x >= model.action_dim).any()
+        ):
+            raise ValueError(f"under_way actions must lie in [0, {model.action_dim})")
+        return {"seed": read_count(stored, "seed"), **checked}
 
     def _settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _SETTINGS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
@@ -13,14 +14,15 @@ import secrets
 import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ssm_fast.checkpoint import read_limited, write_atomic
+from ssm_fast.checkpoint import named_in_errors, read_limited, write_atomic
 from ssm_fast.checks import check_count
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ _CURVE_LIMIT = 1 << 28  # bytes
 _CURVE_COLUMNS = ("iteration", "timesteps", "episode_return")  # what is read of any curve
 _LEFTOVER_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.tmp(\.[^.]*)?")  # of write_atomic
 _STATE_LIMIT = 1 << 31  # bytes
+_LOCK_FILE = ".lock"
 
 
 class CheckpointWarning(UserWarning):
@@ -72,10 +75,11 @@ class RunDirectory:
 
     A checkpoint is built under a temporary name, synced and renamed, so that a kill at any moment
     leaves the ones before it whole. A state is read with `weights_only=True`: a checkpoint runs no
-    code.
+    code. One process has the folder at a time, until `close` or its own end, however it ends.
 
     Args:
-        path: The folder; it is made where it is missing.
+        path: The folder; it is made where it is missing. A relative path counts from the folder in
+            which this object is made.
         resume: Continue the run that is there. Without it, a folder that holds a run is refused.
         overwrite: Replace the run that is there: the files of a run are removed, others stay.
         read_only: Look at the run that is there, maybe while it is training. Nothing is made,
@@ -84,7 +88,8 @@ class RunDirectory:
 
     Raises:
         ValueError: The folder holds a run and none of `resume`, `overwrite` and `read_only` is set,
-            `overwrite` is and config.json is not that of a run, or `keep` is below 1.
+            `overwrite` is and config.json is not that of a run, another process has the folder, or
+            `keep` is below 1.
         TypeError: `keep` is no integer.
         OSError: The folder cannot be made or written to.
     """
@@ -100,15 +105,18 @@ class RunDirectory:
     ) -> None:
         self.path = Path(path)
         self.keep = check_count("keep", keep)
-        self.config_path = self.path / "config.json"
-        self.checkpoints_path = self.path / "checkpoints"
-        self.model_path = self.path / "policy.safetensors"
-        self.curve_path = self.path / "curve.csv"
-        self.figure_path = self.path / "curve.png"
-        self.tensorboard_path = self.path / "tensorboard"
-        self.evaluation_path = self.path / "evaluation.json"
+        folder = self.path.absolute()  # an environment may change the working directory
+        self._folder = folder
+        self.config_path = folder / "config.json"
+        self.checkpoints_path = folder / "checkpoints"
+        self.model_path = folder / "policy.safetensors"
+        self.curve_path = folder / "curve.csv"
+        self.figure_path = folder / "curve.png"
+        self.tensorboard_path = folder / "tensorboard"
+        self.evaluation_path = folder / "evaluation.json"
         self._columns: list[str] | None = None
         self._writer: Any = None
+        self._lock: _Lock | None = None
         if not read_only:
             self._prepare(resume, overwrite)
 
@@ -117,22 +125,31 @@ class RunDirectory:
         try:
             self.checkpoints_path.mkdir(parents=True, exist_ok=True)
             with (
-                tempfile.TemporaryFile(dir=self.path),
+                tempfile.TemporaryFile(dir=self._folder),
                 tempfile.TemporaryFile(dir=self.checkpoints_path),
             ):
                 pass
+            self._lock = _Lock.of(self._folder)
+        except BlockingIOError:
+            raise ValueError(
+                f"{self.path} is in use: another process trains there; wait for its end or choose "
+                "another folder (--out)"
+            ) from None
         except OSError as error:
             raise OSError(f"run folder {self.path} cannot be written to: {error}") from error
         if overwrite:
             self._remove_run()
         elif not resume and (self.config_path.exists() or self._checkpoint_paths()):
+            self.close()
             raise ValueError(
                 f"{self.path} holds a run already; resume it (--resume), replace it (--overwrite) or "
                 "choose another folder (--out)"
             )
+        if not resume:
+            self.curve_path.unlink(missing_ok=True)  # of one that ended before its first checkpoint
         for leftover in self.checkpoints_path.glob(f"{_TEMPORARY_PREFIX}*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in self.path.iterdir():
+        for leftover in self._folder.iterdir():
             if _LEFTOVER_NAME.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
 
@@ -219,6 +236,10 @@ class RunDirectory:
             shutil.rmtree(old)
         return final
 
+    def has_checkpoint(self, iteration: int) -> bool:
+        """Whether there is one after so many iterations."""
+        return iteration in map(_iteration_of, self._checkpoint_paths())
+
     def has_checkpoints(self) -> bool:
         """Whether there are any, intact or not."""
         return bool(self._checkpoint_paths())
@@ -239,7 +260,7 @@ class RunDirectory:
                 damage = str(error)
                 warnings.warn(f"skipped a damaged checkpoint: {error}", CheckpointWarning, 2)
         if paths:
-            raise ValueError(f"no intact checkpoint in {self.checkpoints_path}; the last: {damage}")
+            raise ValueError(f"no intact checkpoint in {self.path}; the last: {damage}")
         return None
 
     def drop_checkpoints_after(self, iteration: int) -> None:
@@ -266,7 +287,10 @@ class RunDirectory:
             self._columns = self._read_columns() or self._write_columns(row)
         if list(row) != self._columns:
             raise ValueError(f"row must have columns {self._columns}, got {list(row)}")
-        with self.curve_path.open("a", newline="", encoding="utf-8") as file:
+        with (
+            named_in_errors(self.curve_path),
+            self.curve_path.open("a", newline="", encoding="utf-8") as file,
+        ):
             csv.writer(file).writerow([_field(row[column]) for column in self._columns])
 
     def read_rows(self) -> list[dict[str, float]]:
@@ -358,16 +382,68 @@ class RunDirectory:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Closes the event writer; may be called twice."""
+        """Closes the event writer and leaves the folder to others; may be called twice."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        self._lock = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class _Lock:
+    """Keeps other processes out of a run folder while an object of this process holds it.
+
+    The kernel drops the lock of a process that dies, by SIGKILL too.
+    """
+
+    _held: ClassVar[weakref.WeakValueDictionary[tuple[int, int], _Lock]] = (
+        weakref.WeakValueDictionary()
+    )
+
+    def __init__(self, descriptor: int) -> None:
+        self.close = weakref.finalize(self, os.close, descriptor)
+
+    @classmethod
+    def of(cls, folder: Path) -> _Lock:
+        """That of a folder.
+
+        Raises:
+            BlockingIOError: Another process holds it.
+            OSError: The folder cannot be written to.
+        """
+        descriptor = os.open(folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        info = os.fstat(descriptor)
+        held = cls._held.get((info.st_dev, info.st_ino))
+        if held is not None:
+            os.close(descriptor)
+            return held
+        lock = cls(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # as on some network disks
+            warnings.warn(
+                f"{folder} cannot be locked ({error}): train there with one process at a time",
+                stacklevel=2,
+            )
+        cls._held[info.st_dev, info.st_ino] = lock
+        return lock
+
+    @classmethod
+    def leave_all(cls) -> None:
+        """In a forked child, which must not hold what its parent has."""
+        for lock in list(cls._held.values()):
+            lock.close()
+        cls._held.clear()
+
+
+os.register_at_fork(after_in_child=_Lock.leave_all)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -450,7 +526,7 @@ def _write_bytes(path: Path, contents: bytes) -> None:
 
 
 def _write_synced(path: Path, contents: bytes) -> None:
-    with path.open("wb") as file:
+    with named_in_errors(path), path.open("wb") as file:
         file.write(contents)
         file.flush()
         os.fsync(file.fileno())

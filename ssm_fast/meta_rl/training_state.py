@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -58,6 +59,36 @@ def save_checkpoint(
         save_policy(path, trainer, env)
 
     run.save_checkpoint(trainer.iteration, trainer.state_dict(), write_model)
+
+
+@contextmanager
+def keep_last_iteration(
+    run: RunDirectory | None, trainer: Resumable, env: Environment | TrialEnvironment
+) -> Iterator[Callable[[], None]]:
+    """Writes a checkpoint of the last whole iteration where something ends a training inside one.
+
+    That is Ctrl-C, or an error of the environment or of a callback. Where numbers are not finite, or
+    a file cannot be written, the checkpoints stay as they are.
+
+    Yields:
+        What the training calls after each iteration, once its row is written.
+    """
+    last: dict[str, Any] | None = None
+
+    def keep() -> None:
+        nonlocal last
+        if run is not None:
+            last = copy.deepcopy(trainer.state_dict())
+
+    try:
+        yield keep
+    except (FloatingPointError, OSError):
+        raise
+    except BaseException:
+        if run is not None and last is not None and not run.has_checkpoint(last["iteration"]):
+            trainer.load_state_dict(last)
+            save_checkpoint(run, trainer, env)
+        raise
 
 
 def save_policy(path: Path, trainer: Resumable, env: Environment | TrialEnvironment) -> None:
@@ -129,6 +160,32 @@ def must_fit() -> Iterator[None]:
     ) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"training state does not fit: {reason}") from error
+
+
+def check_model(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises TypeError for a model of another kind, with a word on one that is wrapped."""
+    if isinstance(model, kind):
+        return
+    hint = ""
+    if any(isinstance(inner, kind) for inner in model.modules()):
+        hint = ": give the trainer the model inside"
+    article = "an" if kind.__name__[0] in "AEIOU" else "a"
+    raise TypeError(f"model must be {article} {kind.__name__}, got {type(model).__name__}{hint}")
+
+
+def check_parts(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]) -> None:
+    """Compares the tensors of an optimizer with those that a trainer learns.
+
+    Raises:
+        ValueError: The optimizer has others: its steps would move nothing.
+    """
+    held = [[id(x) for x in group["params"]] for group in optimizer.param_groups]
+    if held != [[id(x) for x in group] for group in groups]:
+        raise ValueError(
+            "the trainer must keep the optimizer, the model and the trainable parameters that it was "
+            "made with: set options in trainer.optimizer.param_groups, load weights by "
+            "trainer.model.load_state_dict(...), or make a new trainer"
+        )
 
 
 @torch.no_grad()

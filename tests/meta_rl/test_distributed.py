@@ -23,6 +23,7 @@ from sharded_runs import CLOCKS
 
 from ssm_fast import cli
 from ssm_fast.checkpoint import load_model
+from ssm_fast.cli import commands
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.meta_rl.distributed import LostRank, Rows, World, join_world
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
@@ -59,10 +60,10 @@ class Kills(PendulumEnv):
 
 gymnasium.register("Kills-v0", entry_point=Kills, max_episode_steps=10)
 """
-# 8 iterations of 64 steps with a checkpoint in every fourth; rank 1 dies in the sixth
+# 8 iterations of 64 steps, after as many of warm-up, with a checkpoint in every fourth; rank 1 dies in the sixth
 TRAIN = [
     *("train", "--env", "kills:Kills-v0", "--batch_size", "4", "--num_steps", "16"),
-    *("--steps", "512", "--checkpoint_interval", "2", "--ppo_epochs", "2"),
+    *("--steps", "576", "--checkpoint_interval", "2", "--ppo_epochs", "2"),
     *("--state_dim", "4", "--hidden_dim", "8"),
 ]
 
@@ -371,7 +372,7 @@ def test_options_that_two_processes_cannot_have(
 ) -> None:
     world = World()
     world.size = 2
-    monkeypatch.setattr(cli, "join_world", lambda: world)
+    monkeypatch.setattr(commands, "join_world", lambda: world)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", *args, "--out", "run"]) == 2
     assert capsys.readouterr().err == f"ssm-fast: {text}\n"

@@ -560,6 +560,30 @@ def test_weights_that_are_not_finite():
     assert torch.equal(trainer.model.actor.weight, before)
 
 
+@pytest.mark.parametrize("part", ["model", "optimizer", "parameters", "frozen"])
+def test_a_part_that_is_replaced(part):
+    env = environment()
+    trainer = trainer_for(env)
+    if part == "model":
+        trainer.model = copy.deepcopy(trainer.model)
+    elif part == "optimizer":
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    elif part == "parameters":
+        trainer.model.load_state_dict(trainer.model.state_dict(), assign=True)
+    else:
+        trainer.model.layers[0].A.requires_grad_(False)
+    with pytest.raises(ValueError, match="must keep the optimizer, the model"):
+        trainer.train(env, 1)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_model_that_is_wrapped():
+    model = trainer_for(environment()).model
+    for wrapped in (torch.compile(model), torch.nn.DataParallel(model)):
+        with pytest.raises(TypeError, match=r"an ImprovedSSM, got .*: give the trainer the model"):
+            MetaRLTrainer(wrapped)
+
+
 def test_episodes_that_end_at_once():
     """Where nothing can be told apart, nothing is learnt: rounding is not blown up."""
     env = environment(limit=1)

@@ -8,11 +8,14 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.classic_control import CartPoleEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import Tensor
 
 from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.env_runner.environment import Environment
+from ssm_fast.meta_rl import policy_gradient_trainer
 from ssm_fast.meta_rl.policy_gradient_trainer import Episodes, PolicyGradientTrainer
 from ssm_fast.meta_rl.run import RunDirectory
 
@@ -61,6 +64,20 @@ class TestCollectEpisodes:
         assert episodes.truncated.sum(1).tolist() == [1, 1, 1]
         assert episodes.truncated[:, -1].all()
         assert not episodes.terminated.any()
+
+    def test_without_a_time_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(policy_gradient_trainer, "_LONGEST_EPISODE", 30)
+        trainer = PolicyGradientTrainer(_model(), seed=4)
+        limited = _episodes(trainer, 8)
+        env = SyncVectorEnv([CartPoleEnv] * 8, autoreset_mode=AutoresetMode.SAME_STEP)
+        with pytest.warns(UserWarning, match="has no time limit: episodes end after 30 steps"):
+            episodes = trainer.collect_episodes(Environment.wrap(env))
+        lengths = limited.valid.sum(1)
+        assert (lengths > 30).any()
+        assert (lengths < 30).any()
+        assert torch.equal(episodes.valid.sum(1), lengths.clamp(max=30))
+        assert torch.equal(episodes.truncated.sum(1), (lengths > 30).long())
+        assert torch.equal(episodes.observations, limited.observations[:, :30])
 
     def test_episodes_follow_from_seed_and_iteration(self) -> None:
         trainer = PolicyGradientTrainer(_model(), seed=4)
@@ -309,9 +326,27 @@ class TestFailures:
         ):
             trainer.update(_episodes(trainer))
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
     def test_models(self) -> None:
         with pytest.raises(TypeError, match="model must be a StateSpaceModel, got Linear"):
             PolicyGradientTrainer(torch.nn.Linear(2, 2))
+        for wrapped in (torch.compile(_model()), torch.nn.DataParallel(_model())):
+            with pytest.raises(TypeError, match=r"got .*: give the trainer the model inside"):
+                PolicyGradientTrainer(wrapped)
+
+    @pytest.mark.parametrize("part", ["model", "optimizer", "parameters"])
+    def test_a_part_that_is_replaced(self, part: str) -> None:
+        trainer = PolicyGradientTrainer(_model(), seed=4)
+        if part == "model":
+            trainer.model = _model()
+        elif part == "optimizer":
+            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+        else:
+            trainer.model.load_state_dict(_model().state_dict(), assign=True)
+        with pytest.raises(ValueError, match="must keep the optimizer, the model"):
+            trainer.train(gymnasium.make("CartPole-v1"), 2)
+        with pytest.raises(ValueError, match="must keep the optimizer, the model"):
+            trainer.update(_episodes(trainer))
 
     def test_a_gradient_that_overflows(self) -> None:
         model = _model()

@@ -315,7 +315,7 @@ class TestUpdate:
     def test_learning_rate_follows_the_kl_divergence(self) -> None:
         def rates(desired_kl: float, **options: Any) -> list[float]:
             trainer = _trainer(_model(), desired_kl=desired_kl, learning_rate=1e-4, **options)
-            metrics = trainer.train(_drift(2), 48 * 6).metrics
+            metrics = trainer.train(_drift(2), 48 * 7).metrics  # one of them warms up
             return [row["learning_rate"] for row in metrics]
 
         steps = 1e-4 * 1.3 ** np.arange(6)
@@ -417,8 +417,8 @@ class TestTrain:
         before = [p.clone() for p in model.parameters()]
         result = trainer.train(gymnasium.make("Pendulum-v1"), total_timesteps=300, log_interval=1)
         assert all(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
-        assert result.timesteps == 2048
-        assert result.episode_lengths == [200] * 10
+        assert result.timesteps == 300
+        assert result.episode_lengths == [200]
         assert all(-2000 < x < 0 for x in result.episode_returns)
 
     @pytest.mark.parametrize("kind", ["env", "vector", "environment"])
@@ -432,7 +432,7 @@ class TestTrain:
         trainer = PPOTrainer(model, num_steps=16, ppo_epochs=1, seed=0)
         metrics: list[dict[str, float]] = []
         result = trainer.train(env, 200, callback=lambda m: metrics.append(m) and None)
-        assert result.timesteps == (208 if kind == "env" else 240)
+        assert result.timesteps == (200 if kind == "env" else 201)  # whole steps of 3 rows
         assert metrics == result.metrics
         assert metrics[0]["learning_rate"] == trainer.learning_rate
         assert metrics[-1]["learning_rate"] == pytest.approx(trainer.learning_rate / len(metrics))
@@ -505,6 +505,27 @@ class TestTrain:
         with pytest.raises(TypeError, match=f"float32 or float64 to train, got {dtype}"):
             PPOTrainer(ImprovedSSM(3, 1).to(dtype))
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+    def test_a_model_that_is_wrapped(self) -> None:
+        for wrapped in (torch.compile(_model()), torch.nn.DataParallel(_model())):
+            with pytest.raises(
+                TypeError, match=r"an ImprovedSSM, got .*: give the trainer the model"
+            ):
+                PPOTrainer(wrapped)
+
+    @pytest.mark.parametrize("part", ["model", "optimizer"])
+    def test_a_part_that_is_replaced(self, part: str) -> None:
+        env, trainer = _resumable("Pendulum-v1")
+        rollout = trainer.collect_rollout(env)
+        if part == "model":
+            trainer.model = copy.deepcopy(trainer.model)
+        else:
+            trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+        with pytest.raises(ValueError, match="must keep the optimizer, the model"):
+            trainer.train(env, 64)
+        with pytest.raises(ValueError, match="must keep the optimizer, the model"):
+            trainer.update(rollout)
+
     def test_frozen_parameters(self) -> None:
         env, trainer = _resumable("Pendulum-v1")
         model = trainer.model
@@ -542,12 +563,39 @@ class TestTrain:
         with pytest.raises(ValueError, match="staggered_resets needs a time limit"):
             trainer.collect_rollout(Environment.wrap(_drift(2)))
 
+    def test_counts_steps_exactly(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        taken, learnt, rates, rows = {}, {}, {}, {}
+        for total in (158, 192):  # the last rollout has 7 steps, or is whole
+            trainer = _trainer(_model(), mini_batch_size=12)
+            sequences: list[tuple[int, int]] = []
+            minibatches = trainer._minibatches
+
+            def spy(S: int, L: int, seen: Any = sequences, minibatches: Any = minibatches) -> Any:
+                seen.append((S, L))
+                return minibatches(S, L)
+
+            monkeypatch.setattr(trainer, "_minibatches", spy)
+            metrics = trainer.train(_drift(2), total).metrics
+            taken[total] = [row["timesteps"] for row in metrics]
+            learnt[total] = sequences[:: trainer.ppo_epochs]
+            rates[total] = [row["learning_rate"] / trainer.learning_rate for row in metrics]
+            rows[total] = [{k: x for k, x in m.items() if "second" not in k} for m in metrics]
+        assert taken == {158: [96, 144, 158], 192: [96, 144, 192]}
+        assert learnt == {158: [(8, 6), (8, 6), (2, 6)], 192: [(8, 6)] * 3}
+        assert rates[158] == rates[192] == [1.0, 0.75, 0.5]
+        _assert_same(rows[158][:2], rows[192][:2])
+        assert rows[158][2]["policy_loss"] != rows[192][2]["policy_loss"]
+
+    def test_one_step_of_each_environment(self) -> None:
+        result = _trainer(_model()).train(_drift(2), 1)
+        assert (result.timesteps, result.iterations) == (2, 1)
+
     def test_a_second_call_goes_on(self) -> None:
         trainer = _trainer(_model())
-        for timesteps in (48 * 3, 48 * 5):  # the first call warms the norm up
+        for timesteps in (96, 192):  # the first call warms the norm up
             result = trainer.train(_drift(2), 96)
             assert result.timesteps == timesteps
-        assert result.iterations == 4
+        assert result.iterations == 3
         assert result.metrics[0]["learning_rate"] == trainer.learning_rate
 
     def test_same_seed_same_weights(self) -> None:
@@ -706,6 +754,7 @@ class TestFailures:
             trainer.train(_drift(2), 10_000)
 
 
+_STEPS = 488  # of the trainers below: a warm-up of 64, 6 rollouts of 64, and a last one of 40
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -725,7 +774,7 @@ if sys.argv[4] == "write":
 def callback(metrics):
     if metrics["iteration"] == 5:
         kill()
-trainer.train(env, 7 * 64, run=RunDirectory(sys.argv[3]), callback=callback)
+trainer.train(env, 488, run=RunDirectory(sys.argv[3]), callback=callback)
 """
 
 
@@ -778,12 +827,12 @@ class TestResume:
     def test_equals_the_uninterrupted_run(self, env_id: str, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path / "whole")
         env, trainer = _resumable(env_id)
-        trainer.train(env, 7 * 64, run=run)
+        trainer.train(env, _STEPS, run=run)
         assert trainer.iteration == 7
         whole = _outcome(trainer, run)
 
         run = RunDirectory(tmp_path / "parts")
-        for stop_at, starts_at in ((1, 0), (3, 0), (4, 2), (5, 4), (99, 4)):
+        for stop_at, starts_at in ((1, 0), (3, 1), (4, 3), (5, 4), (99, 5)):
             env, trainer = _resumable(env_id)
             metrics: list[dict[str, float]] = []
 
@@ -796,7 +845,7 @@ class TestResume:
                     raise KeyboardInterrupt
 
             with suppress(KeyboardInterrupt):
-                trainer.train(env, 7 * 64, run=run, resume=True, callback=callback)
+                trainer.train(env, _STEPS, run=run, resume=True, callback=callback)
             assert metrics[0]["iteration"] == starts_at + 1
         _assert_same(_outcome(trainer, run), whole)
 
@@ -805,7 +854,7 @@ class TestResume:
     def test_after_a_kill(self, env_id: str, moment: str, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path / "whole")
         env, trainer = _resumable(env_id)
-        trainer.train(env, 7 * 64, run=run)
+        trainer.train(env, _STEPS, run=run)
         whole = _outcome(trainer, run)
 
         folder = str(Path(__file__).parent)
@@ -822,7 +871,7 @@ class TestResume:
         assert checkpoint is not None
         assert checkpoint.iteration == (4 if moment == "iteration" else 2)
         env, trainer = _resumable(env_id)
-        trainer.train(env, 7 * 64, run=run, resume=True)
+        trainer.train(env, _STEPS, run=run, resume=True)
         _assert_same(_outcome(trainer, run), whole)
 
     def test_other_settings(self, tmp_path: Path) -> None:
@@ -847,7 +896,7 @@ class TestResume:
             if metrics["iteration"] == 4:  # where a checkpoint is due
                 trainer.save(tmp_path / "state.pt")
 
-        trainer.train(env, 4 * 64, callback=callback)
+        trainer.train(env, 5 * 64, callback=callback)  # one of them warms up
         trainer.train(env, 2 * 64)
         env, other = _resumable("Pendulum-v1")
         other.load(tmp_path / "state.pt")

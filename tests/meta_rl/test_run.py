@@ -4,7 +4,13 @@ import json
 import math
 import os
 import pickle
+import resource
+import signal
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,7 +37,99 @@ def _row(iteration: int, episode_return: float = 1.0) -> dict[str, float]:
     }
 
 
+# Holds a folder, as does, after a fork, nobody else.
+_HOLDS = """
+import os, sys, time
+from ssm_fast.meta_rl.run import RunDirectory
+run = RunDirectory(sys.argv[1], resume=True)
+if os.fork() == 0:
+    time.sleep(60)
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def _largest_file(size: int) -> Iterator[None]:
+    """As a full disk: no file grows beyond this."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 class TestRunDirectory:
+    def test_another_process_has_the_folder(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        process = subprocess.Popen(
+            [sys.executable, "-c", _HOLDS, str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        try:
+            assert int(process.stdout.readline()) == process.pid
+            for resume in (False, True):
+                with pytest.raises(ValueError, match="run is in use: another process trains there"):
+                    RunDirectory(folder, resume=resume)
+            assert RunDirectory(folder, read_only=True).read_rows() == []
+            process.kill()
+            process.wait(60)
+            RunDirectory(folder)  # its child lives on
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(60)
+            process.stdout.close()
+
+    def test_one_process_may_open_a_folder_twice(self, tmp_path: Path) -> None:
+        run = RunDirectory(tmp_path)
+        run.append_row(_row(1))
+        assert RunDirectory(tmp_path, resume=True).read_rows() == [_row(1)]
+        run.close()
+        done = subprocess.run(
+            [sys.executable, "-c", _HOLDS.partition("if")[0], str(tmp_path)],
+            check=False,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def test_a_relative_folder_stays_where_it_was(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path)
+        run = RunDirectory("run")
+        monkeypatch.chdir("elsewhere")
+        run.append_row(_row(1))
+        run.save_checkpoint(1, _state(1.0))
+        run.write_config({})
+        assert [p.name for p in tmp_path.iterdir() if list(p.iterdir())] == ["run"]
+        assert str(run.path) == "run"
+
+    def test_a_run_that_learnt_nothing_leaves_the_folder_free(self, tmp_path: Path) -> None:
+        RunDirectory(tmp_path).append_row(_row(1))
+        run = RunDirectory(tmp_path)
+        run.append_row(_row(1))
+        assert run.read_rows() == [_row(1)]
+
+    def test_a_full_disk_is_named(self, tmp_path: Path) -> None:
+        run = RunDirectory(tmp_path)
+        run.append_row(_row(1))
+        state = {"weights": torch.zeros(10_000)}
+        with _largest_file(10_000), pytest.raises(OSError, match="File too large") as raised:
+            run.save_checkpoint(1, state)
+        assert Path(raised.value.filename).name == "training.pt"
+        size = run.curve_path.stat().st_size
+        with _largest_file(size), pytest.raises(OSError, match="File too large") as raised:
+            run.append_row(_row(2))
+        assert Path(raised.value.filename) == run.curve_path
+        with _largest_file(100), pytest.raises(OSError, match="File too large") as raised:
+            run.write_config({"x": "x" * 200})
+        assert Path(raised.value.filename) == run.config_path
+
     def test_keeps_the_last_checkpoints(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path / "a" / "run", keep=2)
         for iteration in (5, 10, 15, 100_000_000):
@@ -124,7 +222,8 @@ class TestRunDirectory:
         for name in (*kept, *gone):
             (tmp_path / name).write_text("")
         RunDirectory(tmp_path)
-        assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == sorted(kept)
+        files = [p.name for p in tmp_path.iterdir() if p.is_file() and p.name != ".lock"]
+        assert sorted(files) == sorted(kept)
 
     def test_what_a_kill_left_behind_is_removed(self, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path)
