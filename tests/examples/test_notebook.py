@@ -26,7 +26,9 @@ def test_it_runs(
     finally:
         torch.set_num_threads(threads)
     assert names["evaluation"].mean > 300  # an untrained policy holds the pole for about 20 steps
-    assert len(names["returns"]) == 4
+    before, *after = names["returns"]
+    assert before < 100, "the cell shows what adapting is for"
+    assert min(after) > 400
 
 
 def test_it_holds_no_outputs() -> None:
