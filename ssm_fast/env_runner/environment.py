@@ -162,7 +162,7 @@ class Environment:
 
         Raises:
             ValueError: Its spaces do not fit, or its autoreset mode is another.
-            TypeError: It is no environment.
+            TypeError: `env` is not an environment.
         """
         if not isinstance(env, (gymnasium.Env, VectorEnv)):
             raise TypeError(
@@ -309,7 +309,7 @@ class Environment:
             )
         if options and "reset_mask" in options:
             raise ValueError(
-                f"options must not have 'reset_mask': reset() of {self!r} is of all rows"
+                f"options must not have 'reset_mask': reset() of {self!r} restarts all rows"
             )
         if elapsed is not None:
             if not self._envs and self.physics != "vector":
@@ -343,7 +343,7 @@ class Environment:
             for i, (env, env_seed) in enumerate(zip(self._envs, seeds, strict=True)):
                 if self._next_tasks is not None:
                     env.get_wrapper_attr("set_task")(self._next_tasks[i])
-                row, row_info = self._reset_row(i, seed=env_seed, options=options)
+                row, row_info = self._call(i, "reset", seed=env_seed, options=options)
                 self._store(raw, i, row)
                 env_info.append(_own(row_info))
                 if elapsed is not None:
@@ -358,7 +358,7 @@ class Environment:
             except Exception as error:
                 _add_note(error, f"in the reset of {self.env_name}")
                 raise
-            rows, env_info = self._of_length("reset", _OF_RESET, result)
+            rows, env_info = self._checked_tuple("reset", result)
             raw = self._rows_of("observations", rows, self.single_observation_space.shape)
             if self.physics == "vector":
                 env_info = RowInfo(env_info, self.batch_size)
@@ -388,13 +388,15 @@ class Environment:
 
         Raises:
             FloatingPointError: An environment returned NaN or infinity. The message names the row.
-            ValueError: An environment returned what Gymnasium's interface has not, or the actions
-                do not fit (before any environment moves).
+            ValueError: An environment broke Gymnasium's interface, or the actions do not fit (no
+                environment has moved then).
             RuntimeError: There was no `reset` yet, or an error ended the last `step`.
         """
         self._check_open()
         if not self._is_reset:
-            raise RuntimeError("call reset() before step()")
+            raise RuntimeError(
+                "call reset() before step(): there was none, or an error ended the last step"
+            )
         checked = self._check_actions(actions)
         self._is_reset = False  # whatever interrupts the rows, they have to start together
         self._steps += 1
@@ -405,7 +407,8 @@ class Environment:
         with np.errstate(over="ignore"):  # of a reward that is large for what learns from it
             self._check_finite("reward", rewards.astype(np.float32))
         self._check_finite("observation", final_obs)
-        self._check_finite("first observation", obs)
+        if raw is not raw_final:
+            self._check_finite("first observation", obs)
         if self._large is not None:
             self._warn_of_rounding(raw_final)
             self._watch(raw)
@@ -445,7 +448,7 @@ class Environment:
         env_info = []
         first: list[tuple[int, Any]] = []
         for i in range(B):
-            row, reward, ended, cut, row_info = self._step_row(i, actions[i])
+            row, reward, ended, cut, row_info = self._call(i, "step", actions[i])
             self._store(final, i, row)
             try:
                 rewards[i], terminated[i], truncated[i] = reward, ended, cut
@@ -454,7 +457,7 @@ class Environment:
             env_info.append(_own(row_info))
             if ended or cut:
                 # a copy: the environment may share the memory of its observations with others
-                first.append((i, np.array(self._reset_row(i)[0])))
+                first.append((i, np.array(self._call(i, "reset")[0])))
         obs = final
         if first:
             obs = final.copy()  # [B, input_dim]
@@ -462,43 +465,35 @@ class Environment:
                 self._store(obs, i, row)
         return obs, final, rewards, terminated, truncated, env_info
 
-    def _step_row(self, i: int, action: Any) -> Any:
-        """Steps one environment; whatever it raises says which one it is."""
+    def _call(self, i: int, call: Literal["step", "reset"], *args: Any, **kwargs: Any) -> Any:
+        """Steps or resets one environment; an error tells which one raised it."""
         try:
-            result = self._envs[i].step(action)
+            result = getattr(self._envs[i], call)(*args, **kwargs)
         except Exception as error:
             if _is_of_unpacking(error):  # a wrapper of Gymnasium's met the wrong tuple first
-                raise ValueError(self._wrong_tuple("step", _OF_STEP, str(error), i)) from error
-            self._name_row(error, i, f"step {self._lengths[i]} of its episode")
+                raise ValueError(self._wrong_tuple(call, str(error), i)) from error
+            when = f"step {self._lengths[i]} of its episode" if call == "step" else "its reset"
+            _add_note(error, f"in environment {i} of {self.env_name}, at {when}")
             raise
-        return self._of_length("step", _OF_STEP, result, i)
+        return self._checked_tuple(call, result, i)
 
-    def _reset_row(self, i: int, **arguments: Any) -> Any:
-        """Resets one environment; whatever it raises says which one it is."""
-        try:
-            result = self._envs[i].reset(**arguments)
-        except Exception as error:
-            self._name_row(error, i, "its reset")
-            raise
-        return self._of_length("reset", _OF_RESET, result, i)
-
-    def _name_row(self, error: Exception, i: int, when: str) -> None:
-        _add_note(error, f"in environment {i} of {self.env_name}, at {when}")
-
-    def _of_length(self, call: str, names: str, result: Any, i: int | None = None) -> Any:
-        """What `call` of environment `i`, or of all at once, returned: a tuple of these names."""
-        if isinstance(result, tuple) and len(result) == len(names.split(", ")):
+    def _checked_tuple(
+        self, call: Literal["step", "reset"], result: Any, i: int | None = None
+    ) -> Any:
+        """Returns what `call` of environment `i`, or of all at once, returned."""
+        if isinstance(result, tuple) and len(result) == len(_RETURNED[call]):
             return result
         got = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
-        raise ValueError(self._wrong_tuple(call, names, f"got {got}", i))
+        raise ValueError(self._wrong_tuple(call, f"got {got}", i))
 
-    def _wrong_tuple(self, call: str, names: str, got: str, i: int | None) -> str:
+    def _wrong_tuple(self, call: Literal["step", "reset"], got: str, i: int | None) -> str:
         who = self.env_name if i is None else f"{self.env_name}: environment {i}"
         old = "; Gym's old step returned done in the place of terminated and truncated"
+        names = ", ".join(_RETURNED[call])
         return f"{who}: {call} must return ({names}), {got}{old if call == 'step' else ''}"
 
     def _no_scalars(self, i: int, *values: Any) -> str:
-        names = ("reward", "terminated", "truncated")
+        names = _RETURNED["step"][1:4]
         got = ", ".join(f"{name} {value!r}" for name, value in zip(names, values, strict=True))
         return (
             f"{self.env_name}: environment {i} must return a number as reward, and a bool each as "
@@ -514,7 +509,7 @@ class Environment:
         except Exception as error:
             _add_note(error, f"in step {self._steps} of {self.env_name}")
             raise
-        rows, *scalars, info = self._of_length("step", _OF_STEP, result)
+        rows, *scalars, info = self._checked_tuple("step", result)
         obs = self._rows_of("observations", rows, self.single_observation_space.shape)
         rewards = self._rows_of("rewards", scalars[0], ()).astype(np.float64)
         terminated = self._rows_of("terminated", scalars[1], ()).astype(np.bool_)
@@ -825,8 +820,10 @@ class RowInfo(Sequence[dict[str, Any]]):
         }
 
 
-_OF_STEP = "observation, reward, terminated, truncated, info"
-_OF_RESET = "observation, info"
+_RETURNED = {
+    "step": ("observation", "reward", "terminated", "truncated", "info"),
+    "reset": ("observation", "info"),
+}
 _SYNC_METHODS = ("reset", "step", "render", "_add_info")  # what stepping row by row replaces
 _WIDE_DTYPES = tuple(map(np.dtype, ("float64", "int64", "uint64", "int32", "uint32")))
 _LARGE = 2.0**16  # where neighbours in float32 are 2**-7 apart
@@ -885,7 +882,7 @@ def _last_frame(error: Exception) -> traceback.FrameSummary:
 
 
 def _add_note(error: Exception, note: str) -> None:
-    """`BaseException.add_note`, which Python 3.10 has not."""
+    """`BaseException.add_note`, which Python 3.10 lacks."""
     cast(Any, error).__notes__ = [*getattr(error, "__notes__", []), note]
 
 

@@ -178,7 +178,9 @@ class SameStepVectorEnv(VectorEnv[NDArray[Any], NDArray[Any], NDArray[Any]]):
         """
         self._check_open()
         if not self._is_reset:
-            raise RuntimeError("call reset() before step()")
+            raise RuntimeError(
+                "call reset() before step(): there was none, or an error ended the last step"
+            )
         actions = np.asarray(actions)
         self._check_actions(actions)
         self._is_reset = False  # whatever interrupts the rows, they have to start together
