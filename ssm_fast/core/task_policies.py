@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
+from ssm_fast.core.functional_call import functional_call
 from ssm_fast.core.improved_ssm import (
     NORM_EPS,
     ImprovedSSM,
