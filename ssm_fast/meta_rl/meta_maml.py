@@ -29,6 +29,7 @@ TaskData: TypeAlias = Sequence[Any]  # support_x, support_y, query_x, query_y
 _PARTS = ("support_x", "support_y", "query_x", "query_y")
 _STATE_VERSION = 1
 _CHUNK_ROWS = 8192  # of the tasks in a vmapped call on the CPU
+_LARGEST_RATE = 10.0  # of the learnt ones, in rates at the start
 _WRITTEN_OUT_TASKS = 64  # in a call without vmap, which keeps a gradient of each
 
 
@@ -73,8 +74,10 @@ class MetaMAML:
         outer_lr: Learning rate of Adam.
         first_order: Leave out the derivative of the inner gradients (FOMAML).
         inner_steps: Inner steps of `meta_update`, and of `adapt_task` by default.
-        learn_inner_lr: Learn a rate for each weight together with the weights (Meta-SGD).
-        max_grad_norm: Scale the meta-gradient down to this norm; None leaves it.
+        learn_inner_lr: Learn a rate for each weight together with the weights (Meta-SGD). Rates stay
+            between 0 and ten times ``inner_lr``: beyond, more inner steps than were trained diverge.
+        max_grad_norm: Scale the meta-gradient down to this norm; None leaves it. The gradient through
+            several inner steps grows a thousandfold at times.
         chunk_size: Tasks in one call. None takes all on a GPU, and on the CPU as many as have 8,192
             rows together: what larger ones give leaves the caches; without vmap it takes 64. Smaller
             chunks take less memory and give the same numbers. 1 needs no vmap, which not every
@@ -100,7 +103,7 @@ class MetaMAML:
         *,
         inner_steps: int = 1,
         learn_inner_lr: bool = False,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None = 10.0,
         chunk_size: int | None = None,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     ) -> None:
@@ -123,6 +126,9 @@ class MetaMAML:
         if not self._parameters:
             raise ValueError("model must have parameters that require gradients")
         self._kinds = _kinds(self._parameters)
+        if learn_inner_lr and inner_lr == 0.0:
+            raise ValueError("inner_lr must be positive where learn_inner_lr is set, got 0")
+        self._first_rate = float(inner_lr)
         self._rates = {
             name: nn.Parameter(torch.full_like(p, inner_lr))
             for name, p in self._parameters.items()
@@ -297,6 +303,9 @@ class MetaMAML:
         self.optimizer.step()
         self.optimizer.zero_grad()
         check_step(parameters, before)
+        with torch.no_grad():
+            for rate in rates.values():
+                rate.clamp_(0.0, _LARGEST_RATE * self._first_rate)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
