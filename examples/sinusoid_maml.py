@@ -65,8 +65,8 @@ def main(updates: int, meta_sgd: bool, inner_steps: int, tasks: int) -> dict[int
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="MAML on sinusoids")
-    parser.add_argument("--updates", type=int, default=10_000)
+    parser.add_argument("--updates", type=int, default=6000)
     parser.add_argument("--meta-sgd", action="store_true", help="learn the inner rates")
     parser.add_argument("--inner-steps", type=int, default=1)
-    parser.add_argument("--tasks", type=int, default=600, help="sinusoids to evaluate on")
+    parser.add_argument("--tasks", type=int, default=200, help="sinusoids to evaluate on")
     main(**vars(parser.parse_args()))

@@ -81,9 +81,7 @@ class FlatParameters:
         trainable = [named[name] for name in self._names]
         for name, p, kept in zip(self._names, trainable, self.parameters, strict=True):
             if p.shape != kept.shape:
-                raise ValueError(
-                    f"{name} must have shape {list(kept.shape)}, got {list(p.shape)}"
-                )
+                raise ValueError(f"{name} must have shape {list(kept.shape)}, got {list(p.shape)}")
             if p.dtype != self.vector.dtype or p.device != self.vector.device:
                 raise TypeError(
                     f"the model must stay {self.vector.dtype} on {self.vector.device}, as the "

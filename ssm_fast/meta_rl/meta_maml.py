@@ -411,6 +411,8 @@ class MetaMAML:
             )
             history.append(losses.detach())
             _check_losses(torch.stack(history), chunk)
+            if not self.first_order and not self._is_vmapped:
+                _check_twice_differentiable(losses)
             with _second_order(not self.first_order):
                 gradients = torch.autograd.grad(
                     losses.sum(),
@@ -640,18 +642,37 @@ def task_losses(loss: Loss, weights: Weights, batch: Any, *, vmapped: bool = Tru
     return losses
 
 
+_ONE_DERIVATIVE = (
+    "the model must have second derivatives unless first_order=True, which leaves them out: "
+)
+
+
 @contextmanager
 def _second_order(wanted: bool) -> Iterator[None]:
     """Says what to do where a module of a model has first derivatives only."""
     try:
         yield
     except RuntimeError as error:
-        if wanted and any(word in str(error) for word in ("not implemented", "once_differentiable")):
-            raise RuntimeError(
-                "the model must have second derivatives unless first_order=True, which leaves them "
-                f"out: {error}"
-            ) from error
+        if wanted and "not implemented" in str(error):
+            raise RuntimeError(f"{_ONE_DERIVATIVE}{error}") from error
         raise
+
+
+def _check_twice_differentiable(losses: Tensor) -> None:
+    """Raise for a gradient of a once-differentiable function.
+
+    Torch puts a node there that raises, but ``torch.autograd.grad`` goes around it: no weight is
+    behind the node.
+    """
+    seen, nodes = set(), [losses.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "Error":
+            raise RuntimeError(f"{_ONE_DERIVATIVE}a function is marked with @once_differentiable")
+        nodes.extend(following for following, _ in node.next_functions)
 
 
 def _kinds(parameters: Mapping[str, Tensor]) -> list[tuple[torch.dtype, torch.device]]:
