@@ -670,7 +670,7 @@ def _check_twice_differentiable(losses: Tensor) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if node.name() == "Error":
+        if node.name() == "torch::autograd::Error":
             raise RuntimeError(f"{_ONE_DERIVATIVE}a function is marked with @once_differentiable")
         nodes.extend(following for following, _ in node.next_functions)
 
