@@ -59,7 +59,7 @@ def main(updates: int, meta_sgd: bool, inner_steps: int, tasks: int) -> dict[int
         if update % max(1, updates // 10) == 0:
             print(f"update {update}: query loss {loss:.3f}")
     errors = evaluate(maml, tasks)
-    print(*(f"error after {steps} steps: {error:.3f}" for steps, error in errors.items()), sep="\n")
+    print(*(f"{steps:2} steps: error {error:.3f}" for steps, error in errors.items()), sep="\n")
     return errors
 
 
