@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
+from ssm_fast.core.functional_call import functional_call
 from ssm_fast.core.improved_ssm import (
     NORM_EPS,
     ImprovedSSM,
@@ -56,9 +57,10 @@ class TaskPolicies:
             if list(weight.shape) != expected:
                 raise ValueError(f"{name} must have shape {expected}, got {list(weight.shape)}")
             check_dtype(name, weight, own[name])
+        names = {id(p): name for name, p in own.items()}  # one of each that several places share
         self.weights = {
-            name: weights.get(name, p.expand(self.tasks, *p.shape)).detach().contiguous()
-            for name, p in own.items()
+            place: weights.get(names[id(p)], p.expand(self.tasks, *p.shape)).detach().contiguous()
+            for place, p in model.named_parameters(remove_duplicate=False)
         }
         find = self.weights.get
         self._is_plain = all(is_plain(weight) for weight in self.weights.values())

@@ -40,6 +40,7 @@ class FlatParameters:
         self.model = model
         self._world = world or World()
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in named]
         self.parameters: list[Tensor] = [p for _, p in named]
         if not named:
             raise ValueError("the model must have parameters that require gradients")
@@ -71,10 +72,17 @@ class FlatParameters:
             ValueError: Other parameters of the model are trainable than at the start.
             TypeError: They have another dtype.
         """
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if [p.shape for p in trainable] != [p.shape for p in self.parameters]:
-            raise ValueError("the model must train the parameters that the trainer was made with")
-        for p in trainable:
+        named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        changed = sorted(named.keys() ^ set(self._names))
+        if changed:
+            raise ValueError(
+                "the model must train the parameters that its trainer or adapter was made with: "
+                f"{changed[0]} {'is' if changed[0] in named else 'is not'} trained now"
+            )
+        trainable = [named[name] for name in self._names]
+        for name, p, kept in zip(self._names, trainable, self.parameters, strict=True):
+            if p.shape != kept.shape:
+                raise ValueError(f"{name} must have shape {list(kept.shape)}, got {list(p.shape)}")
             if p.dtype != self.vector.dtype or p.device != self.vector.device:
                 raise TypeError(
                     f"the model must stay {self.vector.dtype} on {self.vector.device}, as the "

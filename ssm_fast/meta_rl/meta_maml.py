@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ssm_fast.checks import check_count, check_number
+from ssm_fast.core.functional_call import functional_call
 from ssm_fast.core.task_gradients import task_gradients
 from ssm_fast.losses import default_loss, is_default_loss
 from ssm_fast.meta_rl.training_state import check_step, check_tensors, load_adam, must_fit
@@ -27,6 +29,7 @@ TaskData: TypeAlias = Sequence[Any]  # support_x, support_y, query_x, query_y
 _PARTS = ("support_x", "support_y", "query_x", "query_y")
 _STATE_VERSION = 1
 _CHUNK_ROWS = 8192  # of the tasks in a vmapped call on the CPU
+_LARGEST_RATE = 5.0  # of the learnt ones, in rates at the start
 _WRITTEN_OUT_TASKS = 64  # in a call without vmap, which keeps a gradient of each
 
 
@@ -71,11 +74,15 @@ class MetaMAML:
         outer_lr: Learning rate of Adam.
         first_order: Leave out the derivative of the inner gradients (FOMAML).
         inner_steps: Inner steps of `meta_update`, and of `adapt_task` by default.
-        learn_inner_lr: Learn a rate for each weight together with the weights (Meta-SGD).
-        max_grad_norm: Scale the meta-gradient down to this norm; None leaves it.
+        learn_inner_lr: Learn a rate for each weight together with the weights (Meta-SGD). Rates stay
+            between 0 and five times ``inner_lr``: beyond, more inner steps than were trained diverge.
+        max_grad_norm: Scale the meta-gradient down to this norm; None leaves it. The gradient through
+            several inner steps grows a thousandfold at times.
         chunk_size: Tasks in one call. None takes all on a GPU, and on the CPU as many as have 8,192
             rows together: what larger ones give leaves the caches; without vmap it takes 64. Smaller
-            chunks take less memory and give the same numbers.
+            chunks take less memory and give the same numbers. 1 needs no vmap, which not every
+            module has; the tasks of a model with an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` always
+            run without it, one by one.
         optimizer: Makes the outer optimizer from the list of meta-parameters, instead of Adam.
 
     Attributes:
@@ -84,8 +91,7 @@ class MetaMAML:
 
     Raises:
         ValueError: A number is out of its range, or the model has nothing to train.
-        TypeError: The model is no ``nn.Module`` or holds an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, which
-            have no vmap, or a count is no integer.
+        TypeError: The model is no ``nn.Module``, or a count is no integer.
     """
 
     def __init__(
@@ -97,19 +103,12 @@ class MetaMAML:
         *,
         inner_steps: int = 1,
         learn_inner_lr: bool = False,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None = 10.0,
         chunk_size: int | None = None,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        for name, module in model.named_modules():
-            if isinstance(module, nn.RNNBase):
-                where = f"{name!r} is one" if name else "it is one"
-                raise TypeError(
-                    f"model must hold no nn.{type(module).__name__}, which torch cannot vmap, but "
-                    f"{where}: ssm_fast.SSM takes its place"
-                )
         check_number("inner_lr", inner_lr, at_least=0.0)
         check_number("outer_lr", outer_lr, at_least=0.0)
         check_count("inner_steps", inner_steps)
@@ -126,6 +125,10 @@ class MetaMAML:
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self._parameters:
             raise ValueError("model must have parameters that require gradients")
+        self._kinds = _kinds(self._parameters)
+        if learn_inner_lr and inner_lr == 0.0:
+            raise ValueError("inner_lr must be positive where learn_inner_lr is set, got 0")
+        self._first_rate = float(inner_lr)
         self._rates = {
             name: nn.Parameter(torch.full_like(p, inner_lr))
             for name, p in self._parameters.items()
@@ -144,6 +147,7 @@ class MetaMAML:
             )
         else:
             self.optimizer = optimizer(parameters)
+            self._check_optimizer(self._parameters, self._rates)
 
     @property
     def rates(self) -> float | Weights:
@@ -153,7 +157,8 @@ class MetaMAML:
     def task_weights(self, num_tasks: int) -> Weights:
         """The meta-weights for ``G`` tasks, ``[G, ...]`` views that gradients flow through."""
         check_count("num_tasks", num_tasks)
-        return {n: p.expand(num_tasks, *p.shape) for n, p in self._parameters.items()}
+        weights, _ = self._meta_parameters()
+        return {n: p.expand(num_tasks, *p.shape) for n, p in weights.items()}
 
     def adapt_task(
         self,
@@ -164,6 +169,10 @@ class MetaMAML:
         num_steps: int | None = None,
     ) -> Weights:
         """Adapt to one task; the model stays as it is.
+
+        An outer loss of the adapted weights can be differentiated with respect to the model's
+        parameters, the learnt rates and the support set; through the inner gradients unless
+        ``first_order``. Under ``torch.no_grad()`` no graph is kept.
 
         Args:
             support_x: What the model sees, ``[B, T, I]`` or ``[B, I]``, or forward's arguments.
@@ -183,14 +192,15 @@ class MetaMAML:
         """
         steps = self.inner_steps if num_steps is None else num_steps
         check_count("num_steps", steps, at_least=0)
+        weights = self.task_weights(1)
         parts = dict(zip(_PARTS, (support_x, support_y), strict=False))
         self._check_parts(parts, "")
         batch = tree_map(lambda x: x.unsqueeze(0), (support_x, support_y))
         loss = self._loss("support_y", batch[1], initial_hidden_state, loss_fn)
-        weights = {n: w.detach() for n, w in self.task_weights(1).items()}
         for step in range(steps):
-            with torch.no_grad():
-                weights, losses = inner_update(loss, weights, batch, self.rates)
+            weights, losses = inner_update(
+                loss, weights, batch, self.rates, self.first_order, vmapped=self._is_vmapped
+            )
             if not bool(torch.isfinite(losses).all()):
                 raise FloatingPointError(
                     f"the support loss is {float(losses)} before inner step {step}"
@@ -243,7 +253,8 @@ class MetaMAML:
             raise ValueError("tasks must hold at least one task, got none")
         for i, task in enumerate(tasks):
             self._check_task(i, task)
-        total = [torch.zeros_like(p) for p in (*self._parameters.values(), *self._rates.values())]
+        weights, rates = self._meta_parameters()
+        total = [torch.zeros_like(p) for p in (*weights.values(), *rates.values())]
         losses = total[0].new_empty(len(tasks))
         for group in _same_shapes(tasks):
             for chunk, of_chunk, gradients in self._gradients_of_chunks(
@@ -251,11 +262,11 @@ class MetaMAML:
             ):
                 losses[chunk] = of_chunk
                 torch._foreach_add_(total, gradients, alpha=1.0 / len(tasks))
-        count = len(self._parameters)
+        count = len(weights)
         return MetaGradient(
             losses,
-            dict(zip(self._parameters, total[:count], strict=True)),
-            dict(zip(self._rates, total[count:], strict=True)),
+            dict(zip(weights, total[:count], strict=True)),
+            dict(zip(rates, total[count:], strict=True)),
         )
 
     def outer_step(self, gradient: MetaGradient) -> float:
@@ -269,11 +280,15 @@ class MetaMAML:
             FloatingPointError: The norm is not finite: weights and optimizer are as before. Or a
                 weight after the step is not: weights and rates are as before.
         """
-        self._check_model()
-        parameters = [*self._parameters.values(), *self._rates.values()]
+        weights, rates = self._meta_parameters()
+        self._check_optimizer(weights, rates)
+        missing = weights.keys() - gradient.weights.keys() | rates.keys() - gradient.rates.keys()
+        if missing:
+            raise ValueError(f"gradient must hold {sorted(missing)}, which are trained now")
+        parameters = [*weights.values(), *rates.values()]
         gradients = [
-            *(gradient.weights[name] for name in self._parameters),
-            *(gradient.rates[name] for name in self._rates),
+            *(gradient.weights[name] for name in weights),
+            *(gradient.rates[name] for name in rates),
         ]
         norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
@@ -281,12 +296,16 @@ class MetaMAML:
         scale = 1.0
         if self.max_grad_norm is not None:
             scale = min(1.0, self.max_grad_norm / (norm + 1e-6))
+        self.optimizer.zero_grad()  # a frozen weight keeps no gradient to follow
         for parameter, grad in zip(parameters, gradients, strict=True):
             parameter.grad = grad * scale
         before = [parameter.detach().clone() for parameter in parameters]
         self.optimizer.step()
         self.optimizer.zero_grad()
         check_step(parameters, before)
+        with torch.no_grad():
+            for rate in rates.values():
+                rate.clamp_(0.0, _LARGEST_RATE * self._first_rate)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,23 +348,24 @@ class MetaMAML:
         steps: int,
     ) -> Iterator[tuple[list[int], Tensor, list[Tensor]]]:
         """Of tasks of the same shapes: some of them, their query losses and sums of gradients."""
+        weights, rates = self._meta_parameters()
         for part in _parts(group, self.chunk_size or _WRITTEN_OUT_TASKS):
             found = None
             if all(is_default_loss(loss_fn, tasks[i][k]) for i in part for k in (1, 3)):
                 found = task_gradients(
                     self.model,
-                    self._parameters,
+                    weights,
                     [tasks[i] for i in part],
                     state,
-                    self._rates or self.inner_lr,
+                    rates or self.inner_lr,
                     steps,
                     self.first_order,
                 )
             if found is not None:
                 _check_losses(torch.cat((found.inner_losses, found.outer_losses[None])), part)
                 _check_gradients(found.weights, part)
-                by_weight = [found.weights[name].sum(0) for name in self._parameters]
-                by_rate = [found.rates[name].sum(0) for name in self._rates]
+                by_weight = [found.weights[name].sum(0) for name in weights]
+                by_rate = [found.rates[name].sum(0) for name in rates]
                 yield part, found.outer_losses, by_weight + by_rate
                 continue
             most = self.chunk_size or _tasks_of_a_chunk(tasks[part[0]], len(part))
@@ -369,6 +389,7 @@ class MetaMAML:
         of_tasks = f"of task {chunk[0]}"
         support = self._loss(f"support_y {of_tasks}", support_y, state, loss_fn)
         query = self._loss(f"query_y {of_tasks}", query_y, state, loss_fn)
+        _, rates = self._meta_parameters()
         with torch.enable_grad():
             # Leaves of every task: their gradients tell which task has gone wrong.
             leaves = {
@@ -377,18 +398,28 @@ class MetaMAML:
             weights, history = leaves, []
             for _ in range(steps):
                 weights, losses = inner_update(
-                    support, weights, (support_x, support_y), self.rates, self.first_order
+                    support,
+                    weights,
+                    (support_x, support_y),
+                    rates or self.inner_lr,
+                    self.first_order,
+                    vmapped=self._is_vmapped,
                 )
                 history.append(losses)
-            losses = task_losses(query, weights, (query_x, query_y))  # [G]
+            losses = task_losses(  # [G]
+                query, weights, (query_x, query_y), vmapped=self._is_vmapped
+            )
             history.append(losses.detach())
             _check_losses(torch.stack(history), chunk)
-            gradients = torch.autograd.grad(
-                losses.sum(),
-                [*leaves.values(), *self._rates.values()],
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            if not self.first_order and not self._is_vmapped:
+                _check_twice_differentiable(losses)
+            with _second_order(not self.first_order):
+                gradients = torch.autograd.grad(
+                    losses.sum(),
+                    [*leaves.values(), *rates.values()],
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
         per_task = gradients[: len(leaves)]
         _check_gradients(dict(zip(leaves, per_task, strict=True)), chunk)
         return losses.detach(), [*(g.sum(0) for g in per_task), *gradients[len(leaves) :]]
@@ -428,14 +459,60 @@ class MetaMAML:
             return (*positional, state), named
         return (), named | {second.name: state}
 
-    def _check_model(self) -> None:
+    def _meta_parameters(self) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+        """The weights that are trained now and their learnt rates, by name.
+
+        A weight that was frozen after construction is not among them. Rates and optimizer follow a
+        model that was moved to another dtype or device.
+
+        Raises:
+            ValueError: The model has other parameters than it had, or trains none of them, or a
+                module of it would update statistics that tasks share.
+        """
         own = dict(self.model.named_parameters())
         for name, parameter in self._parameters.items():
             if own.get(name) is not parameter:
                 raise ValueError(
                     f"{name} of the model must stay the parameter that the optimizer was made with: "
-                    "load_state_dict() without assign=True keeps it"
+                    "load_state_dict() without assign=True keeps it; after another change make a "
+                    "new MetaMAML"
                 )
+        trained = {name: p for name, p in own.items() if p.requires_grad}
+        for name in trained:
+            if name not in self._parameters:
+                raise ValueError(
+                    f"{name} of the model must not require gradients, as when MetaMAML was made: "
+                    "make a new MetaMAML to train it too"
+                )
+        if not trained:
+            raise ValueError("model must have parameters that require gradients, all are frozen")
+        for name, module in self.model.named_modules():
+            if module.training and getattr(module, "track_running_stats", False):
+                raise ValueError(
+                    f"{name or 'model'}, a {type(module).__name__}, must not update running "
+                    "statistics, which all tasks share: make it with track_running_stats=False, or "
+                    "call its eval()"
+                )
+        if self._kinds != _kinds(self._parameters):
+            for name, rate in self._rates.items():
+                rate.data = rate.data.to(self._parameters[name])
+            self.optimizer.load_state_dict(self.optimizer.state_dict())  # casts its tensors
+            self._kinds = _kinds(self._parameters)
+        return trained, {name: rate for name, rate in self._rates.items() if name in trained}
+
+    def _check_optimizer(self, weights: Mapping[str, Tensor], rates: Mapping[str, Tensor]) -> None:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        for what, parameters in (("", weights), ("the rate of ", rates)):
+            for name, p in parameters.items():
+                if id(p) not in held:
+                    raise ValueError(f"optimizer must hold {what}{name}, which it would not move")
+
+    @property
+    def _is_vmapped(self) -> bool:
+        """Whether the tasks of a chunk run as one call."""
+        return self.chunk_size != 1 and not any(
+            isinstance(module, nn.RNNBase) for module in self.model.modules()
+        )
 
     def _check_task(self, i: int, task: TaskData) -> None:
         if not isinstance(task, (tuple, list)) or len(task) != len(_PARTS):
@@ -472,6 +549,8 @@ def inner_update(
     batch: Any,
     rates: float | Mapping[str, Tensor],
     first_order: bool = False,
+    *,
+    vmapped: bool = True,
 ) -> tuple[Weights, Tensor]:
     """Take one gradient step in every task: ``φ_g - α ∘ ∇ L_g(φ_g)``.
 
@@ -480,18 +559,24 @@ def inner_update(
     have a batch of its own, such as trajectories collected with the weights of the step before.
 
     Args:
-        loss: ``(weights, batch) -> scalar`` of one task. It is vmapped.
+        loss: ``(weights, batch) -> scalar`` of one task.
         weights: ``[G, ...]`` by name, from `MetaMAML.task_weights` or the step before.
         batch: Any nest of tensors ``[G, ...]``.
         rates: One rate, or a tensor for each name that broadcasts against its weight.
         first_order: Take the gradient for a constant.
+        vmapped: As in `task_losses`.
 
     Returns:
         The adapted weights ``[G, ...]``, and the losses before the step ``[G]``, detached.
 
     Raises:
         ValueError: The loss is no scalar, does not depend on the weights, or a rate is missing.
+        RuntimeError: The loss cannot be vmapped, or gradients are off by ``inference_mode``.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "an inner step needs gradients: use torch.no_grad() around it instead of inference_mode()"
+        )
     if isinstance(rates, Mapping) and not weights.keys() <= rates.keys():
         raise ValueError(f"rates must hold {sorted(weights.keys() - rates.keys())}")
     keeps_graph = torch.is_grad_enabled() and not first_order
@@ -501,7 +586,7 @@ def inner_update(
             n: w if keeps_graph and w.requires_grad else w.detach().requires_grad_()
             for n, w in weights.items()
         }
-        losses = task_losses(loss, points, batch)  # [G]
+        losses = task_losses(loss, points, batch, vmapped=vmapped)  # [G]
         if not losses.requires_grad:
             raise ValueError("the loss must depend on the weights")
         # A task's loss depends on its own weights alone, so the gradient of the sum is theirs.
@@ -519,16 +604,19 @@ def inner_update(
     return adapted, losses.detach()
 
 
-def task_losses(loss: Loss, weights: Weights, batch: Any) -> Tensor:
+def task_losses(loss: Loss, weights: Weights, batch: Any, *, vmapped: bool = True) -> Tensor:
     """The loss of every task at its weights, ``[G]``, in one vmapped call.
 
     Args:
         loss: ``(weights, batch) -> scalar`` of one task.
         weights: ``[G, ...]`` by name.
         batch: Any nest of tensors ``[G, ...]``.
+        vmapped: Otherwise the tasks run one by one, for a loss that torch cannot vmap, such as one
+            through an ``nn.GRU``.
 
     Raises:
         ValueError: The loss is no scalar.
+        RuntimeError: The loss cannot be vmapped.
     """
 
     def scalar(weights: Weights, batch: Any) -> Tensor:
@@ -538,8 +626,57 @@ def task_losses(loss: Loss, weights: Weights, batch: Any) -> Tensor:
             raise ValueError(f"the loss must be a scalar tensor, got {got}")
         return value
 
-    losses: Tensor = vmap(scalar, randomness="different")(weights, batch)
+    if not vmapped:
+        tasks = len(next(iter(weights.values())))
+        each = [tree_map(lambda x, g=g: x[g], (weights, batch)) for g in range(tasks)]
+        return torch.stack([scalar(*arguments) for arguments in each])
+    try:
+        losses: Tensor = vmap(scalar, randomness="different")(weights, batch)
+    except RuntimeError as error:
+        if any(word in str(error) for word in ("vmap", "functorch", "atching rule")):
+            raise RuntimeError(
+                f"the loss must be one that torch.func.vmap can map over the tasks: {error} "
+                "vmapped=False, or chunk_size=1 of MetaMAML, takes the tasks one by one without it."
+            ) from error
+        raise
     return losses
+
+
+_ONE_DERIVATIVE = (
+    "the model must have second derivatives unless first_order=True, which leaves them out: "
+)
+
+
+@contextmanager
+def _second_order(wanted: bool) -> Iterator[None]:
+    """Says what to do where a module of a model has first derivatives only."""
+    try:
+        yield
+    except RuntimeError as error:
+        if wanted and "not implemented" in str(error):
+            raise RuntimeError(f"{_ONE_DERIVATIVE}{error}") from error
+        raise
+
+
+def _check_twice_differentiable(losses: Tensor) -> None:
+    """Raise for a gradient of a once-differentiable function.
+
+    Torch puts a node there that raises, but ``torch.autograd.grad`` goes around it: no weight is
+    behind the node.
+    """
+    seen, nodes = set(), [losses.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(f"{_ONE_DERIVATIVE}a function is marked with @once_differentiable")
+        nodes.extend(following for following, _ in node.next_functions)
+
+
+def _kinds(parameters: Mapping[str, Tensor]) -> list[tuple[torch.dtype, torch.device]]:
+    return [(p.dtype, p.device) for p in parameters.values()]
 
 
 @cache

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ssm_fast.checkpoint import load_checkpoint as load_model_file
 from ssm_fast.checkpoint import load_inner_rates
 from ssm_fast.checks import check_count, check_flag, check_number, check_spaces, is_replaced
+from ssm_fast.core.functional_call import functional_call
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 from ssm_fast.core.task_gradients import policy_task_gradients
 from ssm_fast.core.task_policies import TaskPolicies
@@ -227,7 +227,7 @@ class MetaRLTrainer:
         self.seed = check_count("seed", seed, at_least=0)
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        self._shared = self._trainable()
+        self._shared = _trained(self.model)
         self.rates = {
             name: torch.full_like(p, inner_lr * transition_pace(name))
             for name, p in self._shared.items()
@@ -791,6 +791,7 @@ class MetaRLTrainer:
             FloatingPointError: A gradient is not finite, or a weight after a step. The weights are as
                 before the minibatch.
         """
+        self._check_model()
         figures, weights = [], []
         for _ in range(self.outer_epochs):
             order = torch.randperm(len(rounds[0]["rewards"]), generator=self._shuffle, device="cpu")
@@ -895,14 +896,6 @@ class MetaRLTrainer:
 
     # Checks and saving
 
-    def _trainable(self) -> dict[str, Tensor]:
-        """The parameters of the model that are learnt."""
-        return {
-            name: p
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and not name.startswith("critic")
-        }
-
     @staticmethod
     def _groups(learnt: Sequence[tuple[str, Tensor]]) -> list[list[Tensor]]:
         """What the optimizer moves at the full rate, and at that of transition matrices."""
@@ -913,7 +906,7 @@ class MetaRLTrainer:
 
     def _check_parts(self) -> None:
         rates = list(self.rates.items()) if self.learn_inner_lr else []
-        check_parts(self.optimizer, self._groups([*self._trainable().items(), *rates]))
+        check_parts(self.optimizer, self._groups([*_trained(self.model).items(), *rates]))
 
     def _check_env(self, env: TaskEnvironment) -> None:
         if not isinstance(env, (Environment, TrialEnvironment)):
@@ -921,8 +914,27 @@ class MetaRLTrainer:
                 f"env must be an Environment or a TrialEnvironment, got {type(env).__name__}"
             )
         self._steps_of(env)
+        self._check_model()
         model = self.model
         check_spaces(env, model.input_dim, model.action_dim, model.discrete)
+
+    def _check_model(self) -> None:
+        """Raise where the model trains other parameters than those of the optimizer."""
+        trained = _trained(self.model)
+        for name in {**self._shared, **trained}:
+            if trained.get(name) is not self._shared.get(name):
+                raise ValueError(
+                    f"{name} of the model must be trained exactly if it was when the trainer was "
+                    "made, and stay the same parameter: make a new trainer after freezing, "
+                    "unfreezing or replacing it"
+                )
+        for name, rate in self.rates.items():
+            own = trained[name]
+            if own.dtype != rate.dtype or own.device != rate.device:
+                raise TypeError(
+                    f"the model must stay {rate.dtype} on {rate.device}, as the trainer was made "
+                    f"with, got {name} of {own.dtype} on {own.device}"
+                )
 
     def _check_rows(self, env: TaskEnvironment, tasks: int) -> None:
         if env.family is None:
@@ -1000,6 +1012,15 @@ class MetaRLTrainer:
 
 def _episodes_of(env: TaskEnvironment) -> int:
     return env.episodes if isinstance(env, TrialEnvironment) else 1
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What tasks adapt and the outer steps train: all that requires gradients but the critic."""
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and not name.startswith("critic")
+    }
 
 
 def _check_weights(weights: Weights, step: int) -> None:

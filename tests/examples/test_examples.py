@@ -33,5 +33,19 @@ def test_it_learns(
     assert float(match[1]) > enough, output
 
 
+def test_sinusoids_are_fitted_by_a_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "--updates 400 --meta-sgd --tasks 30"
+    monkeypatch.setattr("sys.argv", ["sinusoid_maml.py", *arguments.split()])
+    runpy.run_path(str(EXAMPLES / "sinusoid_maml.py"), run_name="__main__")
+    output = capsys.readouterr().out
+    found = re.findall(r"^ *(\d+) steps: error (\S+)$", output, re.MULTILINE)
+    errors = {int(steps): float(error) for steps, error in found}
+    assert errors.keys() == {0, 1, 5, 10}, output
+    assert errors[1] < 0.75 * errors[0], output
+    assert errors[10] < errors[0], output
+
+
 def test_every_example_is_run() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == RUNS.keys()
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*RUNS, "sinusoid_maml"}

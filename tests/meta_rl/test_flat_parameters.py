@@ -83,3 +83,22 @@ def test_read_follows_replaced_parameters_and_refuses_frozen_ones() -> None:
     model[0].bias.requires_grad_(False)
     with pytest.raises(ValueError, match="must train the parameters"):
         flat.read()
+
+
+def test_read_names_what_changed() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight.requires_grad_(False)
+    flat = FlatParameters(model)
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"0\.weight is not trained now"):
+        flat.read()
+    model[1].weight.requires_grad_(True)  # as many numbers as before, of another weight
+    with pytest.raises(ValueError, match=r"0\.weight is not trained now"):
+        flat.read()
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1\.weight is trained now"):
+        flat.read()
+    model[1].weight.requires_grad_(False)
+    model[0].bias = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"0\.bias must have shape \[3\], got \[2\]"):
+        flat.read()

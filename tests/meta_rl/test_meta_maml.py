@@ -4,6 +4,7 @@ import copy
 import io
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -315,6 +316,134 @@ class TestMetaGradient:
         torch.testing.assert_close(actual.losses, torch.stack(expected))
 
 
+class Recurrent(nn.Module):
+    """A layer of torch without vmap, and a head."""
+
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = layer(IN, H, batch_first=True)
+        self.head = nn.Linear(H, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0])
+
+
+class _Tanh(torch.autograd.Function):
+    """It has neither vmap nor a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * (1.0 - ctx.saved_tensors[0].square())
+
+
+class OnceDifferentiable(nn.Module):
+    """A stateless model of which torch has the first derivatives alone."""
+
+    def __init__(self, tanh: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.head, self.tanh = nn.Linear(IN, H), nn.Linear(H, OUT), tanh
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tanh(self.linear(x)))
+
+
+def by_hand(
+    model: nn.Module, call: Callable[[Weights, Tensor], Tensor], tasks: Any, first_order: bool
+) -> list[Tensor]:
+    """The meta-gradient of two inner steps with rate 0.3, one task after the other."""
+    names = [name for name, _ in model.named_parameters()]
+    weights = copies(dict(model.named_parameters()))
+    total = torch.zeros((), dtype=torch.float64)
+    for support_x, support_y, query_x, query_y in tasks:
+        w = weights
+        for _ in range(2):
+            loss = F.mse_loss(call(w, support_x), support_y)
+            gradients = torch.autograd.grad(loss, list(w.values()), create_graph=not first_order)
+            w = {n: w[n] - 0.3 * g for n, g in zip(names, gradients, strict=True)}
+        total = total + F.mse_loss(call(w, query_x), query_y) / len(tasks)
+    return list(torch.autograd.grad(total, list(weights.values())))
+
+
+class TestModelsWithoutVmap:
+    @pytest.mark.parametrize("chunk_size", [None, 1, 2])
+    @pytest.mark.parametrize("first_order", [False, True])
+    @pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+    def test_layers_of_torch(
+        self, layer: type[nn.RNNBase], first_order: bool, chunk_size: int | None
+    ) -> None:
+        torch.manual_seed(0)
+        model, tasks = Recurrent(layer).double(), without_resets(make_tasks())
+        maml = MetaMAML(model, 0.3, 0.1, first_order, inner_steps=2, chunk_size=chunk_size)
+        expected = by_hand(model, lambda w, x: functional_call(model, w, (x,)), tasks, first_order)
+        for one, other in zip(maml.meta_gradient(tasks).weights.values(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        assert maml.meta_update(tasks) > maml.meta_update(tasks)
+        assert maml.adapt_task(*tasks[0][:2])["layer.weight_hh_l0"].shape[1] == H
+        copy.deepcopy(model)(tasks[0][0]).sum().backward()
+
+    def test_a_module_with_first_derivatives_only(self) -> None:
+        torch.manual_seed(0)
+        model, tasks = OnceDifferentiable(_Tanh.apply).double(), without_resets(make_tasks())
+        with pytest.raises(RuntimeError, match=r"torch\.func\.vmap can map .* or chunk_size=1 of"):
+            MetaMAML(model, 0.3).meta_update(tasks)
+        with pytest.raises(RuntimeError, match="second derivatives unless first_order=True"):
+            MetaMAML(model, 0.3, chunk_size=1).meta_update(tasks)
+        maml = MetaMAML(model, 0.3, first_order=True, inner_steps=2, chunk_size=1)
+        twice = OnceDifferentiable(torch.tanh).double()
+        expected = by_hand(model, lambda w, x: functional_call(twice, w, (x,)), tasks, True)
+        for one, other in zip(maml.meta_gradient(tasks).weights.values(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        (x, y, *_), *_ = tasks
+        with torch.no_grad():
+            maml.adapt_task(x, y)
+
+
+def tied_module() -> nn.Module:
+    layer = nn.Linear(IN, IN)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Linear(IN, OUT))
+
+
+def tied_weight() -> nn.Module:
+    model = nn.Sequential(nn.Linear(IN, IN), nn.Tanh(), nn.Linear(IN, IN), nn.Linear(IN, OUT))
+    model[2].weight = model[0].weight
+    return model
+
+
+class TestTiedWeights:
+    """What is used twice is one weight, which adapts once."""
+
+    @pytest.mark.parametrize("make_model", [tied_module, tied_weight])
+    def test_meta_gradient(self, make_model: Callable[[], nn.Module]) -> None:
+        torch.manual_seed(0)
+        model, tasks = make_model().double(), without_resets(make_tasks())
+
+        def call(w: Weights, x: Tensor) -> Tensor:
+            second = w.get("2.bias", w["0.bias"])
+            hidden = F.linear(F.linear(x, w["0.weight"], w["0.bias"]).tanh(), w["0.weight"], second)
+            return F.linear(hidden, w["3.weight"], w["3.bias"])
+
+        maml = MetaMAML(model, 0.3, inner_steps=2)
+        expected = by_hand(model, call, tasks, False)
+        for one, other in zip(maml.meta_gradient(tasks).weights.values(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+        before = dict(model.named_parameters(remove_duplicate=False))
+        maml.meta_update(tasks)
+        maml.adapt_task(*tasks[0][:2])
+        with pytest.raises(RuntimeError, match=r"size|shape"):
+            maml.meta_update([(x[..., 1:], y, qx, qy) for x, y, qx, qy in tasks])
+        after = dict(model.named_parameters(remove_duplicate=False))
+        assert all(after[name] is parameter for name, parameter in before.items())
+        assert model[0].weight is model[2].weight
+        assert isinstance(model[0].weight, nn.Parameter)
+
+
 def cast(part: Any) -> Any:
     if isinstance(part, dict):
         return {name: cast(x) for name, x in part.items()}
@@ -456,7 +585,8 @@ class TestAdaptTask:
         model, state = make("norm_output"), initial_state("norm_output")
         before = {n: p.clone() for n, p in model.state_dict().items()}
         (x, y, *_), *_ = make_tasks()
-        adapted = MetaMAML(model, inner_lr=0.3).adapt_task(x, y, state, num_steps=num_steps)
+        with torch.no_grad():
+            adapted = MetaMAML(model, inner_lr=0.3).adapt_task(x, y, state, num_steps=num_steps)
         assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
         assert not any(w.requires_grad for w in adapted.values())
         other = copy.deepcopy(model)
@@ -472,8 +602,34 @@ class TestAdaptTask:
         model = make("standard")
         (x, y, *_), *_ = make_tasks()
         adapted = MetaMAML(model).adapt_task(x, y, num_steps=0)
-        adapted["A"].zero_()
+        adapted["A"].detach().zero_()
         assert dict(model.named_parameters())["A"].abs().sum() > 0
+
+    @pytest.mark.parametrize("first_order", [False, True])
+    @pytest.mark.parametrize("kind", ["standard", "norm_output", "stateless"])
+    def test_an_outer_loss_of_the_user(self, kind: str, first_order: bool) -> None:
+        """Its gradient is the meta-gradient, of the parameters and of the rates."""
+        model, tasks = make(kind), without_resets(make_tasks())
+        maml = MetaMAML(model, 0.3, first_order=first_order, inner_steps=2, learn_inner_lr=True)
+        expected = maml.meta_gradient(tasks)
+        losses = []
+        for support_x, support_y, query_x, query_y in tasks:
+            weights = maml.adapt_task(support_x, support_y)
+            output = functional_call(model, weights, (query_x,))
+            output = output[0] if isinstance(output, tuple) else output
+            losses.append(F.mse_loss(output, query_y))
+        torch.stack(losses).mean().backward()
+        assert isinstance(maml.rates, dict)
+        for name, parameter in model.named_parameters():
+            given = (parameter.grad, maml.rates[name].grad)
+            for actual, wanted in zip(given, (expected.weights, expected.rates), strict=True):
+                actual = torch.zeros_like(parameter) if actual is None else actual
+                torch.testing.assert_close(actual, wanted[name], rtol=0, atol=1e-10)
+
+    def test_inference_mode_is_named(self) -> None:
+        (x, y, *_), *_ = make_tasks()
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad\(\)"):
+            MetaMAML(make("standard")).adapt_task(x, y)
 
     def test_learnt_rates_are_used(self) -> None:
         maml = MetaMAML(make("standard"), learn_inner_lr=True)
@@ -542,9 +698,127 @@ class TestMetaUpdate:
         assert torch.equal(model.A, before)
         assert "A" not in maml.adapt_task(*make_tasks()[0][:2])
 
+    @pytest.mark.parametrize("chunk_size", [None, 1])
+    def test_freezing_after_construction(self, chunk_size: int | None) -> None:
+        model, tasks = make("standard"), make_tasks()
+        maml = MetaMAML(model, 0.1, 0.05, learn_inner_lr=True, chunk_size=chunk_size)
+        maml.meta_update(tasks)
+        model.A.requires_grad_(False)
+        model.A.grad = torch.ones_like(model.A)  # of a loss of before
+        before = copy.deepcopy(model.state_dict())
+        assert isinstance(maml.rates, dict)
+        rate = maml.rates["A"].detach().clone()
+        gradient = maml.meta_gradient(tasks)
+        assert "A" not in gradient.weights.keys() | gradient.rates.keys()
+        assert "A" not in maml.adapt_task(*tasks[0][:2]).keys() | maml.task_weights(1).keys()
+        maml.meta_update(tasks)
+        assert torch.equal(model.A, before["A"])
+        assert torch.equal(maml.rates["A"], rate)
+        assert not torch.equal(model.B, before["B"])
+        model.A.requires_grad_(True)
+        with pytest.raises(ValueError, match=r"gradient must hold \['A'\], which are trained now"):
+            maml.outer_step(gradient)
+        maml.meta_update(tasks)
+        assert not torch.equal(model.A, before["A"])
+        model.requires_grad_(False)
+        with pytest.raises(ValueError, match=r"must have parameters .*, all are frozen"):
+            maml.meta_update(tasks)
+
+    @pytest.mark.parametrize("optimizer", [None, partial(torch.optim.SGD, lr=0.1, momentum=0.9)])
+    def test_moving_the_model_after_construction(self, optimizer: Any) -> None:
+        maml = MetaMAML(make("standard"), 0.1, 0.05, learn_inner_lr=True, optimizer=optimizer)
+        maml.meta_update(make_tasks())
+        other = copy.deepcopy(maml)
+        other.model.float()
+        other.model.double()  # back again: only rounded, as are rates and moments then
+        maml.model.float()
+        tasks = [tuple(cast(part) for part in task) for task in make_tasks()]
+        assert maml.meta_update(tasks) == pytest.approx(other.meta_update(make_tasks()), rel=1e-5)
+        assert isinstance(maml.rates, dict)
+        assert maml.rates["A"].dtype == maml.model.get_parameter("A").dtype == torch.float32
+        for name, parameter in maml.model.named_parameters():
+            close = other.model.get_parameter(name).detach().float()
+            torch.testing.assert_close(parameter.detach(), close, rtol=1e-3, atol=1e-4)
+
+    @pytest.mark.parametrize("call", ["meta_update", "adapt_task", "task_weights"])
+    def test_other_changes_after_construction(self, call: str) -> None:
+        def use(maml: MetaMAML) -> Any:
+            tasks = make_tasks()
+            arguments = {"meta_update": (tasks,), "adapt_task": tasks[0][:2], "task_weights": (2,)}
+            return getattr(maml, call)(*arguments[call])
+
+        def unfreeze(model: nn.Module) -> None:
+            model.D.requires_grad_(True)
+
+        def replace(model: nn.Module) -> None:
+            model.A = nn.Parameter(model.A.detach().clone())
+
+        def add(model: nn.Module) -> None:
+            model.more = nn.Linear(2, 2).double()
+
+        for change, match in (
+            (unfreeze, "D of the model must not require gradients, as when"),
+            (replace, "A of the model must stay the parameter that"),
+            (add, r"more\.weight of the model must not require gradients, as when"),
+        ):
+            model = make("standard")
+            model.D.requires_grad_(False)
+            maml = MetaMAML(model)
+            change(model)
+            with pytest.raises(ValueError, match=match):
+                use(maml)
+        maml = MetaMAML(make("standard"))
+        maml.model = make("standard")
+        with pytest.raises(ValueError, match="A of the model must stay the parameter that"):
+            use(maml)
+
+    def test_another_optimizer_after_construction(self) -> None:
+        maml = MetaMAML(make("standard"), learn_inner_lr=True)
+        maml.optimizer = torch.optim.SGD(make("standard").parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="optimizer must hold A, which it would not move"):
+            maml.meta_update(make_tasks())
+        maml.optimizer = torch.optim.SGD(maml.model.parameters(), lr=0.1)
+        with pytest.raises(ValueError, match="optimizer must hold the rate of A"):
+            maml.meta_update(make_tasks())
+        assert isinstance(maml.rates, dict)
+        learnt = [*maml.model.parameters(), *maml.rates.values()]
+        maml.optimizer = torch.optim.SGD(learnt, lr=0.1)
+        maml.meta_update(make_tasks())
+
+    def test_running_statistics_are_refused_in_training(self) -> None:
+        layers = nn.Linear(IN, H), nn.BatchNorm1d(H), nn.Linear(H, OUT)
+        model = nn.Sequential(*layers).double()
+        maml, before = MetaMAML(model), copy.deepcopy(model.state_dict())
+        x, y = torch.randn(2, 6, IN).double(), torch.randn(2, 6, OUT).double()
+        with pytest.raises(ValueError, match="1, a BatchNorm1d, must not update running stat"):
+            maml.meta_update([(x[0], y[0], x[1], y[1])])
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+        model[1].eval()
+        maml.meta_update([(x[0], y[0], x[1], y[1])])
+
+    def test_rates_stay_in_their_range(self) -> None:
+        maml = MetaMAML(make("standard"), 0.1, outer_lr=2.0, learn_inner_lr=True)
+        maml.meta_update(make_tasks())  # Adam's first step has the length of its rate
+        assert isinstance(maml.rates, dict)
+        rates = torch.cat([rate.detach().flatten() for rate in maml.rates.values()])
+        assert set(rates.tolist()) == {0.0, 0.5}
+
+    def test_clips_by_default(self) -> None:
+        model = make("standard")
+        before = copy.deepcopy(model.state_dict())
+        maml = MetaMAML(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+        tasks = [(x, 1e3 * y, qx, 1e3 * qy) for x, y, qx, qy in make_tasks()]
+        assert maml.outer_step(maml.meta_gradient(tasks)) > 1e3
+        step = torch.cat([(t - before[n]).flatten() for n, t in model.state_dict().items()])
+        assert float(step.norm()) == pytest.approx(10.0)
+
     def test_another_optimizer(self) -> None:
         model = make("standard")
-        maml = MetaMAML(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+        maml = MetaMAML(
+            model,
+            max_grad_norm=None,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
+        )
         before = model.get_parameter("A").detach().clone()
         gradient = maml.meta_gradient(make_tasks())
         maml.meta_update(make_tasks())
@@ -683,10 +957,10 @@ class TestBadInput:
 
     def test_settings(self) -> None:
         model = make("standard")
-        with pytest.raises(TypeError, match=r"no nn\.GRU, .* but '1' is one: ssm_fast\.SSM takes"):
-            MetaMAML(nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 4)))
-        with pytest.raises(TypeError, match=r"no nn\.LSTM, .* but it is one"):
-            MetaMAML(nn.LSTM(3, 4))
+        with pytest.raises(ValueError, match="inner_lr must be positive where learn_inner_lr"):
+            MetaMAML(model, inner_lr=0.0, learn_inner_lr=True)
+        with pytest.raises(ValueError, match=r"optimizer must hold C\.2\.bias"):
+            MetaMAML(model, optimizer=lambda parameters: torch.optim.SGD(parameters[:-1], lr=0.1))
         with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
             MetaMAML(lambda x: x)
         with pytest.raises(ValueError, match="inner_lr must be finite and at least"):

@@ -525,6 +525,48 @@ def test_frozen_parameters_stay():
     assert "encoder.weight" not in trainer.rates
 
 
+def test_changes_of_the_model_after_construction():
+    env = environment()
+    trainer = trainer_for(env, outer_epochs=1)
+    rounds = trainer.adapt(env, tasks_of(env), 1, seed=0).rounds
+    encoder, kept = trainer.model.encoder, copy.deepcopy(trainer.state_dict()["model"])
+
+    def refuses(error, match):
+        for call in (
+            lambda: trainer.train(env, 1, test_tasks=()),
+            lambda: trainer.adapt(env, tasks_of(env), 1, seed=0),
+            lambda: trainer.update(rounds),
+        ):
+            with pytest.raises(error, match=match):
+                call()
+
+    encoder.bias.requires_grad_(False)
+    refuses(ValueError, r"encoder\.bias of the model must be trained exactly if")
+    encoder.bias.requires_grad_(True)
+    bias = encoder.bias
+    encoder.bias = torch.nn.Parameter(bias.detach().clone())
+    refuses(ValueError, r"encoder\.bias of the model must be trained exactly if")
+    encoder.bias = bias
+    trainer.model.double()
+    refuses(TypeError, r"must stay torch\.float32 on cpu, .* got .* of torch\.float64")
+    trainer.model.float()
+    assert all(torch.equal(x, kept[n]) for n, x in trainer.model.state_dict().items())
+    trainer.update(rounds)
+
+
+def test_layers_that_are_one():
+    """Rolled out and differentiated as what they are; the model keeps its parameters."""
+    env = environment()
+    torch.manual_seed(0)
+    model = ImprovedSSM(4, 2, 8, 12, 2, discrete=True)
+    model.layers[1] = model.layers[0]
+    before = dict(model.named_parameters(remove_duplicate=False))
+    trainer = MetaRLTrainer(model, tasks_per_epoch=G, num_steps=20, seed=5)
+    trainer.train(env, 1, test_tasks=())
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
 def test_learns_from_the_training_tasks_alone(monkeypatch):
     env = environment()
     trainer = trainer_for(env, evaluation_interval=1)
