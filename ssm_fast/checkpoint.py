@@ -378,10 +378,11 @@ def _check_shapes(shapes: Mapping[str, list[int]], made: Model) -> None:
 
 def _check_dtypes(dtypes: Mapping[str, torch.dtype], made: Model) -> None:
     """Raise unless the weights have one dtype, and the statistics theirs."""
+    parameters = dict(made.named_parameters())
     weights: torch.dtype | None = None
     for name, wanted in made.state_dict().items():
         dtype = dtypes[name]
-        if wanted.dtype == torch.float32:
+        if name in parameters:
             weights = weights or dtype
             if dtype != weights or weights not in _DTYPES:
                 raise ValueError(f"{name} has dtype {dtype}, others {weights}")

@@ -906,7 +906,7 @@ class MetaRLTrainer:
 
     def _check_parts(self) -> None:
         rates = list(self.rates.items()) if self.learn_inner_lr else []
-        check_parts(self.optimizer, self._groups([*_trained(self.model).items(), *rates]))
+        check_parts(self.optimizer, self._groups([*self._shared.items(), *rates]))
 
     def _check_env(self, env: TaskEnvironment) -> None:
         if not isinstance(env, (Environment, TrialEnvironment)):

@@ -254,10 +254,6 @@ class PPOTrainer:
         self.model = model.to(self.device)
 
         self._weights = FlatParameters(self.model, self.world, self.memory_pace)
-        if self._weights.vector.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"the model must be float32 or float64 to train, got {self._weights.vector.dtype}"
-            )
         self._gradient: SequenceGradient | None = None  # of the last update
         self.optimizer = torch.optim.Adam(
             [self._weights.vector], lr=learning_rate, eps=1e-5, fused=True

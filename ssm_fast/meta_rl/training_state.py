@@ -163,8 +163,11 @@ def must_fit() -> Iterator[None]:
 
 
 def check_model(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises TypeError for a model of another kind, with a word on one that is wrapped."""
+    """Raises TypeError for a model of another kind, with a word on one that is wrapped, or dtype."""
     if isinstance(model, kind):
+        dtype = next(model.parameters()).dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"the model must be float32 or float64 to train, got {dtype}")
         return
     hint = ""
     if any(isinstance(inner, kind) for inner in model.modules()):
