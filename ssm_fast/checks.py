@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,6 +53,21 @@ def check_count(name: str, value: int, at_least: int = 1) -> int:
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}")
     return int(value)
+
+
+def check_kind(model: Any, *kinds: type) -> None:
+    """Checks the class of a model, with a word on one that is wrapped, as `torch.compile` does.
+
+    Raises:
+        TypeError: It is of none of the kinds.
+    """
+    if isinstance(model, kinds):
+        return
+    names = [kind.__name__ for kind in kinds]
+    names = [f"{'an' if name[0] in 'AEIOU' else 'a'} {name}" for name in names]
+    modules = model.modules() if hasattr(model, "modules") else ()
+    hint = ": give the model inside" if any(isinstance(x, kinds) for x in modules) else ""
+    raise TypeError(f"model must be {' or '.join(names)}, got {type(model).__name__}{hint}")
 
 
 def check_flag(name: str, value: bool) -> bool:

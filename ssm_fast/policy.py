@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ssm_fast.checkpoint import Model, load_checkpoint
-from ssm_fast.checks import describe_spaces
+from ssm_fast.checks import check_kind, describe_spaces
 from ssm_fast.core import ImprovedSSM
 
 
@@ -26,7 +26,9 @@ class Policy:
         action_high: Upper bounds ``[K]``.
 
     Raises:
-        ValueError: If the bounds do not fit the model or each other.
+        ValueError: If the bounds do not fit the model or each other, or no number of the model's dtype
+            lies between them.
+        TypeError: If ``model`` is another one, or wrapped.
     """
 
     def __init__(
@@ -35,15 +37,12 @@ class Policy:
         action_low: ArrayLike | None = None,
         action_high: ArrayLike | None = None,
     ) -> None:
+        check_kind(model, *get_args(Model))
         self.model = model
         self.action_low = self._bounds("action_low", action_low)
         self.action_high = self._bounds("action_high", action_high)
-        if (
-            self.action_low is not None
-            and self.action_high is not None
-            and bool((self.action_low > self.action_high).any())
-        ):
-            raise ValueError("action_low must not exceed action_high")
+        self._rounded: dict[np.dtype[Any], tuple[NDArray[Any], NDArray[Any]]] = {}
+        self._bounds_in(_array(next(model.parameters()).detach()[:0]).dtype)
 
     def __repr__(self) -> str:
         name, model = type(self).__name__, type(self.model).__name__
@@ -98,8 +97,7 @@ class Policy:
             action, h = self._act(x, h, reset, deterministic)
         actions = _array(action)  # [B, K] or [B]
         if self.action_low is not None or self.action_high is not None:
-            clipped = np.clip(actions, self.action_low, self.action_high)
-            actions = clipped.astype(actions.dtype, copy=False)
+            actions = np.clip(actions, *self._bounds_in(actions.dtype))
         return actions[0] if single else actions, _array(h)
 
     def _act(
@@ -123,13 +121,26 @@ class Policy:
             raise ValueError(f"{name} must be finite, got NaN or Inf")
         return tensor
 
-    def _bounds(self, name: str, values: ArrayLike | None) -> NDArray[np.float32] | None:
+    def _bounds_in(self, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The bounds in the dtype of the actions, rounded inwards: no action lies beyond them."""
+        if dtype not in self._rounded:
+            low = -np.inf if self.action_low is None else self.action_low
+            high = np.inf if self.action_high is None else self.action_high
+            if bool(np.any(low > high)):
+                raise ValueError("action_low must not exceed action_high")
+            least, most = _round(low, dtype, np.inf), _round(high, dtype, -np.inf)
+            if bool(np.any(least > most)):
+                raise ValueError(f"action_low and action_high must have a {dtype} between them")
+            self._rounded[dtype] = least, most
+        return self._rounded[dtype]
+
+    def _bounds(self, name: str, values: ArrayLike | None) -> NDArray[np.float64] | None:
         if values is None:
             return None
         model = self.model
         if not isinstance(model, ImprovedSSM) or model.discrete:
             raise ValueError(f"{name} must be None for discrete actions")
-        bounds = np.asarray(values, dtype=np.float32)
+        bounds = np.array(values, dtype=np.float64)
         if bounds.shape != (model.action_dim,) or bool(np.isnan(bounds).any()):
             raise ValueError(
                 f"{name} must hold {model.action_dim} numbers, one per action component, "
@@ -141,6 +152,15 @@ class Policy:
 def _array(x: Tensor) -> NDArray[Any]:
     """A NumPy array, which has no bfloat16."""
     return (x.float() if x.dtype == torch.bfloat16 else x).cpu().numpy()
+
+
+def _round(bounds: ArrayLike, dtype: np.dtype[Any], towards: float) -> NDArray[Any]:
+    """Bounds in another dtype, rounded towards one side."""
+    with np.errstate(over="ignore"):
+        rounded = np.asarray(bounds).astype(dtype)
+    short = rounded < bounds if towards > 0 else rounded > bounds
+    result: NDArray[Any] = np.where(short, np.nextafter(rounded, dtype.type(towards)), rounded)
+    return result
 
 
 def spaces_of(model: Model) -> tuple[int, int, bool]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from ssm_fast.core import ImprovedSSM, StateSpaceModel
 from ssm_fast.policy import Policy, load_policy
 
 IN, ACTIONS = 5, 3
-LOW, HIGH = [-0.1, -1.0, -0.2], [0.1, 1.0, 0.3]
+LOW, HIGH = [-0.125, -1.0, -0.25], [0.125, 1.0, 0.3125]  # in every dtype
 
 
 def improved(**kwargs: Any) -> ImprovedSSM:
@@ -218,6 +219,46 @@ def test_a_bound_beyond_any_float_in_the_header(tmp_path: Path) -> None:
     improved().save(tmp_path / "policy.safetensors", {"action_low": f"[1{'0' * 399}]"})
     with pytest.raises(ValueError, match="action bounds in the header"):
         load_policy(tmp_path / "policy.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bound", [0.1, 0.7, 1e-9, 3e7])
+def test_actions_lie_within_bounds_of_another_dtype(dtype: torch.dtype, bound: float) -> None:
+    model = improved().to(dtype)
+    space = gymnasium.spaces.Box(-bound, bound, (ACTIONS,), np.float64)
+    for sign in (-1.0, 1.0):
+        with torch.no_grad():
+            model.actor.weight.zero_()
+            model.actor.bias.fill_(sign * 6e4)
+        policy = Policy(model, space.low, space.high)
+        action, _ = policy.predict(np.zeros(IN))
+        wide = action.astype(np.float64)
+        assert action.dtype == (
+            np.float32 if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
+        )
+        assert space.contains(wide)
+        reached = min(bound, float(model.actor.bias.detach()[0].abs()))
+        np.testing.assert_allclose(np.abs(wide), reached, rtol=1e-3, atol=1e-7)
+        assert (policy.action_low == space.low).all()
+
+
+def test_bounds_without_a_number_between() -> None:
+    with pytest.raises(ValueError, match="must have a float32 between them"):
+        Policy(improved(), action_low=[0.1] * ACTIONS, action_high=[0.1] * ACTIONS)
+    Policy(improved().double(), action_low=[0.1] * ACTIONS, action_high=[0.1] * ACTIONS)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_model_that_is_wrapped() -> None:
+    model = improved()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for wrapped in (averaged, torch.compile(model), torch.nn.DataParallel(model)):
+        with pytest.raises(TypeError, match=r"an ImprovedSSM or a StateSpaceModel, got .* inside"):
+            Policy(wrapped)
+    action, _ = Policy(averaged.module).predict(np.zeros(IN))
+    assert action.shape == (ACTIONS,)
+    with pytest.raises(TypeError, match=r"got Linear$"):
+        Policy(torch.nn.Linear(2, 2))
 
 
 def test_bad_bounds(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ssm_fast.meta_rl.meta_maml import MetaMAML
 from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.policy_gradient_trainer import PolicyGradientTrainer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
-from ssm_fast.policy import Policy
+from ssm_fast.policy import load_policy
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_files_of_any_dtype(
     assert (tmp_path / "other.safetensors").read_bytes() == (
         tmp_path / "one.safetensors"
     ).read_bytes()
-    policy = Policy.load(tmp_path / "one.safetensors")
+    policy = load_policy(tmp_path / "one.safetensors")
     expected = torch.float32 if dtype == torch.bfloat16 else dtype
     action, _ = policy.predict(X[0, 0].numpy())
     assert torch.from_numpy(action).dtype == expected
@@ -162,7 +162,7 @@ def test_models_of_the_default_dtype_train(default_dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "trainer, model",
+    ("trainer", "model"),
     [
         (PPOTrainer, ImprovedSSM),
         (MetaRLTrainer, ImprovedSSM),
@@ -174,7 +174,7 @@ def test_trainers_name_a_model_in_half_precision(
     trainer: Any, model: Any, default_dtype: Any
 ) -> None:
     default_dtype(torch.bfloat16)
-    with pytest.raises(TypeError, match="float32 or float64 to train, got torch.bfloat16"):
+    with pytest.raises(TypeError, match=r"float32 or float64 to train, got torch.bfloat16"):
         trainer(model(4, 2))
 
 

@@ -17,7 +17,7 @@ from ssm_fast.adaptation.standard_adapter import (
     check_batch,
     supervised_loss,
 )
-from ssm_fast.checks import check_count, check_number
+from ssm_fast.checks import check_count, check_kind, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.experience.experience_buffer import ExperienceBuffer
 
@@ -160,8 +160,7 @@ class HybridAdapter(StandardAdapter):
 
     def add_experience(self, experience: Experience) -> None:
         """Store what a policy did, with the states that the present weights come to."""
-        if not isinstance(self.model, ImprovedSSM):
-            raise TypeError(f"model must be an ImprovedSSM, got {type(self.model).__name__}")
+        check_kind(self.model, ImprovedSSM)
         with torch.no_grad():
             _, states = self.model.unroll(
                 experience.observations, experience.initial_state, experience.reset

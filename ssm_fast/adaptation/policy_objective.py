@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast import ops
-from ssm_fast.checks import check_number
+from ssm_fast.checks import check_kind, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
 
 _LARGEST_RATIO = 20.0  # of log-probabilities far apart, so that none overflows
@@ -194,8 +194,7 @@ def distribution_of(
     Raises:
         TypeError: The model is another one.
     """
-    if not isinstance(model, ImprovedSSM):
-        raise TypeError(f"model must be an ImprovedSSM, got {type(model).__name__}")
+    check_kind(model, ImprovedSSM)
     arguments = dict(x) if isinstance(x, Mapping) else {"x": x}
     temperature = arguments.pop("temperature", None)
     mean, log_std, values, _ = model(**arguments, hidden_state=hidden_state)

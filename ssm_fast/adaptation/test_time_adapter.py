@@ -28,7 +28,7 @@ from ssm_fast.adaptation.policy_objective import (
 )
 from ssm_fast.adaptation.standard_adapter import StandardAdaptationConfig, StandardAdapter
 from ssm_fast.adaptation.value_ensemble import ValueEnsemble
-from ssm_fast.checks import check_count, check_number
+from ssm_fast.checks import check_count, check_kind, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.experience.experience_buffer import ExperienceBuffer
 
@@ -113,8 +113,7 @@ class TestTimeAdapter(StandardAdapter):
         min_temperature: float = 0.5,
         seed: int | None = None,
     ) -> None:
-        if not isinstance(model, ImprovedSSM):
-            raise TypeError(f"model must be an ImprovedSSM, got {type(model).__name__}")
+        check_kind(model, ImprovedSSM)
         super().__init__(
             model,
             StandardAdaptationConfig(

@@ -29,7 +29,7 @@ TaskData: TypeAlias = Sequence[Any]  # support_x, support_y, query_x, query_y
 _PARTS = ("support_x", "support_y", "query_x", "query_y")
 _STATE_VERSION = 1
 _CHUNK_ROWS = 8192  # of the tasks in a vmapped call on the CPU
-_LARGEST_RATE = 5.0  # of the learnt ones, in rates at the start
+_LARGEST_RATE = 10.0  # of the learnt ones, in rates at the start
 _WRITTEN_OUT_TASKS = 64  # in a call without vmap, which keeps a gradient of each
 
 
@@ -75,7 +75,7 @@ class MetaMAML:
         first_order: Leave out the derivative of the inner gradients (FOMAML).
         inner_steps: Inner steps of `meta_update`, and of `adapt_task` by default.
         learn_inner_lr: Learn a rate for each weight together with the weights (Meta-SGD). Rates stay
-            between 0 and five times ``inner_lr``: beyond, more inner steps than were trained diverge.
+            between 0 and ten times ``inner_lr``: beyond, more inner steps than were trained diverge.
         max_grad_norm: Scale the meta-gradient down to this norm; None leaves it. The gradient through
             several inner steps grows a thousandfold at times.
         chunk_size: Tasks in one call. None takes all on a GPU, and on the CPU as many as have 8,192

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_fast.checkpoint import Model, save_model
-from ssm_fast.checks import check_number
+from ssm_fast.checks import check_kind, check_number
 
 if TYPE_CHECKING:
     from ssm_fast.env_runner.environment import Environment
@@ -163,17 +163,11 @@ def must_fit() -> Iterator[None]:
 
 
 def check_model(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Raises TypeError for a model of another kind, with a word on one that is wrapped, or dtype."""
-    if isinstance(model, kind):
-        dtype = next(model.parameters()).dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"the model must be float32 or float64 to train, got {dtype}")
-        return
-    hint = ""
-    if any(isinstance(inner, kind) for inner in model.modules()):
-        hint = ": give the trainer the model inside"
-    article = "an" if kind.__name__[0] in "AEIOU" else "a"
-    raise TypeError(f"model must be {article} {kind.__name__}, got {type(model).__name__}{hint}")
+    """Raises TypeError for a model of another kind, or in half precision."""
+    check_kind(model, kind)
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"the model must be float32 or float64 to train, got {dtype}")
 
 
 def check_parts(optimizer: torch.optim.Optimizer, groups: Sequence[Sequence[Tensor]]) -> None:

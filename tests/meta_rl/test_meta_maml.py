@@ -801,7 +801,7 @@ class TestMetaUpdate:
         maml.meta_update(make_tasks())  # Adam's first step has the length of its rate
         assert isinstance(maml.rates, dict)
         rates = torch.cat([rate.detach().flatten() for rate in maml.rates.values()])
-        assert set(rates.tolist()) == {0.0, 0.5}
+        assert set(rates.tolist()) == {0.0, 1.0}
 
     def test_clips_by_default(self) -> None:
         model = make("standard")

@@ -623,7 +623,7 @@ def test_a_part_that_is_replaced(part):
 def test_a_model_that_is_wrapped():
     model = trainer_for(environment()).model
     for wrapped in (torch.compile(model), torch.nn.DataParallel(model)):
-        with pytest.raises(TypeError, match=r"an ImprovedSSM, got .*: give the trainer the model"):
+        with pytest.raises(TypeError, match=r"an ImprovedSSM, got .*: give the model"):
             MetaRLTrainer(wrapped)
 
 
