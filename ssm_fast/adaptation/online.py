@@ -102,7 +102,7 @@ class Player:
         Raises:
             FloatingPointError: An observation, reward or action is not finite.
         """
-        weight = model.encoder.weight
+        weight = next(model.parameters())
         start = self._state
         record: list[tuple[Any, ...]] = []
         for t in range(steps):

@@ -284,7 +284,7 @@ class TestTimeAdapter(StandardAdapter):
         if not self._following:
             self._forget_steps(1)  # those of adapt_online
         model = policy_of(self)
-        weight = model.encoder.weight
+        weight = next(model.parameters())
         x = _row("observation", observation, model.input_dim).to(weight)  # [1, 1, I]
         beyond = _row("next_observation", next_observation, model.input_dim).to(weight)
         rewards = _row("reward", reward, 1).to(weight).squeeze(-1)  # [1, 1]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_fast.checks import check_count, check_flag, check_number
+from ssm_fast.checks import check_count, check_flag, check_number, is_replaced
 from ssm_fast.nn.running_norm import RunningNorm
 from ssm_fast.nn.ssm_layer import (
     Norm,
@@ -70,6 +70,10 @@ class CriticNetwork(nn.Module):
             return out
         v = linear_layer(self.features, features.detach(), add=linear_layer(self.observations, x))
         return tanh_layer(self.hidden, fused_output(v, None, None, None, NORM_EPS, True))
+
+
+# What a native step does in the place of these.
+_STEP_METHODS = ("normalize", "observations", "_check", "_inputs", "_features", "_value")
 
 
 class ImprovedSSM(nn.Module):
@@ -200,7 +204,7 @@ class ImprovedSSM(nn.Module):
     def init_hidden(self, batch_size: int) -> Tensor:
         """Zeros ``[L, B, N]``, in the parameters' dtype and on their device."""
         check_count("batch_size", batch_size)
-        return self.encoder.weight.new_zeros(self.num_layers, batch_size, self.state_dim)
+        return self._weight.new_zeros(self.num_layers, batch_size, self.state_dim)
 
     def draw_noise(
         self,
@@ -223,8 +227,8 @@ class ImprovedSSM(nn.Module):
             TypeError: ``out`` has another dtype.
         """
         if out is None:
-            out = self.encoder.weight.new_empty(batch_size, self.action_dim)
-        check_dtype("out", out, self.encoder.weight)
+            out = self._weight.new_empty(batch_size, self.action_dim)
+        check_dtype("out", out, self._weight)
         if out.shape != (batch_size, self.action_dim):
             raise ValueError(
                 f"out must have shape [B, K] = {[batch_size, self.action_dim]}, "
@@ -297,6 +301,8 @@ class ImprovedSSM(nn.Module):
             ValueError: If a shape does not fit.
             TypeError: If a dtype does not fit.
         """
+        if noise is None and not deterministic and is_replaced(self, ImprovedSSM, ("draw_noise",)):
+            noise = self.draw_noise(x.shape[:-1].numel()).view(*x.shape[:-1], self.action_dim)
         if noise is not None:
             check_noise(noise, [*x.shape[:-1], self.action_dim], x)
         weights = self._step_weights(x, hidden_state, reset, noise)
@@ -344,10 +350,7 @@ class ImprovedSSM(nn.Module):
     def native_stepper(self, x: Tensor, hidden_state: Tensor) -> PolicyStep | None:
         """The native call behind `stepper`, which holds the weights, or ``None`` where there is none."""
         weights = self._step_weights(x, hidden_state)
-        overridden = type(self).get_action is not ImprovedSSM.get_action or "get_action" in vars(
-            self
-        )
-        if weights is None or overridden:
+        if weights is None or is_replaced(self, ImprovedSSM, ("get_action", "_act")):
             return None
         self._check(x, hidden_state, None)
         return self._policy_step(_held(weights))
@@ -541,6 +544,14 @@ class ImprovedSSM(nn.Module):
             states.append(s_next)
         return h, states
 
+    @property
+    def _weight(self) -> Tensor:
+        """A parameter, which has the dtype and the device of all."""
+        weight = getattr(self.encoder, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.is_floating_point():
+            return weight
+        return next(p for p in self.parameters() if p.is_floating_point())  # of another encoder
+
     def observations(self) -> Observations | None:
         """The statistics that a native step normalises observations with; internal to `core`."""
         norm = self.obs_norm
@@ -554,8 +565,8 @@ class ImprovedSSM(nn.Module):
         """What the native step reads, or ``None`` where the modules themselves have to run.
 
         They have to for a sequence, with gradients, under a transform, a tracer or a mode, on
-        another device, and where somebody has put another module, a hook or another kind of tensor
-        in the place of ours.
+        another device, and where somebody has put another module, method, hook or kind of tensor in
+        the place of ours.
         """
         x = inputs[0]
         if (
@@ -567,6 +578,7 @@ class ImprovedSSM(nn.Module):
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or is_watched()
+            or is_replaced(self, ImprovedSSM, _STEP_METHODS)
         ):
             return None
         modules = self._modules
@@ -608,7 +620,7 @@ class ImprovedSSM(nn.Module):
                 f"x must have shape [B, I] or [B, T, I] with I = {self.input_dim}, "
                 f"got {list(x.shape)}"
             )
-        weight = self.encoder.weight
+        weight = self._weight
         check_dtype("x", x, weight)
         if hidden_state is not None:
             expected = (self.num_layers, x.shape[0], self.state_dim)

@@ -8,6 +8,7 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from ssm_fast.checks import is_replaced
 from ssm_fast.core.improved_ssm import (
     NORM_EPS,
     ImprovedSSM,
@@ -93,8 +94,7 @@ class SequenceGradient:
             is_plain = model.can_step_natively(x[:, 0], state)
         if (
             not is_plain
-            or type(model).evaluate_actions is not ImprovedSSM.evaluate_actions
-            or "evaluate_actions" in vars(model)
+            or is_replaced(model, ImprovedSSM, ("evaluate_actions",))
             or model.discrete
             or (model.use_layer_norm and model.norm == "state")
             or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())

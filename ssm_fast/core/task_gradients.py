@@ -272,7 +272,7 @@ def _policy_network(model: nn.Module, own: Mapping[str, Tensor]) -> _Network | N
     if type(model) is not ImprovedSSM or (model.use_layer_norm and model.norm == "state"):
         return None
     with torch.no_grad():
-        probe = model.encoder.weight.new_zeros(1, model.input_dim)
+        probe = next(iter(own.values())).new_zeros(1, model.input_dim)
         if not model.can_step_natively(probe) or not has_plain_parameters(model):
             return None
     of_layer = _OF_LAYER + (_OF_NORM if model.use_layer_norm else ())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from ssm_fast.checks import is_replaced
 from ssm_fast.core.functional_call import functional_call
 from ssm_fast.core.improved_ssm import (
     NORM_EPS,
@@ -62,6 +63,7 @@ class TaskPolicies:
             place: weights.get(names[id(p)], p.expand(self.tasks, *p.shape)).detach().contiguous()
             for place, p in model.named_parameters(remove_duplicate=False)
         }
+        self._like = next(iter(own.values()))  # every weight has its dtype and device
         find = self.weights.get
         self._is_plain = all(is_plain(weight) for weight in self.weights.values())
         network = () if model.critic_network is None else _NETWORK
@@ -105,7 +107,7 @@ class TaskPolicies:
                 f"x must have shape [G, B, I] = [{self.tasks}, B, {model.input_dim}], "
                 f"got {list(x.shape)}"
             )
-        check_dtype("x", x, model.encoder.weight)
+        check_dtype("x", x, self._like)
         if hidden_state is not None:
             expected = [model.num_layers, *x.shape[:2], model.state_dim]
             if list(hidden_state.shape) != expected:
@@ -113,7 +115,7 @@ class TaskPolicies:
                     f"hidden_state must have shape [L, G, B, N] = {expected}, "
                     f"got {list(hidden_state.shape)}"
                 )
-            check_dtype("hidden_state", hidden_state, model.encoder.weight)
+            check_dtype("hidden_state", hidden_state, self._like)
         if reset is not None and reset.shape != x.shape[:2]:
             raise ValueError(
                 f"reset must have shape [G, B] = {list(x.shape[:2])}, got {list(reset.shape)}"
@@ -126,7 +128,11 @@ class TaskPolicies:
         model, groups, rows = self.model, x.shape[:2], x.flatten(0, 1)  # [G B, I]
         state = None if hidden_state is None else hidden_state.flatten(1, 2)  # [L, G B, N]
         starts = None if reset is None else reset.flatten().bool()  # [G B]
-        if not (self._is_plain and model.can_step_natively(rows, state, starts, noise)):
+        if (
+            not self._is_plain
+            or not model.can_step_natively(rows, state, starts, noise)
+            or is_replaced(model, ImprovedSSM, ("forward",))
+        ):
             return None
         step = PolicyStep(
             self._step_weights,

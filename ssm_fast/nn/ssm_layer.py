@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
     _global_forward_pre_hooks,
 )
 
-from ssm_fast.checks import check_count
+from ssm_fast.checks import check_count, is_replaced
 from ssm_fast.ops import dense_scan, norm_scan
 from ssm_fast.ops.backend import needs_autograd, normalised
 from ssm_fast.ops.linear import linear
@@ -197,7 +197,8 @@ class SSMLayer(nn.Module):
         Returns:
             The output ``[B, H]`` and the new state ``[B, N]``.
         """
-        if in_autocast(x):  # the scan keeps its state in float32
+        # Under autocast the scan keeps its state in float32.
+        if in_autocast(x) or is_replaced(self, SSMLayer, ("states", "readout")):
             y, s = self.forward(x.unsqueeze(1), s)  # [B, 1, H], [B, N]
             return y.squeeze(1), s
         z = F.linear(x, self.B, self.bias)  # [B, N]
@@ -339,7 +340,8 @@ def tanh_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 def is_untouched(module: nn.Module) -> bool:
     """Whether nobody has put a hook on it, or on all modules, or another method into it."""
-    return not (_is_hooked(module) or "step" in module.__dict__)
+    own = module.__dict__
+    return not (_is_hooked(module) or "step" in own or "states" in own or "readout" in own)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -423,7 +425,7 @@ def run_layer(
 
 def step_layer(layer: SSMLayer, x: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor]:
     """`SSMLayer.step`, through a call of the layer where it has to be called."""
-    if not is_called(layer) or "step" in layer.__dict__:
+    if not is_called(layer) or is_replaced(layer, SSMLayer, ("step",)):
         return layer.step(x, s)
     y, s = layer(x.unsqueeze(1), s)  # [B, 1, H], [B, N]
     return y.squeeze(1), s
