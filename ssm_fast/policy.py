@@ -79,7 +79,8 @@ class Policy:
         if x.ndim not in (1, 2) or x.shape[-1] != self.model.input_dim:
             raise ValueError(
                 f"obs must have shape [I] or [B, I] with I = {self.model.input_dim}, "
-                f"got {list(x.shape)}"
+                f"got {list(x.shape)}; where the space has more dimensions, flatten one by "
+                "obs.reshape(-1) and a batch by obs.reshape(len(obs), -1), as Environment does"
             )
         single = x.ndim == 1
         if single:

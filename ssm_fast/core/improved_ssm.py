@@ -88,6 +88,9 @@ class ImprovedSSM(nn.Module):
     The tanh after each layer keeps the features bounded whatever the recurrence does, which is
     what a clipped policy update expects. Each layer owns a state.
 
+    Methods may be overridden in a subclass or an object. `forward`, `get_action` and
+    `evaluate_actions` do not call each other: who changes the distribution changes all three.
+
     With ``discrete`` the actor's output holds the logits of ``action_dim`` actions, and there is
     no ``log_std``.
 

@@ -105,6 +105,13 @@ class SSM(nn.Module):
             raise ValueError(
                 f"activation must be None or one of {sorted(_ACTIVATIONS)}, got {activation!r}"
             )
+        if activation is not None and num_layers == 1:
+            warnings.warn(
+                "activation stands behind each layer but the last: with num_layers=1 it does "
+                f"nothing, got activation={activation!r}; put a nonlinear read-out behind the layer",
+                UserWarning,
+                stacklevel=2,
+            )
         if bidirectional:
             raise ValueError(
                 "bidirectional must be False: SSM runs forward in time only; for both directions take "

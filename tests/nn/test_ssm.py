@@ -75,7 +75,8 @@ def test_activations_stand_between_layers_only(activation: str) -> None:
     x, h0, _ = inputs(module)
     y_ref, _ = stack_loop(module, x.numpy(), h0.numpy(), None, activation)
     np.testing.assert_allclose(module(x, h0)[0].detach(), y_ref, atol=1e-12)
-    single = make(activation=activation, num_layers=1)
+    with pytest.warns(UserWarning, match="with num_layers=1 it does nothing"):
+        single = make(activation=activation, num_layers=1)
     torch.testing.assert_close(single(x)[0], make(num_layers=1)(x)[0])
 
 
@@ -472,6 +473,14 @@ def test_dropout_with_one_layer_warns_as_gru_does() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SSM(3, 5, 2, dropout=0.5)
+
+
+def test_activation_with_one_layer_warns() -> None:
+    with pytest.warns(UserWarning, match="with num_layers=1 it does nothing, got activation='gelu'"):
+        SSM(3, 5, activation="gelu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SSM(3, 5, 2, activation="gelu")
 
 
 def test_bad_input() -> None:
