@@ -194,7 +194,10 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="state must be finite"):
         policy.predict(x, np.full_like(state, np.nan))
     for shape in ((4, 6), (5, 4), (1, 4, 5), (), (0,)):
-        with pytest.raises(ValueError, match=r"obs must have shape \[I\] or \[B, I\] with I = 5, got .*obs.reshape\(-1\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"obs must have shape \[I\] or \[B, I\] with I = 5, got .*obs.reshape\(-1\)",
+        ):
             policy.predict(np.zeros(shape))
     with pytest.raises(ValueError, match=r"hidden_state must have shape \[L, B, N\] = \[2, 4, 6\]"):
         policy.predict(x, state[:, :3])

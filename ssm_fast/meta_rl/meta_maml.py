@@ -290,7 +290,8 @@ class MetaMAML:
             *(gradient.weights[name] for name in weights),
             *(gradient.rates[name] for name in rates),
         ]
-        norm = float(nn.utils.get_total_norm(gradients))
+        # In float64: a gradient through several steps may be finite and its square not.
+        norm = float(nn.utils.get_total_norm([grad.double() for grad in gradients]))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the norm of the meta-gradient is {norm}")
         scale = 1.0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_map
 from ssm_fast import SSM
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
-from ssm_fast.meta_rl.meta_maml import MetaMAML, inner_update, task_losses
+from ssm_fast.meta_rl.meta_maml import MetaGradient, MetaMAML, inner_update, task_losses
 
 G, B, T, IN, OUT, N, H = 3, 2, 6, 3, 2, 4, 5
 EPS = 1e-5
@@ -811,6 +812,17 @@ class TestMetaUpdate:
         assert maml.outer_step(maml.meta_gradient(tasks)) > 1e3
         step = torch.cat([(t - before[n]).flatten() for n, t in model.state_dict().items()])
         assert float(step.norm()) == pytest.approx(10.0)
+
+    def test_clips_a_gradient_whose_square_is_not_finite(self) -> None:
+        model = make("standard").float()
+        before = copy.deepcopy(model.state_dict())
+        maml = MetaMAML(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
+        weights = {name: torch.full_like(p, 1e25) for name, p in model.named_parameters()}
+        norm = maml.outer_step(MetaGradient(torch.zeros(1), weights, {}))
+        count = sum(p.numel() for p in model.parameters())
+        assert norm == pytest.approx(1e25 * math.sqrt(count))
+        step = torch.cat([(t - before[n]).flatten() for n, t in model.state_dict().items()])
+        assert float(step.norm()) == pytest.approx(10.0, rel=1e-4)
 
     def test_another_optimizer(self) -> None:
         model = make("standard")

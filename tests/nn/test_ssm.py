@@ -476,7 +476,9 @@ def test_dropout_with_one_layer_warns_as_gru_does() -> None:
 
 
 def test_activation_with_one_layer_warns() -> None:
-    with pytest.warns(UserWarning, match="with num_layers=1 it does nothing, got activation='gelu'"):
+    with pytest.warns(
+        UserWarning, match="with num_layers=1 it does nothing, got activation='gelu'"
+    ):
         SSM(3, 5, activation="gelu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
