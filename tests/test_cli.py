@@ -1583,3 +1583,19 @@ class TestParsing:
         code = "import torch, ssm_fast; print(torch.ops.ssm_fast.dense_scan, ssm_fast.SSM)"
         done = subprocess.run([sys.executable, "-c", code], check=False)
         assert done.returncode == 0
+
+    def test_an_environment_that_imports_the_package(self) -> None:
+        Path("mine.py").write_text(
+            "import torch, gymnasium, ssm_fast\n"
+            "from ssm_fast import SSM, load_policy, ops\n"
+            "assert torch.ops.ssm_fast.dense_scan and SSM and load_policy and ops.gae\n"
+            "gymnasium.register('Mine-v0', 'gymnasium.envs.classic_control:CartPoleEnv')\n"
+        )
+        done = subprocess.run(
+            [*COMMAND, *REINFORCE, "--env", "mine:Mine-v0", "--out", "out"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([".", *sys.path])},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
