@@ -1,0 +1,246 @@
+// A network and what is made of it: a step, gradients, MAML's chain and PPO's epoch. ssm_fast/native/plan.py calls it.
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "../calls.h"
+#include "../network/network.h"
+#include "../network/stages.h"
+#include "../training/maml.h"
+#include "../training/ppo_epoch.h"
+#include "bindings.h"
+
+namespace ssm_fast {
+namespace {
+
+constexpr Index kParallelRows = 16;  // rows of a step that are worth a thread
+
+// A stage from its description, ssm_fast.native.stages.Stage as a dict.
+template <class T>
+std::unique_ptr<Stage<T>> make_stage(const py::dict& stage) {
+  const auto kind = stage["kind"].cast<std::string>();
+  const auto sizes = stage["sizes"].cast<std::vector<Index>>();
+  const auto p = stage["parameters"].cast<std::vector<int>>();
+  const auto eps = stage["eps"].cast<double>();
+  const auto flag = stage["flag"].cast<bool>();
+  if (kind == "linear") return std::make_unique<LinearStage<T>>(sizes[0], sizes[1], p[0], p[1], flag);
+  if (kind == "scan") {
+    return std::make_unique<ScanStage<T>>(sizes[0], sizes[1], DriveParameters{p[0], p[1], p[2], p[3], p[4], eps});
+  }
+  if (kind == "dense") {
+    const DriveParameters drive{p[0], p[1], p[2], p[5], p[6], eps};
+    return std::make_unique<DenseCell<T>>(sizes[0], sizes[1], sizes[2], drive, p[3], p[4]);
+  }
+  if (kind == "layer") {
+    return std::make_unique<LayerStage<T>>(make_stage<T>(stage["cell"].cast<py::dict>()), p[0], p[1], eps, flag);
+  }
+  if (kind == "join") return std::make_unique<JoinStage<T>>(sizes[0], sizes[1], sizes[2], p[0], p[1], p[2]);
+  if (kind == "skip") return std::make_unique<SkipStage<T>>(sizes[0], sizes[1], sizes[2], p[0], p[1], p[2]);
+  throw py::value_error("unknown kind of stage '" + kind + "'");
+}
+
+template <class T>
+Stages<T> make_stages(const std::vector<py::dict>& descriptions) {
+  Stages<T> stages;
+  for (const py::dict& description : descriptions) stages.push_back(make_stage<T>(description));
+  return stages;
+}
+
+// Whether all of them are finite; none of nothing are not.
+template <class T>
+bool all_finite(const T* x, Index elements) {
+  return !x || std::all_of(x, x + elements, [](T y) { return std::isfinite(y); });
+}
+
+// A network as Python holds it.
+template <class T>
+class BoundNetwork {
+ public:
+  using Descriptions = std::vector<py::dict>;
+  BoundNetwork(const Descriptions& trunk, const std::vector<std::pair<Descriptions, bool>>& branches,
+               std::vector<Index> elements, int log_std)
+      : network_(make_stages<T>(trunk), make_branches(branches), elements),
+        elements_(std::move(elements)),
+        log_std_(log_std),
+        program_(network_.step(outputs_)) {}
+
+  // A step of B rows of each of G groups, whose weights lie one group behind the other. Returns whether values and
+  // log-probabilities are finite.
+  bool step(const std::vector<Address>& weights, const std::array<Address, 2>& statistics,
+            const std::array<double, 2>& obs_options, const std::array<Address, 8>& rows, Index G, Index B) const {
+    const auto [x, state, reset, noise, action, log_prob, value, next_state] = rows;
+    std::vector<const T*> groups;
+    for (Index g = 0; g < G; ++g) {
+      for (std::size_t i = 0; i < weights.size(); ++i) {
+        groups.push_back(weights[i] ? at<T>(weights[i]) + g * elements_[i] : nullptr);
+      }
+    }
+    const std::vector<Index>& features = program_.features();
+    const int registers = int(features.size());
+    const Index blocks = G * B / kParallelRows;
+    const int threads = blocks < 2 ? 1 : threads_for(double(G * B) * double(network_.elements()), blocks);
+    const auto scratch =
+        scratch_block<T>(SSM_FAST_CALL(network_step_scratch(features.data(), registers, sizeof(T) == 8)) * threads);
+    NetworkStep<T> p{};
+    p.program = program_.instructions().data(), p.instructions = int(program_.instructions().size());
+    p.features = features.data(), p.registers = registers;
+    p.x = at<T>(x);
+    p.obs_mean = at<double>(statistics[0]), p.obs_var = at<double>(statistics[1]);
+    p.obs_eps = obs_options[0], p.obs_clip = obs_options[1];
+    p.state = at<T>(state), p.reset = at<std::uint8_t>(reset), p.noise = at<T>(noise);
+    p.weights = groups.data();
+    p.action = at<T>(action), p.log_prob = at<T>(log_prob), p.value = at<T>(value), p.next_state = at<T>(next_state);
+    p.G = G, p.B = B, p.I = network_.inputs(), p.K = network_.outputs(0), p.P = Index(weights.size());
+    p.mean = outputs_[0], p.value_register = outputs_.back();
+    p.log_std = log_std_;
+    p.threads = threads;
+    p.scratch = static_cast<T*>(scratch.get());
+    const py::gil_scoped_release release;
+    SSM_FAST_CALL(network_step(p));
+    return all_finite(p.value, G * B) && all_finite(p.log_prob, G * B);
+  }
+
+  // x, y, labels, actions, log_probs, advantages, s0, reset; B, T_len; clip_epsilon, largest_log_ratio
+  using ExamplesOfTask = std::tuple<std::array<Address, 8>, Strides<2>, std::array<double, 2>>;
+
+  // weights, rates, gradients, rate_gradients, inner_losses, outer_losses
+  void task_gradients(const std::array<Address, 6>& vectors, const std::vector<ExamplesOfTask>& inner,
+                      const std::vector<ExamplesOfTask>& outer, Index G, bool first_order) const {
+    const std::vector<Examples<T>> of_inner = examples_at(inner), of_outer = examples_at(outer);
+    const auto [weights, rates, gradients, rate_gradients, inner_losses, outer_losses] = vectors;
+    TaskGradients<T> p{};
+    p.weights = at<T>(weights), p.rates = at<T>(rates);
+    p.inner = of_inner.data(), p.outer = of_outer.data();
+    p.gradients = at<T>(gradients), p.rate_gradients = at<T>(rate_gradients);
+    p.inner_losses = at<double>(inner_losses), p.outer_losses = at<double>(outer_losses);
+    p.G = G, p.K = Index(inner.size()) / G;
+    p.log_std = log_std_;
+    p.first_order = first_order;
+    const py::gil_scoped_release release;
+    ssm_fast::task_gradients(network_, p);
+  }
+
+  // Addresses and sizes in the order of the structures in ppo_epoch.h.
+  Index ppo_epoch(const std::array<Address, 9>& rollout, Strides<2> sequences, Address order, Strides<2> counts,
+                  const std::array<double, 3>& loss, bool clip_value_loss, const std::array<Address, 5>& adam,
+                  const std::vector<Address>& values, const std::array<double, 5>& settings, Index steps,
+                  Address figures) const {
+    const auto [x, actions, labels, log_probs, old_values, returns, advantages, reset, state] = rollout;
+    const RolloutSequences<T> r{at<T>(x),         at<T>(actions),  at<std::int64_t>(labels), at<T>(log_probs),
+                                at<T>(old_values), at<T>(returns), at<T>(advantages),        at<std::uint8_t>(reset),
+                                at<T>(state),      sequences[0],   sequences[1]};
+    const auto [vector, vector_gradient, m, v, pace] = adam;
+    const auto [learning_rate, beta1, beta2, eps, max_norm] = settings;
+    AdamState<T> state_of_adam{at<T>(vector), at<T>(vector_gradient), at<T>(m), at<T>(v), at<T>(pace), {},
+                               learning_rate, beta1,                  beta2,    eps,      max_norm,    steps};
+    for (std::size_t i = 0; i < values.size(); ++i) state_of_adam.values.emplace_back(at<T>(values[i]), elements_[i]);
+    const py::gil_scoped_release release;
+    return ssm_fast::ppo_epoch(network_, log_std_, r, at<std::int64_t>(order), counts[0], counts[1],
+                               PpoLoss{loss[0], loss[1], loss[2], clip_value_loss}, state_of_adam,
+                               at<double>(figures));
+  }
+
+  const Network<T>& network() const { return network_; }
+
+ private:
+  static std::vector<Branch<T>> make_branches(const std::vector<std::pair<Descriptions, bool>>& descriptions) {
+    std::vector<Branch<T>> branches;
+    for (const auto& [stages, detached] : descriptions) branches.push_back({make_stages<T>(stages), detached});
+    return branches;
+  }
+
+  static std::vector<Examples<T>> examples_at(const std::vector<ExamplesOfTask>& tasks) {
+    std::vector<Examples<T>> found;
+    for (const auto& [addresses, sizes, ratio] : tasks) {
+      const auto [x, y, labels, actions, log_probs, advantages, s0, reset] = addresses;
+      found.push_back({at<T>(x), at<T>(y), at<std::int64_t>(labels), at<T>(actions), at<T>(log_probs),
+                       at<T>(advantages), at<T>(s0), at<std::uint8_t>(reset), sizes[0], sizes[1], ratio[0], ratio[1]});
+    }
+    return found;
+  }
+
+  Network<T> network_;
+  std::vector<Index> elements_;
+  int log_std_;
+  std::vector<int> outputs_;  // registers of the branches; before the program, which fills them
+  StepBuilder program_;
+};
+
+// One pass over sequences and back, for losses of any kind. It keeps its memory for the next one.
+template <class T>
+class Pass {
+ public:
+  // Copies the outputs of the branches to `outputs`. What came in has to stay until the call of `backward`.
+  void forward(const BoundNetwork<T>& network, const std::vector<Address>& weights, Address x, Address state,
+               Address reset, const std::vector<Address>& outputs, Index B, Index T_len) {
+    const Network<T>& n = network.network();
+    weights_ = pointers<T>(weights);
+    tile_ = {B, T_len, at<std::uint8_t>(reset)};
+    x_ = at<T>(x), state_ = at<T>(state);
+    const py::gil_scoped_release release;
+    if (B * T_len > capacity_ || T_len != T_len_) place(n);
+    n.forward(call(), {state_, B, 0}, activations_);
+    for (std::size_t b = 0; b < outputs.size(); ++b) {
+      std::copy_n(activations_.output(b), tile_.rows() * n.outputs(b), at<T>(outputs[b]));
+    }
+  }
+
+  // From the gradients of the outputs into those of all parameters, a vector in the network's order.
+  void backward(const BoundNetwork<T>& network, const std::vector<Address>& grad_outputs, Address gradient) {
+    const Network<T>& n = network.network();
+    n.split(at<T>(gradient), gradients_);
+    const py::gil_scoped_release release;
+    for (std::size_t b = 0; b < grad_outputs.size(); ++b) {
+      std::copy_n(at<T>(grad_outputs[b]), tile_.rows() * n.outputs(b), activations_.grad_output(b));
+    }
+    n.backward(call(), {state_, tile_.B, 0}, activations_);
+  }
+
+ private:
+  Call<T> call() {
+    return {kernels_, tile_, x_, nullptr, weights_.data(), gradients_.data(), nullptr, nullptr, work_};
+  }
+  void place(const Network<T>& n) {
+    const auto layout_of = [&](Layout<T> layout) {
+      activations_ = n.activations(layout, tile_);
+      work_ = layout.array(n.work(tile_));
+      return layout.used();
+    };
+    memory_ = scratch_block<T>(layout_of(Layout<T>()));
+    layout_of(Layout<T>(static_cast<T*>(memory_.get())));
+    capacity_ = tile_.rows(), T_len_ = tile_.T_len;
+  }
+
+  Kernels<T> kernels_;
+  std::vector<T*> weights_, gradients_;
+  Tile tile_{};
+  const T *x_ = nullptr, *state_ = nullptr;
+  T* work_ = nullptr;
+  Index capacity_ = 0, T_len_ = 0;
+  Activations<T> activations_;
+  std::unique_ptr<void, AlignedDelete> memory_;
+};
+
+template <class T>
+void bind(py::module_& m, const std::string& dtype) {
+  using Bound = BoundNetwork<T>;
+  py::class_<Bound>(m, ("Network_" + dtype).c_str())
+      .def(py::init<const typename Bound::Descriptions&,
+                    const std::vector<std::pair<typename Bound::Descriptions, bool>>&, std::vector<Index>, int>())
+      .def("step", &Bound::step)
+      .def("task_gradients", &Bound::task_gradients)
+      .def("ppo_epoch", &Bound::ppo_epoch);
+  py::class_<Pass<T>>(m, ("Pass_" + dtype).c_str())
+      .def(py::init<>())
+      .def("forward", &Pass<T>::forward)
+      .def("backward", &Pass<T>::backward);
+}
+
+}  // namespace
+
+void bind_network(py::module_& m) {
+  bind<float>(m, "float32");
+  bind<double>(m, "float64");
+}
+
+}  // namespace ssm_fast
