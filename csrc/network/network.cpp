@@ -192,10 +192,12 @@ StepBuilder Network<T>::step(std::vector<int>& outputs) const {
   StepBuilder program(inputs());
   int features = StepBuilder::kInput;
   for (const auto& stage : trunk_) features = stage->step(program, features);
+  program.keep(features);
   outputs.clear();
   for (const Branch<T>& branch : branches_) {
     int x = features;
     for (const auto& stage : branch.stages) x = stage->step(program, x);
+    program.keep(x);
     outputs.push_back(x);
   }
   return program;

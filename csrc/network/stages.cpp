@@ -482,7 +482,7 @@ void JoinStage<T>::backward_tangent(Call<T> call, const T* x, const T* x_t, cons
 
 template <class T>
 int JoinStage<T>::step(StepBuilder& program, int x) const {
-  const int y = program.buffer(StepBuilder::kWork, this->outputs);
+  const int y = program.buffer(StepBuilder::kJoin, this->outputs);
   program.affine(y, this->outputs, StepBuilder::kInput, I_, V_, x, this->inputs, U_, bias_);
   program.tanh(y, y);
   return y;

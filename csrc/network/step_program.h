@@ -2,6 +2,7 @@
 #pragma once
 
 #include <map>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -22,11 +23,15 @@ class StepBuilder {
     return found->second;
   }
 
-  // One of two registers of that width: not the one of x.
+  // A register of that width which is neither that of x nor one that is kept.
   int other(int x, Index features) {
-    const int first = buffer(kFirst, features);
-    return first == x ? buffer(kSecond, features) : first;
+    int use = kOther;
+    while (buffer(use, features) == x || kept_.count(buffer(use, features))) ++use;
+    return buffer(use, features);
   }
+
+  // What is in this register is read later: no stage writes it again.
+  void keep(int at) { kept_.insert(at); }
 
   void affine(int to, Index M, int x, Index K, int W, int bias) {
     StepInstruction i{};
@@ -57,7 +62,7 @@ class StepBuilder {
   const std::vector<StepInstruction>& instructions() const { return instructions_; }
   const std::vector<Index>& features() const { return features_; }
 
-  enum Use { kFirst, kSecond, kState, kNext, kOutput, kWork };
+  enum Use { kState, kNext, kOutput, kJoin, kOther };
 
  private:
   void move_state(StepKind kind, int at, Index M, Index state) {
@@ -67,6 +72,7 @@ class StepBuilder {
   }
   std::vector<Index> features_;
   std::map<std::pair<int, Index>, int> registers_;
+  std::set<int> kept_;
   std::vector<StepInstruction> instructions_;
   Index state_ = 0;
 };

@@ -32,6 +32,7 @@ from ssm_fast.nn.stages import (
     Unplanned,
     check_methods,
     linear_stage,
+    overrides,
     running_norm,
 )
 from ssm_fast.ops.output_norm import fused_output
@@ -98,6 +99,7 @@ class CriticNetwork(nn.Module):
 
 # What a native step does in the place of these.
 _STEP_METHODS = ("normalize", "_check", "_inputs", "_features", "_value")
+_METHODS = ("forward", "get_action", "evaluate_actions", "log_prob_and_entropy")
 
 
 class ImprovedSSM(nn.Module):
@@ -382,7 +384,7 @@ class ImprovedSSM(nn.Module):
     def native_stepper(self, x: Tensor, hidden_state: Tensor) -> PolicyStep | None:
         """The native call behind `stepper`, which holds the weights, or ``None`` where there is none."""
         plan = self._plan(x, hidden_state)
-        if not plan or is_replaced(self, ImprovedSSM, ("get_action", "_act")):
+        if not plan or plan.overridden("get_action"):
             return None
         self._check(x, hidden_state, None)
         return PolicyStep(plan, plan.addresses())
@@ -612,6 +614,7 @@ class ImprovedSSM(nn.Module):
             [([actor], False), ([*hidden, critic], self.critic_network is not None)],
             self.log_std,
             running_norm("obs_norm", self.obs_norm, self.input_dim),
+            overrides(self, ImprovedSSM, _METHODS),
         )
 
     def _layer_stage(self, i: int, layer: nn.Module) -> Stage:
@@ -621,14 +624,6 @@ class ImprovedSSM(nn.Module):
         if layer.state_size != self.state_dim:
             raise Unplanned(f"{name}.state_size is {layer.state_size}, not {self.state_dim}")
         return layer.stage(name, residual=self.use_residual)
-
-    @property
-    def _weight(self) -> Tensor:
-        """A parameter, which has the dtype and the device of all."""
-        weight = getattr(self.encoder, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.is_floating_point():
-            return weight
-        return next(p for p in self.parameters() if p.is_floating_point())  # of another encoder
 
     def _check(self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None) -> None:
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_dim:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssm_fast.checks import is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.native.gradient import SequenceGradient, gradient_plan
 from ssm_fast.native.plan import Reason
@@ -18,7 +17,9 @@ def sequence_gradient(model: ImprovedSSM, x: Tensor, state: Tensor) -> SequenceG
         x: Observations ``[S, T, I]``.
         state: ``[L, S, N]``.
     """
-    if is_replaced(model, ImprovedSSM, ("evaluate_actions", "log_prob_and_entropy")):
-        return Reason("the model overrides evaluate_actions()")
     plan = gradient_plan(model, x, state)
-    return SequenceGradient(plan, model.log_prob_and_entropy) if plan else plan
+    if not plan:
+        return plan
+    if sentence := plan.overridden("evaluate_actions", "log_prob_and_entropy"):
+        return Reason(sentence)
+    return SequenceGradient(plan, model.log_prob_and_entropy)

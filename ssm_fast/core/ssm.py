@@ -21,7 +21,7 @@ from ssm_fast.nn.ssm_layer import (
     runs_fused,
     unit_variance_,
 )
-from ssm_fast.nn.stages import NetworkStages, Stage, Unplanned, check_methods, linear_stage
+from ssm_fast.nn.stages import NetworkStages, Stage, Unplanned, linear_stage, overrides
 from ssm_fast.ops import dense_scan
 from ssm_fast.ops.linear import linear
 
@@ -177,14 +177,17 @@ class StateSpaceModel(nn.Module):
         Raises:
             Unplanned: Native code cannot stand in for it.
         """
-        check_methods("the model", self, StateSpaceModel, ("forward",))
         if type(self.C) is not OutputNetwork or len(self.C) != 3 or type(self.C[1]) is not nn.Tanh:
             raise Unplanned("C is no linear layer, tanh and linear layer")
         first, last = linear_stage("C.0", self.C[0], tanh=True), linear_stage("C.2", self.C[2])
         sizes = self.input_dim, self.state_dim
         scan = Stage("scan", sizes, (self.A, self.B, None, None, None))
         out = Stage("skip", (self.input_dim, *last.sizes), (*last.parameters, self.D))
-        return NetworkStages([scan], [([first, out], False)])
+        return NetworkStages(
+            [scan],
+            [([first, out], False)],
+            overrides=overrides(self, StateSpaceModel, ("forward",)),
+        )
 
     def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ssm_fast.checks import is_replaced
 from ssm_fast.core.functional_call import functional_call
 from ssm_fast.core.improved_ssm import (
     ImprovedSSM,
@@ -110,7 +109,7 @@ class TaskPolicies:
         state = None if hidden_state is None else hidden_state.flatten(1, 2)  # [L, G B, N]
         starts = None if reset is None else reset.flatten().bool()  # [G B]
         plan = step_plan(model, rows, state, starts, noise)
-        if not plan or not self._is_plain or is_replaced(model, ImprovedSSM, ("forward",)):
+        if not plan or not self._is_plain or plan.overridden("forward"):
             return None
         weights = [self.weights[name] for name in plan.names]
         step = PolicyStep(plan, [w.data_ptr() for w in weights], self.tasks, weights)

@@ -12,7 +12,7 @@ from ssm_fast.native.step import step_plan
 from ssm_fast.ops.backend import native_kernel
 
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Sequence[Tensor]]]
-Evaluate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class SequenceGradient:
@@ -124,4 +124,5 @@ def gradient_plan(model: nn.Module, x: Tensor, state: Tensor) -> Plan | Reason:
             return Reason(f"{name or 'the model'} has a backward hook")
     if unread := sorted(set(plan.names) - plan.used(branches=2)):
         return Reason(f"{unread[0]} is in no stage")
-    return plan.not_differentiable(branches=2) or plan
+    sentence = plan.not_differentiable(branches=2)
+    return plan if sentence is None else Reason(sentence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import is_
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,7 +35,7 @@ class Reason:
     def __repr__(self) -> str:
         return f"Reason({self._sentence!r})"
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> Literal[False]:
         return False
 
 
@@ -67,7 +67,12 @@ class Plan:
         self._numbers = numbers
         self._networks: dict[int, Any] = {}
         self._shapes = [p.shape for p in self.parameters]
-        self._watched = [(module, _values(module), _parts(module)) for module in model.modules()]
+        self._watched = [
+            (module, type(module), _values(module), _parts(module)) for module in model.modules()
+        ]
+
+    def __bool__(self) -> Literal[True]:
+        return True
 
     def network(self, branches: int) -> Any:
         """The compiled network with so many of its branches."""
@@ -87,13 +92,22 @@ class Plan:
         """Where the parameters lie now."""
         return [p.data_ptr() for p in self.parameters]
 
+    def overridden(self, *methods: str) -> str | None:
+        """Why native code cannot stand in for methods of the model, if it overrides one."""
+        for method in methods:
+            if method in self.stages.overrides:
+                return f"the model overrides {method}()"
+        return None
+
     def is_current(self) -> bool:
         """Whether the model is still what the plan was made of."""
         if has_global_hooks():
             return False
-        for module, values, parts in self._watched:
+        for module, kind, values, parts in self._watched:
             own = module.__dict__
-            if len(own) != len(values) or not all(map(is_, own.values(), values)):
+            if module.__class__ is not kind or len(own) != len(values):
+                return False
+            if not all(map(is_, own.values(), values)):
                 return False
             for now, then in zip(_parts_of(own), parts, strict=True):
                 if len(now) != len(then) or not all(map(is_, now.values(), then)):
@@ -109,18 +123,18 @@ class Plan:
         tensors = [p for chain in chains for stage in chain for p in stage.tensors()]
         return {self._name(p) for p in (*tensors, self.stages.log_std) if p is not None}
 
-    def not_differentiable(self, branches: int) -> Reason | None:
+    def not_differentiable(self, branches: int) -> str | None:
         """Why native gradients of what so many branches read are not those of autograd, if so."""
         tensors = [p for stage in self.stages.stages() for p in stage.tensors() if p is not None]
         if len({id(p) for p in tensors}) < len(tensors):
             shared = next(p for i, p in enumerate(tensors) if any(p is q for q in tensors[:i]))
-            return Reason(f"{self._name(shared)} is used twice")
+            return f"{self._name(shared)} is used twice"
         used = self.used(branches)
         for name, p in zip(self.names, self.parameters, strict=True):
             if name in used and not p.requires_grad:
-                return Reason(f"{name} is not trained")
+                return f"{name} is not trained"
             if p._backward_hooks:
-                return Reason(f"{name} has a backward hook")
+                return f"{name} has a backward hook"
         return None
 
     def _name(self, p: Tensor) -> str:
@@ -183,28 +197,27 @@ def plan_of(model: nn.Module) -> Plan | Reason:
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 
 
-def unavailable(plan: Plan, *inputs: Tensor | None) -> Reason | None:
+def unavailable(*inputs: Tensor | None) -> str | None:
     """Why a call without gradients cannot be native now, if so.
 
     Args:
-        plan: Of the model.
         inputs: What the call reads.
     """
     for x in inputs:
         if x is None:
             continue
         if not is_plain(x):
-            return Reason(f"an input {list(x.shape)} on {x.device} is no plain tensor on the CPU")
+            return f"an input {list(x.shape)} on {x.device} is no plain tensor on the CPU"
     if needs_autograd():
-        return Reason("a transform of torch.func or forward-mode differentiation is active")
+        return "a transform of torch.func or forward-mode differentiation is active"
     if torch.is_grad_enabled():
-        return Reason("gradients are enabled")
+        return "gradients are enabled"
     if torch.is_autocast_enabled("cpu"):
-        return Reason("autocast is enabled")
+        return "autocast is enabled"
     if is_watched():
-        return Reason("a compiler, tracer, mode or profiler watches the calls")
+        return "a compiler, tracer, mode or profiler watches the calls"
     if is_interpreting():
-        return Reason("Triton's interpreter stands in for the native kernels")
+        return "Triton's interpreter stands in for the native kernels"
     return None
 
 

@@ -19,10 +19,10 @@ def step_plan(model: nn.Module, *inputs: Tensor | None) -> Plan | Reason:
     plan = plan_of(model)
     if not plan:
         return plan
-    reason = unavailable(plan, *inputs)
-    if reason is None and (x := inputs[0]) is not None and x.dtype != plan.dtype:
-        reason = Reason(f"x is {x.dtype}, the parameters are {plan.dtype}")
-    return plan if reason is None else reason
+    sentence = unavailable(*inputs)
+    if sentence is None and (x := inputs[0]) is not None and x.dtype != plan.dtype:
+        sentence = f"x is {x.dtype}, the parameters are {plan.dtype}"
+    return plan if sentence is None else Reason(sentence)
 
 
 class PolicyStep:
@@ -48,10 +48,11 @@ class PolicyStep:
         holds: Sequence[Tensor] | None = None,
     ) -> None:
         norm = plan.stages.obs_norm
-        self._statistics = (0, 0) if norm is None else (norm.mean.data_ptr(), norm.var.data_ptr())
+        statistics = () if norm is None else (norm.mean, norm.var)
+        self._statistics = tuple(x.data_ptr() for x in statistics) or (0, 0)
         self._obs_options = (0.0, 0.0) if norm is None else (norm.eps, norm.clip)
         # Aliases, which keep the memory even where a parameter gets another.
-        self._holds = holds or [p.detach() for p in plan.parameters], norm
+        self._holds = holds or [p.detach() for p in plan.parameters], statistics
         self._addresses, self._groups = list(addresses), groups
         self._network = plan.network(2)
         self.outputs, self.states = plan.outputs, plan.states

@@ -161,13 +161,12 @@ def _plan(model: nn.Module, parameters: Mapping[str, Tensor]) -> Plan | Reason:
     if not plan:
         return plan
     if not is_untouched(model):
-        return Reason("the model has a hook, or another method in the place of its own")
-    if reason := plan.not_differentiable(branches=1):
-        return reason
+        return Reason("the model has a hook")
+    sentence = plan.overridden("forward") or plan.not_differentiable(branches=1) or unavailable()
+    if sentence is not None:
+        return Reason(sentence)
     if has_function_mode():
         return Reason("a mode watches the calls of torch's functions")
-    if reason := unavailable(plan):
-        return reason
     used = plan.used(branches=1)
     for name, own in zip(plan.names, plan.parameters, strict=True):
         if name in used and own is not parameters.get(name):

@@ -103,12 +103,15 @@ class NetworkStages:
             gives the means (or logits, or predictions), the second the values.
         log_std: Of a Gaussian policy ``[K]``.
         obs_norm: What normalises the observations first.
+        overrides: Methods of the model that a subclass, or somebody on this object, has overridden,
+            of those that native code may stand in for.
     """
 
     trunk: Sequence[Stage]
     branches: Sequence[tuple[Sequence[Stage], bool]]
     log_std: Tensor | None = None
     obs_norm: RunningNorm | None = None
+    overrides: Sequence[str] = ()
 
     def stages(self) -> list[Stage]:
         """All of them."""
@@ -144,11 +147,15 @@ def layer_norm_parameters(
     return module.weight, module.bias, module.eps
 
 
+def overrides(module: nn.Module, owner: type, methods: Iterable[str]) -> list[str]:
+    """Those methods that a subclass, or somebody on this object, has overridden."""
+    return [method for method in methods if is_replaced(module, owner, (method,))]
+
+
 def check_methods(name: str, module: nn.Module, owner: type, methods: Iterable[str]) -> None:
-    """Raises `Unplanned` where a subclass, or somebody on this object, has overridden a method."""
-    for method in methods:
-        if is_replaced(module, owner, (method,)):
-            raise Unplanned(f"{name} overrides {method}()")
+    """Raises `Unplanned` where one of the methods is overridden."""
+    if found := overrides(module, owner, methods):
+        raise Unplanned(f"{name} overrides {found[0]}()")
 
 
 def running_norm(name: str, module: nn.Module | None, features: int) -> RunningNorm | None:
