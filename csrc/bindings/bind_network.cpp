@@ -126,18 +126,22 @@ class BoundNetwork {
                   const std::vector<Address>& values, const std::array<double, 5>& settings, Index steps,
                   Address figures) const {
     const auto [x, actions, labels, log_probs, old_values, returns, advantages, reset, state] = rollout;
-    const RolloutSequences<T> r{at<T>(x),         at<T>(actions),  at<std::int64_t>(labels), at<T>(log_probs),
-                                at<T>(old_values), at<T>(returns), at<T>(advantages),        at<std::uint8_t>(reset),
-                                at<T>(state),      sequences[0],   sequences[1]};
+    const RolloutSequences<T> r{
+        at<T>(x),       at<T>(actions),    at<std::int64_t>(labels), at<T>(log_probs), at<T>(old_values),
+        at<T>(returns), at<T>(advantages), at<std::uint8_t>(reset),  at<T>(state),     sequences[0],
+        sequences[1]};
     const auto [vector, vector_gradient, m, v, pace] = adam;
     const auto [learning_rate, beta1, beta2, eps, max_norm] = settings;
-    AdamState<T> state_of_adam{at<T>(vector), at<T>(vector_gradient), at<T>(m), at<T>(v), at<T>(pace), {},
-                               learning_rate, beta1,                  beta2,    eps,      max_norm,    steps};
+    AdamState<T> state_of_adam{at<T>(vector), at<T>(vector_gradient),
+                               at<T>(m),      at<T>(v),
+                               at<T>(pace),   {},
+                               learning_rate, beta1,
+                               beta2,         eps,
+                               max_norm,      steps};
     for (std::size_t i = 0; i < values.size(); ++i) state_of_adam.values.emplace_back(at<T>(values[i]), elements_[i]);
     const py::gil_scoped_release release;
     return ssm_fast::ppo_epoch(network_, log_std_, r, at<std::int64_t>(order), counts[0], counts[1],
-                               PpoLoss{loss[0], loss[1], loss[2], clip_value_loss}, state_of_adam,
-                               at<double>(figures));
+                               PpoLoss{loss[0], loss[1], loss[2], clip_value_loss}, state_of_adam, at<double>(figures));
   }
 
   const Network<T>& network() const { return network_; }
@@ -197,9 +201,7 @@ class Pass {
   }
 
  private:
-  Call<T> call() {
-    return {kernels_, tile_, x_, nullptr, weights_.data(), gradients_.data(), nullptr, nullptr, work_};
-  }
+  Call<T> call() { return {kernels_, tile_, x_, nullptr, weights_.data(), gradients_.data(), nullptr, nullptr, work_}; }
   void place(const Network<T>& n) {
     const auto layout_of = [&](Layout<T> layout) {
       activations_ = n.activations(layout, tile_);

@@ -18,7 +18,7 @@ T* Kernels<T>::scratch(Index elements) {
 
 template <class T>
 void Kernels<T>::linear(const T* x, const T* W, const T* bias, const T* add, bool tanh, T* y, Index M, Index I, Index O,
-                       bool transposed) {
+                        bool transposed) {
   Linear<T> p{};
   p.x = x, p.x_m = I;
   p.W = W, p.W_o = transposed ? 1 : I, p.W_i = transposed ? O : 1;
@@ -34,7 +34,7 @@ void Kernels<T>::linear(const T* x, const T* W, const T* bias, const T* add, boo
 
 template <class T>
 void Kernels<T>::linear_grad(const T* grad, const T* y, const T* x, const T* W, T* grad_x, T* grad_W, T* grad_bias,
-                            Index M, Index I, Index O) {
+                             Index M, Index I, Index O) {
   LinearGrad<T> p{};
   p.grad_y = grad, p.grad_m = O;
   p.y = y, p.y_m = O;
@@ -49,7 +49,7 @@ void Kernels<T>::linear_grad(const T* grad, const T* y, const T* x, const T* W, 
 
 template <class T>
 void Kernels<T>::linear_tangent(const T* x_t, const T* W_t, const T* bias_t, const T* x, const T* W, const T* y,
-                               const T* grad, T* y_t, T* turn, Index M, Index I, Index O) {
+                                const T* grad, T* y_t, T* turn, Index M, Index I, Index O) {
   LinearTangent<T> p{};
   p.x_t = x_t, p.xt_m = I;
   p.W_t = W_t, p.Wt_o = I, p.Wt_i = 1;
@@ -67,7 +67,7 @@ void Kernels<T>::linear_tangent(const T* x_t, const T* W_t, const T* bias_t, con
 
 template <class T>
 void Kernels<T>::sweep(const T* u, const T* A, bool adjoint, const T* s0, const std::uint8_t* reset, T* s, Index B,
-                      Index T_len, Index N) {
+                       Index T_len, Index N) {
   DenseScan<T> p{};
   p.u = u, p.u_b = T_len * N, p.u_t = N;
   p.A = A, p.A_row = adjoint ? 1 : N, p.A_col = adjoint ? N : 1;
@@ -83,8 +83,7 @@ void Kernels<T>::sweep(const T* u, const T* A, bool adjoint, const T* s0, const 
 
 template <class T>
 void Kernels<T>::norm_sweep(Sweep sweep, const T* u, const T* c, const T* A, const StateNorm& norm, const T* s0,
-                            const std::uint8_t* reset, T* s, T* z, T* sum_zn, T* sum_z, Index B, Index T_len,
-                            Index N) {
+                            const std::uint8_t* reset, T* s, T* z, T* sum_zn, T* sum_z, Index B, Index T_len, Index N) {
   const bool adjoint = sweep == Sweep::adjoint;
   NormScan<T> p{};
   p.u = u, p.u_b = T_len * N, p.u_t = N;
@@ -110,7 +109,7 @@ void Kernels<T>::norm_sweep(Sweep sweep, const T* u, const T* c, const T* A, con
 
 template <class T>
 void Kernels<T>::weight_grad(const T* x, const T* s, const T* s0, const std::uint8_t* reset, T* grad, Index B,
-                            Index T_len, Index N) {
+                             Index T_len, Index N) {
   WeightGrad<T> p{};
   p.x = x, p.x_b = T_len * N, p.x_t = N;
   p.s = s, p.s_b = T_len * N, p.s_t = N;
@@ -138,8 +137,8 @@ void Kernels<T>::output_norm(const T* z, const Norm& norm, const T* residual, T*
 }
 
 template <class T>
-void Kernels<T>::output_norm_grad(const T* grad_y, const T* z, const Norm& norm, T* grad_z, T* grad_weight, T* grad_bias,
-                                 Index M, Index H) {
+void Kernels<T>::output_norm_grad(const T* grad_y, const T* z, const Norm& norm, T* grad_z, T* grad_weight,
+                                  T* grad_bias, Index M, Index H) {
   OutputNormGrad<T> p{};
   p.grad_y = grad_y, p.grad_m = H;
   p.z = z, p.z_m = H;
@@ -155,7 +154,7 @@ void Kernels<T>::output_norm_grad(const T* grad_y, const T* z, const Norm& norm,
 
 template <class T>
 void Kernels<T>::output_norm_tangent(const T* z, const T* z_t, const Norm& norm, const T* weight_t, const T* bias_t,
-                                    const T* residual_t, T* y_t, Index M, Index H) {
+                                     const T* residual_t, T* y_t, Index M, Index H) {
   OutputNormTangent<T> p{};
   p.z = z, p.z_t = z_t;
   p.weight = norm.weight, p.weight_t = weight_t, p.bias = norm.bias, p.bias_t = bias_t;
@@ -169,9 +168,9 @@ void Kernels<T>::output_norm_tangent(const T* z, const T* z_t, const Norm& norm,
 }
 
 template <class T>
-void Kernels<T>::output_norm_grad_tangent(const T* grad_y, const T* grad_y_t, const T* z, const T* z_t, const Norm& norm,
-                                         const T* weight_t, const T* bias_t, T* grad_z_t, T* grad_weight_t,
-                                         T* grad_bias_t, Index M, Index H) {
+void Kernels<T>::output_norm_grad_tangent(const T* grad_y, const T* grad_y_t, const T* z, const T* z_t,
+                                          const Norm& norm, const T* weight_t, const T* bias_t, T* grad_z_t,
+                                          T* grad_weight_t, T* grad_bias_t, Index M, Index H) {
   OutputNormGradTangent<T> p{};
   p.grad_y = grad_y, p.grad_y_t = grad_y_t, p.z = z, p.z_t = z_t;
   p.weight = norm.weight, p.weight_t = weight_t, p.bias = norm.bias, p.bias_t = bias_t;

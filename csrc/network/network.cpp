@@ -165,9 +165,8 @@ void Network<T>::backward_tangent(Call<T> call, const State& state, const Activa
       const auto& own = a.branches[b][i];
       T* grad_x_t = i || !detached ? (i == 0 && is_first ? features : taken) : nullptr;
       const T* x_t = i ? t.branches[b][i - 1].y_t : detached ? nullptr : t.trunk.back().y_t;
-      stages[i]->backward_tangent(call, i ? a.branches[b][i - 1].y : a.trunk.back().y, x_t, own.y,
-                                  t.branches[b][i].y_t, own.saved, t.branches[b][i].kept, own.grad_y, grad_y_t,
-                                  grad_x_t);
+      stages[i]->backward_tangent(call, i ? a.branches[b][i - 1].y : a.trunk.back().y, x_t, own.y, t.branches[b][i].y_t,
+                                  own.saved, t.branches[b][i].kept, own.grad_y, grad_y_t, grad_x_t);
       grad_y_t = grad_x_t;
       std::swap(given, taken);
     }

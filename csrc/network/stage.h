@@ -47,13 +47,13 @@ template <class T>
 struct Call {
   Kernels<T>& kernels;
   Tile tile;
-  const T* input;             // of the network, [rows, I]
-  const T* state;             // of the stage before the sequences, [B, N], or null: zeros
-  const T* const* weights;    // of every parameter
-  T* const* gradients;        // where their gradients go
-  const T* const* direction;  // tangents of the weights
-  T* const* second;           // where the second terms of the gradients' tangents go
-  T* work;                    // of the stage, until it returns
+  const T* input;               // of the network, [rows, I]
+  const T* state;               // of the stage before the sequences, [B, N], or null: zeros
+  const T* const* weights;      // of every parameter
+  T* const* gradients;          // where their gradients go
+  const T* const* direction;    // tangents of the weights
+  T* const* second;             // where the second terms of the gradients' tangents go
+  T* work;                      // of the stage, until it returns
   T* reserve(Index elements) {  // takes the front of `work`
     T* first = work;
     work += (elements + 15) / 16 * 16;

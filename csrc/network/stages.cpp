@@ -93,8 +93,8 @@ void LinearStage<T>::backward_tangent(Call<T> call, const T* x, const T* x_t, co
                            parameter(call.gradients, bias_), M, I, O);
   if (!x_t && !grad_x_t) return;
   T* term = grad_x_t ? call.reserve(M * I) : nullptr;
-  call.kernels.linear_grad(grad_y, output, x_t ? x_t : x, call.direction[W_], term,
-                           x_t ? call.second[W_] : nullptr, nullptr, M, I, O);
+  call.kernels.linear_grad(grad_y, output, x_t ? x_t : x, call.direction[W_], term, x_t ? call.second[W_] : nullptr,
+                           nullptr, M, I, O);
   if (grad_x_t) add_to(grad_x_t, term, M * I);
 }
 
@@ -112,7 +112,8 @@ template <class T>
 typename ScanStage<T>::Saved ScanStage<T>::saved_at(Layout<T>& layout, const Tile& tile) const {
   const Index N = this->outputs, rows = tile.rows();
   Saved saved{layout.array((rows + 1) * N), nullptr, nullptr, nullptr};  // the adjoints have a row behind them
-  if (has_norm()) saved.n = layout.array(rows * N), saved.rstd = layout.array(rows), saved.sigma = layout.array(rows * N);
+  if (has_norm())
+    saved.n = layout.array(rows * N), saved.rstd = layout.array(rows), saved.sigma = layout.array(rows * N);
   return saved;
 }
 
@@ -187,8 +188,8 @@ void ScanStage<T>::tangent(Call<T> call, const T* x, const T* x_t, const T* y, c
   const T *weight_t = call.direction[p_.norm_weight], *bias_t = call.direction[p_.norm_bias];
   T* behind = scratch;
   for (Index i = 0; i < M * N; ++i) behind[i] = saved.n[i] * weight_t[i % N] + bias_t[i % N];
-  call.kernels.norm_sweep(Sweep::tangent, u_t, behind, A, norm(call, saved), nullptr, reset, y_t, z_t, nullptr,
-                          nullptr, B, T_len, N);
+  call.kernels.norm_sweep(Sweep::tangent, u_t, behind, A, norm(call, saved), nullptr, reset, y_t, z_t, nullptr, nullptr,
+                          B, T_len, N);
 }
 
 // With n_t = rstd P(z_t), rstd_t = -rstd^2 mean(n z_t) and p = weight sigma, the tangent of rstd P(p) is
@@ -235,7 +236,8 @@ void ScanStage<T>::backward_tangent(Call<T> call, const T* x, const T* x_t, cons
                            parameter(call.gradients, p_.bias), M, I, N);
   if (!x_t) return;
   T* term = grad_x_t ? call.reserve(M * I) : nullptr;
-  call.kernels.linear_grad(saved.adjoint, nullptr, x_t, call.direction[p_.B], term, call.second[p_.B], nullptr, M, I, N);
+  call.kernels.linear_grad(saved.adjoint, nullptr, x_t, call.direction[p_.B], term, call.second[p_.B], nullptr, M, I,
+                           N);
   if (grad_x_t) add_to(grad_x_t, term, M * I);
 }
 
@@ -538,12 +540,12 @@ int SkipStage<T>::step(StepBuilder& program, int x) const {
   return y;
 }
 
-#define SSM_FAST_STAGES(T)         \
-  template class LinearStage<T>;   \
-  template class ScanStage<T>;     \
-  template class DenseCell<T>;     \
-  template class LayerStage<T>;    \
-  template class JoinStage<T>;     \
+#define SSM_FAST_STAGES(T)       \
+  template class LinearStage<T>; \
+  template class ScanStage<T>;   \
+  template class DenseCell<T>;   \
+  template class LayerStage<T>;  \
+  template class JoinStage<T>;   \
   template class SkipStage<T>;
 SSM_FAST_STAGES(float)
 SSM_FAST_STAGES(double)

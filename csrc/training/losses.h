@@ -188,7 +188,8 @@ class ExamplesLoss {
     return total;
   }
 
-  // y_t, the tangent of the outputs, becomes that of the gradient; of a surrogate that is not clipped. `scratch` is [O].
+  // y_t, the tangent of the outputs, becomes that of the gradient; of a surrogate that is not clipped. `scratch` is
+  // [O].
   void tangent(const T* y, const T* log_std_t, T* y_t, T* grad_log_std_t, T* scratch) const {
     for (Index k = 0; grad_log_std_t && k < O_; ++k) grad_log_std_t[k] = 0;
     for (Index row = first_; row < first_ + rows_; ++row, y += O_, y_t += O_) {

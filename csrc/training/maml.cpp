@@ -115,13 +115,24 @@ class Differentiator {
   }
 
   Call<T> call_of(const Examples<T>& e, Index first, const Tile& tile, T* const* direction) {
-    return {kernels_, tile,      e.x + first * e.T_len * network_.inputs(), nullptr, weights_.data(), gradients_.data(),
-            direction, seconds_.data(), work_.of(network_.work(tile))};
+    return {kernels_,
+            tile,
+            e.x + first * e.T_len * network_.inputs(),
+            nullptr,
+            weights_.data(),
+            gradients_.data(),
+            direction,
+            seconds_.data(),
+            work_.of(network_.work(tile))};
   }
 
   ExamplesLoss<T> loss(const Examples<T>& e, Index first, const Tile& tile) {
-    return {e, first * e.T_len, tile.rows(), network_.outputs(0),
-            log_std_ < 0 ? nullptr : weights_[std::size_t(log_std_)], precision_};
+    return {e,
+            first * e.T_len,
+            tile.rows(),
+            network_.outputs(0),
+            log_std_ < 0 ? nullptr : weights_[std::size_t(log_std_)],
+            precision_};
   }
 
   void clear(std::initializer_list<T*> vectors) {

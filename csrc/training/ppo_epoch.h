@@ -29,7 +29,7 @@ struct PpoLoss {
 // Adam of all parameters as one vector [P], in the order of the network.
 template <class T>
 struct AdamState {
-  T *vector, *gradient, *m, *v;  // `gradient` receives that of each minibatch
+  T *vector, *gradient, *m, *v;              // `gradient` receives that of each minibatch
   const T* pace;                             // of each entry, in learning rates
   std::vector<std::pair<T*, Index>> values;  // where the entries of the vector go, and how many
   double learning_rate, beta1, beta2, eps, max_norm;

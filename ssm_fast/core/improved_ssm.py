@@ -341,7 +341,8 @@ class ImprovedSSM(nn.Module):
                 noise = self.draw_noise(len(x))
             noise = None if deterministic else noise
             reset = None if reset is None else reset.bool()
-            return self._act(PolicyStep(plan, plan.addresses()), x, hidden_state, reset, noise)
+            step = PolicyStep(plan, plan.addresses(), holds=plan.parameters)
+            return self._act(step, x, hidden_state, reset, noise)
         x = self._inputs(x, hidden_state, reset)
         features, states = self._features(x, hidden_state, reset)
         mean = self.actor(features)  # [B, K] or [B, T, K]

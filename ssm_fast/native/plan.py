@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from operator import is_
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -66,10 +67,16 @@ class Plan:
         self.log_std = _ABSENT if stages.log_std is None else numbers[id(stages.log_std)]
         self._numbers = numbers
         self._networks: dict[int, Any] = {}
-        self._shapes = [p.shape for p in self.parameters]
-        self._watched = [
-            (module, type(module), _values(module), _parts(module)) for module in model.modules()
+        self._layouts = self._layouts_now()
+        self._modules = list(model.modules())
+        self._kinds = [type(module) for module in self._modules]
+        parts = [vars(module)[name] for module in self._modules for name in _PARTS]
+        self._dicts = [
+            *(vars(module) for module in self._modules),
+            *(part for part in parts if part),
         ]
+        self._empty = [part for part in parts if not part]
+        self._values = [value for part in self._dicts for value in part.values()]
 
     def __bool__(self) -> Literal[True]:
         return True
@@ -100,22 +107,28 @@ class Plan:
         return None
 
     def is_current(self) -> bool:
-        """Whether the model is still what the plan was made of."""
-        if has_global_hooks():
-            return False
-        for module, kind, values, parts in self._watched:
-            own = module.__dict__
-            if module.__class__ is not kind or len(own) != len(values):
-                return False
-            if not all(map(is_, own.values(), values)):
-                return False
-            for now, then in zip(_parts_of(own), parts, strict=True):
-                if len(now) != len(then) or not all(map(is_, now.values(), then)):
-                    return False
-        return all(
-            p.shape == shape and p.dtype is self.dtype and p.is_contiguous() and is_plain(p)
-            for p, shape in zip(self.parameters, self._shapes, strict=True)
+        """Whether the model is still what the plan was made of.
+
+        Every attribute, parameter, buffer and module must be the same object. The loops run in C:
+        they are part of every step.
+        """
+        return (
+            not has_global_hooks()
+            and not any(self._empty)
+            and all(map(is_, map(type, self._modules), self._kinds))
+            and sum(map(len, self._dicts)) == len(self._values)
+            and all(map(is_, chain.from_iterable(map(dict.values, self._dicts)), self._values))
+            and self._layouts_now() == self._layouts
         )
+
+    def _layouts_now(self) -> list[Any]:
+        """What an assignment to ``data`` changes."""
+        parameters = self.parameters
+        return [
+            *map(Tensor.size, parameters),
+            *map(Tensor.stride, parameters),
+            *map(_kind, parameters),
+        ]
 
     def used(self, branches: int) -> set[str]:
         """Names of the parameters that the trunk and so many branches read, and ``log_std``."""
@@ -227,10 +240,6 @@ def _check_modules(model: nn.Module) -> None:
             raise Unplanned(f"{name} has a hook, or another method in the place of its own")
 
 
-def _values(module: nn.Module) -> list[Any]:
-    return list(module.__dict__.values())
-
-
 _PARTS = (
     "_parameters",
     "_buffers",
@@ -242,22 +251,17 @@ _PARTS = (
 )
 
 
-def _parts_of(own: dict[str, Any]) -> list[dict[str, Any]]:
-    return [own[name] for name in _PARTS]
-
-
-def _parts(module: nn.Module) -> list[list[Any]]:
-    return [list(part.values()) for part in _parts_of(module.__dict__)]
+_kind = attrgetter("dtype", "device")
 
 
 def _check_sizes(stages: NetworkStages) -> None:
     """Raises `Unplanned` unless the weights have their shapes and the stages fit each other."""
     features = stages.trunk[-1].outputs
-    for chain, before in [
+    for group, before in [
         (stages.trunk, None),
         *((branch, features) for branch, _ in stages.branches),
     ]:
-        for stage in chain:
+        for stage in group:
             stage.check_shapes()
             if before is not None and stage.inputs != before:
                 raise Unplanned(f"a {stage.kind} stage takes {stage.inputs} features, not {before}")

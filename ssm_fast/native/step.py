@@ -37,7 +37,8 @@ class PolicyStep:
         addresses: Of the parameters, 0 for one that no stage reads.
         groups: ``G``, where every parameter has that leading dimension: the rows are then those of
             the groups, ``B / G`` of each, one group after the other.
-        holds: Tensors that own the memory, beside the model's.
+        holds: Tensors that own the memory. The model's parameters unless given, in aliases that keep
+            it even where a parameter gets another.
     """
 
     def __init__(
@@ -51,7 +52,6 @@ class PolicyStep:
         statistics = () if norm is None else (norm.mean, norm.var)
         self._statistics = tuple(x.data_ptr() for x in statistics) or (0, 0)
         self._obs_options = (0.0, 0.0) if norm is None else (norm.eps, norm.clip)
-        # Aliases, which keep the memory even where a parameter gets another.
         self._holds = holds or [p.detach() for p in plan.parameters], statistics
         self._addresses, self._groups = list(addresses), groups
         self._network = plan.network(2)
