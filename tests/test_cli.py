@@ -967,7 +967,7 @@ class TestErrors:
             ):
                 assert cli.main([*args, "--env", env_id]) == 2
                 error = capsys.readouterr().err
-                assert error.startswith(f"ssm-fast: env_name '{env_id}' cannot be made: ")
+                assert error.startswith(f"ssm-fast: --env '{env_id}' cannot be made: ")
                 assert text in error
                 assert error.count("\n") == 1
         finally:
@@ -1221,7 +1221,7 @@ class TestResume:
             assert cli.main(["train", "--resume", "--out", "out"]) == 2
             process.communicate("\n")
         assert capsys.readouterr().err == (
-            "ssm-fast: out is in use: another process trains there; wait for its end or choose another "
+            "ssm-fast: --out is in use: another process trains there; wait for its end or choose another "
             "folder (--out)\n"
         )
         assert Path("out/config.json").read_bytes() == config

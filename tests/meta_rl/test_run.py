@@ -68,6 +68,7 @@ class TestRunDirectory:
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            cwd=tmp_path,  # away from the sources
         )
         assert process.stdout is not None
         try:
@@ -93,6 +94,7 @@ class TestRunDirectory:
             [sys.executable, "-c", _HOLDS.partition("if")[0], str(tmp_path)],
             check=False,
             capture_output=True,
+            cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr
 
