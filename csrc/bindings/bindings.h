@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../ops.h"
+#include "../kernels/ops.h"
 
 namespace ssm_fast {
 
@@ -30,6 +30,7 @@ std::vector<T*> pointers(const std::vector<Address>& addresses) {
   return found;
 }
 
+void bind_ops(py::module_& m);
 void bind_network(py::module_& m);
 
 }  // namespace ssm_fast

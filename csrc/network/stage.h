@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../ops.h"
+#include "../kernels/ops.h"
 #include "kernels.h"
 #include "step_program.h"
 

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "../ops.h"
+#include "../kernels/ops.h"
 
 namespace ssm_fast {
 

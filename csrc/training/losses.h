@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../ops.h"
+#include "../kernels/ops.h"
 
 namespace ssm_fast {
 

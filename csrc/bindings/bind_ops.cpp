@@ -1,4 +1,4 @@
-// Python bindings: addresses, sizes and strides in, nothing of torch's ABI.
+// The ops: addresses, sizes and strides in, nothing of torch's ABI.
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#include "bindings/bindings.h"
-#include "calls.h"
+#include "../calls.h"
+#include "bindings.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -373,33 +373,8 @@ void linear_tangent(Address x_t, Strides<2> xt_strides, Address W_t, Strides<3> 
 }
 
 }  // namespace
-}  // namespace ssm_fast
 
-namespace py = pybind11;
-
-PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  using namespace ssm_fast;
-  m.doc() = "CPU kernels of ssm_fast. Private: addresses go in unchecked; call ssm_fast.ops.";
-  try {
-    choose_isa();
-  } catch (const std::invalid_argument& error) {
-    throw py::import_error(error.what());
-  }
-  m.def("isa", [] { return name(chosen_isa()); });
-  m.def("available_isas", [] {
-    std::vector<std::string> names;
-    for (const Isa isa : available_isas()) names.push_back(name(isa));
-    return names;
-  });
-  m.def("num_threads", [] { return omp_get_max_threads(); });
-  m.def("on_new_thread", [](py::function function) {
-    static PyObject* called;  // for good: threads outlive the module
-    called = function.release().ptr();
-    on_new_thread = [] {
-      const py::gil_scoped_acquire acquire;
-      py::handle(called)();
-    };
-  });
+void bind_ops(py::module_& m) {
   m.def("dense_scan_float32", &dense_scan<float>);
   m.def("dense_scan_float64", &dense_scan<double>);
   py::enum_<Sweep>(m, "Sweep")
@@ -428,5 +403,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("linear_grad_float64", &linear_grad<double>);
   m.def("linear_tangent_float32", &linear_tangent<float>);
   m.def("linear_tangent_float64", &linear_tangent<double>);
-  bind_network(m);
 }
+
+}  // namespace ssm_fast
