@@ -5,7 +5,6 @@
 
 #include "../calls.h"
 #include "../network/network.h"
-#include "../network/stages.h"
 #include "../training/maml.h"
 #include "../training/ppo_epoch.h"
 #include "bindings.h"
@@ -15,34 +14,21 @@ namespace {
 
 constexpr Index kParallelRows = 16;  // rows of a step that are worth a thread
 
-// A stage from its description, ssm_fast.native.stages.Stage as a dict.
-template <class T>
-std::unique_ptr<Stage<T>> make_stage(const py::dict& stage) {
-  const auto kind = stage["kind"].cast<std::string>();
-  const auto sizes = stage["sizes"].cast<std::vector<Index>>();
-  const auto p = stage["parameters"].cast<std::vector<int>>();
-  const auto eps = stage["eps"].cast<double>();
-  const auto flag = stage["flag"].cast<bool>();
-  if (kind == "linear") return std::make_unique<LinearStage<T>>(sizes[0], sizes[1], p[0], p[1], flag);
-  if (kind == "scan") {
-    return std::make_unique<ScanStage<T>>(sizes[0], sizes[1], DriveParameters{p[0], p[1], p[2], p[3], p[4], eps});
-  }
-  if (kind == "dense") {
-    const DriveParameters drive{p[0], p[1], p[2], p[5], p[6], eps};
-    return std::make_unique<DenseCell<T>>(sizes[0], sizes[1], sizes[2], drive, p[3], p[4]);
-  }
-  if (kind == "layer") {
-    return std::make_unique<LayerStage<T>>(make_stage<T>(stage["cell"].cast<py::dict>()), p[0], p[1], eps, flag);
-  }
-  if (kind == "join") return std::make_unique<JoinStage<T>>(sizes[0], sizes[1], sizes[2], p[0], p[1], p[2]);
-  if (kind == "skip") return std::make_unique<SkipStage<T>>(sizes[0], sizes[1], sizes[2], p[0], p[1], p[2]);
-  throw py::value_error("unknown kind of stage '" + kind + "'");
+StageDescription describe(const py::dict& stage) {
+  StageDescription found{stage["kind"].cast<std::string>(),
+                         stage["sizes"].cast<std::vector<Index>>(),
+                         stage["parameters"].cast<std::vector<int>>(),
+                         stage["eps"].cast<double>(),
+                         stage["flag"].cast<bool>(),
+                         {}};
+  if (!stage["cell"].is_none()) found.cell.push_back(describe(stage["cell"].cast<py::dict>()));
+  return found;
 }
 
 template <class T>
 Stages<T> make_stages(const std::vector<py::dict>& descriptions) {
   Stages<T> stages;
-  for (const py::dict& description : descriptions) stages.push_back(make_stage<T>(description));
+  for (const py::dict& description : descriptions) stages.push_back(make_stage<T>(describe(description)));
   return stages;
 }
 
@@ -201,7 +187,7 @@ class Pass {
   }
 
  private:
-  Call<T> call() { return {kernels_, tile_, x_, nullptr, weights_.data(), gradients_.data(), nullptr, nullptr, work_}; }
+  Call<T> call() { return {kernels_, tile_, x_, weights_.data(), gradients_.data(), nullptr, nullptr, work_}; }
   void place(const Network<T>& n) {
     const auto layout_of = [&](Layout<T> layout) {
       activations_ = n.activations(layout, tile_);

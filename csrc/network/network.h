@@ -17,27 +17,25 @@ struct Branch {
   bool detached;  // no gradient flows into the trunk
 };
 
-// What a tile of sequences leaves in a network: the outputs of every stage, their gradients, and what stages save.
+// What a tile of sequences leaves in a network, stage by stage: of the trunk first, then of every branch.
 template <class T>
 struct Activations {
   struct OfStage {
     T *y, *grad_y, *saved;
   };
-  std::vector<OfStage> trunk;
-  std::vector<std::vector<OfStage>> branches;
-  T* output(std::size_t branch) const { return branches[branch].back().y; }
-  T* grad_output(std::size_t branch) const { return branches[branch].back().grad_y; }
+  std::vector<std::vector<OfStage>> chains;
+  T* output(std::size_t branch) const { return chains[branch + 1].back().y; }
+  T* grad_output(std::size_t branch) const { return chains[branch + 1].back().grad_y; }
 };
 
 // The same for tangents.
 template <class T>
 struct Tangents {
   struct OfStage {
-    T *y_t, *kept;
+    T *y_t, *saved_t;
   };
-  std::vector<OfStage> trunk;
-  std::vector<std::vector<OfStage>> branches;
-  T* output(std::size_t branch) const { return branches[branch].back().y_t; }
+  std::vector<std::vector<OfStage>> chains;
+  T* output(std::size_t branch) const { return chains[branch + 1].back().y_t; }
 };
 
 template <class T>
@@ -51,7 +49,7 @@ class Network {
   Index state() const { return state_; }  // elements of a sequence's state, of all stages
   Index parameters() const { return Index(elements_.size()); }
   Index elements() const { return total_; }  // of all parameters
-  const std::vector<std::unique_ptr<Stage<T>>>& trunk() const { return trunk_; }
+  const Stages<T>& trunk() const { return trunk_; }
 
   // Where each parameter lies in a vector of all.
   void split(T* vector, std::vector<T*>& pointers) const;
@@ -66,10 +64,10 @@ class Network {
     const T* at;  // or null: zeros
     Index sequences, first;
   };
-  void forward(Call<T> call, const State& state, const Activations<T>& a) const;
+  void forward(const Call<T>& call, const State& state, const Activations<T>& a) const;
   // From grad_output of every branch.
   void backward(Call<T> call, const State& state, const Activations<T>& a) const;
-  void tangent(Call<T> call, const State& state, const Activations<T>& a, const Tangents<T>& t) const;
+  void tangent(const Call<T>& call, const State& state, const Activations<T>& a, const Tangents<T>& t) const;
   // From the tangents of grad_output of every branch, which lie in the tangents of the outputs.
   void backward_tangent(Call<T> call, const State& state, const Activations<T>& a, const Tangents<T>& t) const;
 
@@ -77,8 +75,11 @@ class Network {
   StepBuilder step(std::vector<int>& outputs) const;
 
  private:
-  void set_state(Call<T>& call, const State& state, std::size_t i) const;
-  static Index work_of(const Stages<T>& stages, const Tile& tile);
+  // The call of stage i of a chain, 0 the trunk. What a branch reads is what the trunk gives.
+  Call<T> of_stage(Call<T> call, const State& state, const Activations<T>& a, const Tangents<T>* t, std::size_t chain,
+                   std::size_t i) const;
+  const Stages<T>& stages(std::size_t chain) const { return chain ? branches_[chain - 1].stages : trunk_; }
+  std::size_t chains() const { return branches_.size() + 1; }
   Index widest() const;
 
   Stages<T> trunk_;

@@ -62,7 +62,7 @@ class StepBuilder {
   const std::vector<StepInstruction>& instructions() const { return instructions_; }
   const std::vector<Index>& features() const { return features_; }
 
-  enum Use { kState, kNext, kOutput, kJoin, kOther };
+  enum Use { kState, kNext, kOutput, kOther };
 
  private:
   void move_state(StepKind kind, int at, Index M, Index state) {

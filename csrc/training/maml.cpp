@@ -118,7 +118,6 @@ class Differentiator {
     return {kernels_,
             tile,
             e.x + first * e.T_len * network_.inputs(),
-            nullptr,
             weights_.data(),
             gradients_.data(),
             direction,

@@ -53,7 +53,7 @@ class Learner {
     for (Index i = 0; i < tile.rows(); ++i) {
       advantages_[i] = T((double(advantages_[i]) - whole.mean) / whole.deviation);
     }
-    const Call<T> call{kernels_, tile, x_, nullptr, weights_.data(), gradients_.data(), nullptr, nullptr, work_};
+    const Call<T> call{kernels_, tile, x_, weights_.data(), gradients_.data(), nullptr, nullptr, work_};
     network_.forward(call, {state_, count, 0}, activations_);
     const Sums sums = differentiate(tile.rows(), whole.rows);
     network_.backward(call, {state_, count, 0}, activations_);

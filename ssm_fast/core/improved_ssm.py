@@ -76,16 +76,13 @@ class CriticNetwork(nn.Module):
         """
         if type(self) is not CriticNetwork:
             raise Unplanned(f"{name} is a {type(self).__name__}, not a CriticNetwork")
-        parts = {
-            part: linear_stage(f"{name}.{part}", getattr(self, part))
-            for part in ("observations", "features")
-        }
-        (V, bias), (U, none) = (stage.parameters for stage in parts.values())
-        if none is not None:
+        x = linear_stage(f"{name}.observations", self.observations)
+        h = linear_stage(f"{name}.features", self.features)
+        (V, bias, _), (W, other, _) = x.parameters, h.parameters
+        if other is not None:
             raise Unplanned(f"{name}.features has a bias")
-        sizes = parts["observations"].inputs, *parts["features"].sizes
-        hidden = linear_stage(f"{name}.hidden", self.hidden, tanh=True)
-        return [Stage("join", sizes, (V, U, bias)), hidden]
+        first = Stage("linear", (x.inputs, h.inputs, h.outputs), (W, bias, V), flag=True)
+        return [first, linear_stage(f"{name}.hidden", self.hidden, tanh=True)]
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """``[..., W]`` from normalised observations ``[..., I]`` and features ``[..., H]``."""

@@ -182,7 +182,8 @@ class StateSpaceModel(nn.Module):
         first, last = linear_stage("C.0", self.C[0], tanh=True), linear_stage("C.2", self.C[2])
         sizes = self.input_dim, self.state_dim
         scan = Stage("scan", sizes, (self.A, self.B, None, None, None))
-        out = Stage("skip", (self.input_dim, *last.sizes), (*last.parameters, self.D))
+        W, bias, _ = last.parameters
+        out = Stage("linear", (self.input_dim, last.inputs, last.outputs), (W, bias, self.D))
         return NetworkStages(
             [scan],
             [([first, out], False)],

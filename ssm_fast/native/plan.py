@@ -265,6 +265,6 @@ def _check_sizes(stages: NetworkStages) -> None:
             stage.check_shapes()
             if before is not None and stage.inputs != before:
                 raise Unplanned(f"a {stage.kind} stage takes {stage.inputs} features, not {before}")
-            if stage.kind in ("join", "skip") and stage.sizes[0] != stages.trunk[0].inputs:
+            if stage.kind == "linear" and stage.sizes[0] not in (0, stages.trunk[0].inputs):
                 raise Unplanned(f"a {stage.kind} stage takes {stage.sizes[0]} observations")
             before = stage.outputs

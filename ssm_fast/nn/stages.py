@@ -17,16 +17,12 @@ class Unplanned(Exception):
 
 
 _SHAPES: dict[str, Callable[..., tuple[tuple[int, ...], ...]]] = {
-    # W, bias
-    "linear": lambda I, O: ((O, I), (O,)),
+    # W, bias, V
+    "linear": lambda I, H, O: ((O, H), (O,), (O, I)),
     # A, B, bias, weight and bias of the norm
     "scan": lambda I, N: ((N, N), (N, I), (N,), (N,), (N,)),
     # A, B, bias, C, D, weight and bias of the norm
     "dense": lambda I, H, N: ((N, N), (N, I), (N,), (H, N), (H, I), (N,), (N,)),
-    # V, U, bias
-    "join": lambda I, H, O: ((O, I), (O, H), (O,)),
-    # W, bias, D
-    "skip": lambda I, H, O: ((O, H), (O,), (O, I)),
 }
 
 
@@ -59,14 +55,14 @@ class Stage:
         """Features of its input, which is what the stage before it gives."""
         if self.cell is not None:
             return self.cell.inputs
-        return self.sizes[1] if self.kind in ("join", "skip") else self.sizes[0]
+        return self.sizes[1] if self.kind == "linear" else self.sizes[0]
 
     @property
     def outputs(self) -> int:
         """Features of its output."""
         if self.cell is not None:
             return self.cell.outputs
-        return self.sizes[2] if self.kind in ("join", "skip") else self.sizes[1]
+        return self.sizes[2] if self.kind == "linear" else self.sizes[1]
 
     @property
     def state(self) -> int:
@@ -126,8 +122,8 @@ def linear_stage(name: str, module: nn.Module, *, tanh: bool = False) -> Stage:
     """
     if type(module) is not nn.Linear:
         raise Unplanned(f"{name} is a {type(module).__name__}, not an nn.Linear")
-    sizes = module.in_features, module.out_features
-    return Stage("linear", sizes, (module.weight, module.bias), flag=tanh)
+    sizes = 0, module.in_features, module.out_features
+    return Stage("linear", sizes, (module.weight, module.bias, None), flag=tanh)
 
 
 def layer_norm_parameters(

@@ -790,7 +790,7 @@ void exercise_network_step(Random& random) {
   program.keep(mean);
   Index wide = H;
   if (width > 0) {
-    const int v = program.buffer(StepBuilder::kJoin, width), u = program.other(v, width);
+    const int v = program.other(h, width), u = program.other(v, width);
     program.affine(v, width, StepBuilder::kInput, I, kValueX, h, H, kValueH, kValueBias);
     program.tanh(v, v);
     program.affine(u, width, v, width, kHidden, kHiddenBias);
