@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <utility>
 
 #include "../calls.h"
 
@@ -58,31 +57,6 @@ class Kernels {
 
 extern template class Kernels<float>;
 extern template class Kernels<double>;
-
-// Arrays in one block of memory, each from a cache line on.
-template <class T>
-class Arrays {
- public:
-  // Calls layout(take) twice: take(elements) adds up the block, then gives each array its place.
-  template <class F>
-  void place(F layout) {
-    Index total = 0;
-    layout([&](Index elements) {
-      total += padded(elements);
-      return static_cast<T*>(nullptr);
-    });
-    memory_ = scratch_block<T>(total);
-    T* next = static_cast<T*>(memory_.get());
-    layout([&](Index elements) { return std::exchange(next, next + padded(elements)); });
-  }
-
- private:
-  static Index padded(Index elements) {
-    constexpr Index kLine = 64 / Index(sizeof(T));
-    return (elements + kLine - 1) / kLine * kLine;
-  }
-  std::unique_ptr<void, AlignedDelete> memory_;
-};
 
 // x += y
 template <class T>
