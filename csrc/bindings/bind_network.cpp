@@ -50,42 +50,6 @@ class BoundNetwork {
         log_std_(log_std),
         program_(network_.step(outputs_)) {}
 
-  // A step of B rows of each of G groups, whose weights lie one group behind the other. Returns whether values and
-  // log-probabilities are finite.
-  bool step(const std::vector<Address>& weights, const std::array<Address, 2>& statistics,
-            const std::array<double, 2>& obs_options, const std::array<Address, 8>& rows, Index G, Index B) const {
-    const auto [x, state, reset, noise, action, log_prob, value, next_state] = rows;
-    std::vector<const T*> groups;
-    for (Index g = 0; g < G; ++g) {
-      for (std::size_t i = 0; i < weights.size(); ++i) {
-        groups.push_back(weights[i] ? at<T>(weights[i]) + g * elements_[i] : nullptr);
-      }
-    }
-    const std::vector<Index>& features = program_.features();
-    const int registers = int(features.size());
-    const Index blocks = G * B / kParallelRows;
-    const int threads = blocks < 2 ? 1 : threads_for(double(G * B) * double(network_.elements()), blocks);
-    const auto scratch =
-        scratch_block<T>(SSM_FAST_CALL(network_step_scratch(features.data(), registers, sizeof(T) == 8)) * threads);
-    NetworkStep<T> p{};
-    p.program = program_.instructions().data(), p.instructions = int(program_.instructions().size());
-    p.features = features.data(), p.registers = registers;
-    p.x = at<T>(x);
-    p.obs_mean = at<double>(statistics[0]), p.obs_var = at<double>(statistics[1]);
-    p.obs_eps = obs_options[0], p.obs_clip = obs_options[1];
-    p.state = at<T>(state), p.reset = at<std::uint8_t>(reset), p.noise = at<T>(noise);
-    p.weights = groups.data();
-    p.action = at<T>(action), p.log_prob = at<T>(log_prob), p.value = at<T>(value), p.next_state = at<T>(next_state);
-    p.G = G, p.B = B, p.I = network_.inputs(), p.K = network_.outputs(0), p.P = Index(weights.size());
-    p.mean = outputs_[0], p.value_register = outputs_.back();
-    p.log_std = log_std_;
-    p.threads = threads;
-    p.scratch = static_cast<T*>(scratch.get());
-    const py::gil_scoped_release release;
-    SSM_FAST_CALL(network_step(p));
-    return all_finite(p.value, G * B) && all_finite(p.log_prob, G * B);
-  }
-
   // x, y, labels, actions, log_probs, advantages, s0, reset; B, T_len; clip_epsilon, largest_log_ratio
   using ExamplesOfTask = std::tuple<std::array<Address, 8>, Strides<2>, std::array<double, 2>>;
 
@@ -131,6 +95,10 @@ class BoundNetwork {
   }
 
   const Network<T>& network() const { return network_; }
+  const StepBuilder& program() const { return program_; }
+  const std::vector<int>& output_registers() const { return outputs_; }
+  Index elements_of(std::size_t parameter) const { return elements_[parameter]; }
+  int log_std() const { return log_std_; }
 
  private:
   static std::vector<Branch<T>> make_branches(const std::vector<std::pair<Descriptions, bool>>& descriptions) {
@@ -154,6 +122,52 @@ class BoundNetwork {
   int log_std_;
   std::vector<int> outputs_;  // registers of the branches; before the program, which fills them
   StepBuilder program_;
+};
+
+// Steps of a network whose weights lie at these addresses, those of G groups one behind the other.
+template <class T>
+class BoundStep {
+ public:
+  BoundStep(const BoundNetwork<T>& bound, const std::vector<Address>& weights, const std::array<Address, 2>& statistics,
+            const std::array<double, 2>& obs_options, Index G)
+      : elements_(bound.network().elements()) {
+    for (Index g = 0; g < G; ++g) {
+      for (std::size_t i = 0; i < weights.size(); ++i) {
+        weights_.push_back(weights[i] ? at<T>(weights[i]) + g * bound.elements_of(i) : nullptr);
+      }
+    }
+    const StepBuilder& program = bound.program();
+    p_.program = program.instructions().data(), p_.instructions = int(program.instructions().size());
+    p_.features = program.features().data(), p_.registers = int(program.features().size());
+    p_.obs_mean = at<double>(statistics[0]), p_.obs_var = at<double>(statistics[1]);
+    p_.obs_eps = obs_options[0], p_.obs_clip = obs_options[1];
+    p_.weights = weights_.data();
+    p_.G = G, p_.I = bound.network().inputs(), p_.K = bound.network().outputs(0), p_.P = Index(weights.size());
+    p_.mean = bound.output_registers()[0], p_.value_register = bound.output_registers().back();
+    p_.log_std = bound.log_std();
+    scratch_ = SSM_FAST_CALL(network_step_scratch(p_.features, p_.registers, sizeof(T) == 8));
+  }
+
+  // B rows of each group. Returns whether values and log-probabilities are finite.
+  bool run(Index B, Address x, Address state, Address reset, Address noise, Address action, Address log_prob,
+           Address value, Address next_state) const {
+    NetworkStep<T> p = p_;
+    const Index rows = p.G * B, blocks = rows / kParallelRows;
+    p.threads = blocks < 2 ? 1 : threads_for(double(rows) * double(elements_), blocks);
+    const auto scratch = scratch_block<T>(scratch_ * p.threads);
+    p.scratch = static_cast<T*>(scratch.get());
+    p.B = B;
+    p.x = at<T>(x), p.state = at<T>(state), p.reset = at<std::uint8_t>(reset), p.noise = at<T>(noise);
+    p.action = at<T>(action), p.log_prob = at<T>(log_prob), p.value = at<T>(value), p.next_state = at<T>(next_state);
+    const py::gil_scoped_release release;
+    SSM_FAST_CALL(network_step(p));
+    return all_finite(p.value, rows) && all_finite(p.log_prob, rows);
+  }
+
+ private:
+  std::vector<const T*> weights_;
+  NetworkStep<T> p_{};
+  Index elements_, scratch_;
 };
 
 // One pass over sequences and back, for losses of any kind. It keeps its memory for the next one.
@@ -215,9 +229,15 @@ void bind(py::module_& m, const std::string& dtype) {
   py::class_<Bound>(m, ("Network_" + dtype).c_str())
       .def(py::init<const typename Bound::Descriptions&,
                     const std::vector<std::pair<typename Bound::Descriptions, bool>>&, std::vector<Index>, int>())
-      .def("step", &Bound::step)
+      .def(
+          "stepper",
+          [](const Bound& bound, const std::vector<Address>& weights, const std::array<Address, 2>& statistics,
+             const std::array<double, 2>& obs_options,
+             Index G) { return std::make_unique<BoundStep<T>>(bound, weights, statistics, obs_options, G); },
+          py::keep_alive<0, 1>())
       .def("task_gradients", &Bound::task_gradients)
       .def("ppo_epoch", &Bound::ppo_epoch);
+  py::class_<BoundStep<T>>(m, ("Step_" + dtype).c_str()).def("run", &BoundStep<T>::run);
   py::class_<Pass<T>>(m, ("Pass_" + dtype).c_str())
       .def(py::init<>())
       .def("forward", &Pass<T>::forward)

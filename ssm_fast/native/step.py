@@ -50,11 +50,14 @@ class PolicyStep:
     ) -> None:
         norm = plan.stages.obs_norm
         statistics = () if norm is None else (norm.mean, norm.var)
-        self._statistics = tuple(x.data_ptr() for x in statistics) or (0, 0)
-        self._obs_options = (0.0, 0.0) if norm is None else (norm.eps, norm.clip)
         self._holds = holds or [p.detach() for p in plan.parameters], statistics
-        self._addresses, self._groups = list(addresses), groups
-        self._network = plan.network(2)
+        self._groups = groups
+        self._step = plan.network(2).stepper(
+            addresses,
+            tuple(x.data_ptr() for x in statistics) or (0, 0),
+            (0.0, 0.0) if norm is None else (norm.eps, norm.clip),
+            groups,
+        )
         self.outputs, self.states = plan.outputs, plan.states
         self.is_gaussian = plan.stages.log_std is not None
 
@@ -104,14 +107,7 @@ class PolicyStep:
         Returns:
             Whether the values, and the log-probabilities where there are some, are finite.
         """
-        finite: bool = self._network.step(
-            self._addresses,
-            self._statistics,
-            self._obs_options,
-            addresses,
-            self._groups,
-            rows // self._groups,
-        )
+        finite: bool = self._step.run(rows // self._groups, *addresses)
         return finite
 
 
