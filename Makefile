@@ -8,8 +8,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt README.md LICENSE \
-           $(wildcard csrc/*) $(shell find ssm_fast kernels -name '*.py' -o -name '*.pyi' -o -name '*.yaml')
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h tests/native/*.cpp)
+           $(wildcard csrc/* csrc/*/*) $(shell find ssm_fast kernels -name '*.py' -o -name '*.pyi' -o -name '*.yaml')
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h tests/native/*.cpp)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 SEED ?= 0
@@ -24,7 +24,7 @@ ifeq ($(shell uname),Darwin) # what the module links besides the system is torch
 endif
 CASES ?= 10000
 # What calls the kernels, and runs once for each instruction set.
-ISA_TESTS := tests/ops tests/core/test_sequence_gradient.py tests/core/test_task_gradients.py tests/meta_rl/test_ppo_epoch.py
+ISA_TESTS := tests/ops tests/native tests/core/test_sequence_gradient.py tests/core/test_task_gradients.py tests/meta_rl/test_ppo_epoch.py
 
 PRETRAINED ?= halfcheetah-v5-long:2 cartpole-family:0 halfcheetah-dir:0 # preset:seed
 

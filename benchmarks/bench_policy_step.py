@@ -8,7 +8,8 @@ from contest import contest
 
 from ssm_fast.bench.peers import GRUPolicy
 from ssm_fast.core.improved_ssm import ImprovedSSM
-from ssm_fast.ops.policy_step import PolicyStep
+from ssm_fast.native import plan_of
+from ssm_fast.native.step import PolicyStep
 
 
 @pytest.mark.parametrize("B", [1, 8, 64])
@@ -20,7 +21,9 @@ def test_policy_step(benchmark, B):
     small, square = torch.randn(B, 64), torch.randn(64, 64)
 
     with torch.no_grad():
-        step = PolicyStep(model._step_weights(x, state), None, False, True, 1e-5)
+        plan = plan_of(model)
+        assert plan
+        step = PolicyStep(plan, plan.addresses())
 
         def modules() -> None:
             features, states = model._features(x, state, None)

@@ -26,7 +26,7 @@ from mujoco.batch import Batch
 from ssm_fast.core import ImprovedSSM
 from ssm_fast.env_runner import Environment
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
-from ssm_fast.ops import backend, policy_step
+from ssm_fast.native.step import PolicyStep
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,6 @@ class Clock:
 def main(options: Options) -> None:
     clock = Clock()
 
-    def timed_kernel(name: str, dtype: torch.dtype) -> Callable[..., Any]:
-        return clock.around("policy, native", backend.native_kernel(name, dtype))
-
     with ExitStack() as stack:
         env = stack.enter_context(Environment(options.env, 8, seed=0, physics="vector"))
         torch.manual_seed(0)
@@ -79,8 +76,8 @@ def main(options: Options) -> None:
         )
         trainer = PPOTrainer(model, mini_batch_size=options.mini_batch_size, seed=0)
         trainer.train(env, 2048)
-        stack.enter_context(patch.object(policy_step, "native_kernel", timed_kernel))
         for owner, name, part in (
+            (PolicyStep, "run", "policy, native"),
             (Batch, "step", "physics, native"),
             (trainer, "collect_rollout", "rollout"),
             (trainer, "update", "update"),

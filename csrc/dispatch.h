@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "ops.h"
+#include "kernels/ops.h"
 
 namespace ssm_fast {
 

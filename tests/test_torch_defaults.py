@@ -184,10 +184,11 @@ import torch
 torch.set_default_device("meta")
 from ssm_fast.checkpoint import load_model, save_model
 from ssm_fast.core import ImprovedSSM
+from ssm_fast.native.step import step_plan
 torch.set_default_device("cpu")
 model = ImprovedSSM(3, 2)
 with torch.no_grad():
-    assert model.can_step_natively(torch.randn(4, 3), model.init_hidden(4))
+    assert step_plan(model, torch.randn(4, 3), model.init_hidden(4))
 meta = model.to("meta")
 with torch.no_grad():
     action = meta.get_action(torch.empty(4, 3, device="meta"))[0]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import Any, Literal, cast
 
@@ -13,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_fast.checks import check_count, check_flag, check_number, is_replaced
+from ssm_fast.native.plan import Plan, Reason
+from ssm_fast.native.step import PolicyStep, step_plan
 from ssm_fast.nn.running_norm import RunningNorm
 from ssm_fast.nn.ssm_layer import (
     Norm,
     SSMLayer,
     check_dtype,
-    is_changed,
-    is_untouched,
     linear_layer,
     orthogonal_,
     run_layer,
@@ -27,9 +26,16 @@ from ssm_fast.nn.ssm_layer import (
     step_layer,
     tanh_layer,
 )
-from ssm_fast.ops.backend import is_plain, is_watched, needs_autograd
+from ssm_fast.nn.stages import (
+    NetworkStages,
+    Stage,
+    Unplanned,
+    check_methods,
+    linear_stage,
+    overrides,
+    running_norm,
+)
 from ssm_fast.ops.output_norm import fused_output
-from ssm_fast.ops.policy_step import Observations, PolicyStep, PolicyWeights
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
 
@@ -62,6 +68,22 @@ class CriticNetwork(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
+    def stages(self, name: str) -> list[Stage]:
+        """The network as native code runs it.
+
+        Raises:
+            Unplanned: Native code cannot stand in for it.
+        """
+        if type(self) is not CriticNetwork:
+            raise Unplanned(f"{name} is a {type(self).__name__}, not a CriticNetwork")
+        x = linear_stage(f"{name}.observations", self.observations)
+        h = linear_stage(f"{name}.features", self.features)
+        (V, bias, _), (W, other, _) = x.parameters, h.parameters
+        if other is not None:
+            raise Unplanned(f"{name}.features has a bias")
+        first = Stage("linear", (x.inputs, h.inputs, h.outputs), (W, bias, V), flag=True)
+        return [first, linear_stage(f"{name}.hidden", self.hidden, tanh=True)]
+
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
         """``[..., W]`` from normalised observations ``[..., I]`` and features ``[..., H]``."""
         if not runs_fused(x):
@@ -73,7 +95,8 @@ class CriticNetwork(nn.Module):
 
 
 # What a native step does in the place of these.
-_STEP_METHODS = ("normalize", "observations", "_check", "_inputs", "_features", "_value")
+_STEP_METHODS = ("normalize", "_check", "_inputs", "_features", "_value")
+_METHODS = ("forward", "get_action", "evaluate_actions", "log_prob_and_entropy")
 
 
 class ImprovedSSM(nn.Module):
@@ -308,9 +331,15 @@ class ImprovedSSM(nn.Module):
             noise = self.draw_noise(x.shape[:-1].numel()).view(*x.shape[:-1], self.action_dim)
         if noise is not None:
             check_noise(noise, [*x.shape[:-1], self.action_dim], x)
-        weights = self._step_weights(x, hidden_state, reset, noise)
-        if weights is not None:
-            return self._native_action(x, hidden_state, deterministic, reset, noise, weights)
+        plan = self._plan(x, hidden_state, reset, noise)
+        if plan:
+            self._check(x, hidden_state, reset)
+            if noise is None and not deterministic:
+                noise = self.draw_noise(len(x))
+            noise = None if deterministic else noise
+            reset = None if reset is None else reset.bool()
+            step = PolicyStep(plan, plan.addresses(), holds=plan.parameters)
+            return self._act(step, x, hidden_state, reset, noise)
         x = self._inputs(x, hidden_state, reset)
         features, states = self._features(x, hidden_state, reset)
         mean = self.actor(features)  # [B, K] or [B, T, K]
@@ -352,34 +381,18 @@ class ImprovedSSM(nn.Module):
 
     def native_stepper(self, x: Tensor, hidden_state: Tensor) -> PolicyStep | None:
         """The native call behind `stepper`, which holds the weights, or ``None`` where there is none."""
-        weights = self._step_weights(x, hidden_state)
-        if weights is None or is_replaced(self, ImprovedSSM, ("get_action", "_act")):
+        plan = self._plan(x, hidden_state)
+        if not plan or plan.overridden("get_action"):
             return None
         self._check(x, hidden_state, None)
-        return self._policy_step(_held(weights))
+        return PolicyStep(plan, plan.addresses())
 
-    def _native_action(
-        self,
-        x: Tensor,
-        hidden_state: Tensor | None,
-        deterministic: bool,
-        reset: Tensor | None,
-        noise: Tensor | None,
-        weights: PolicyWeights,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``get_action`` of one step without gradients, in one native call."""
-        self._check(x, hidden_state, reset)
-        if deterministic:
-            noise = None
-        elif noise is None:
-            noise = self.draw_noise(len(x))
-        reset = None if reset is None else reset.bool()
-        return self._act(self._policy_step(weights), x, hidden_state, reset, noise)
-
-    def _policy_step(self, weights: PolicyWeights) -> PolicyStep:
-        return PolicyStep(
-            weights, self.observations(), self.norm == "state", self.use_residual, NORM_EPS
-        )
+    def _plan(self, *inputs: Tensor | None) -> Plan | Reason:
+        """How a step with these inputs is one native call, or why it is none."""
+        x = inputs[0]
+        if x is None or x.ndim != 2:
+            return Reason("x is no single step")
+        return step_plan(self, *inputs)
 
     def _act(
         self,
@@ -429,6 +442,23 @@ class ImprovedSSM(nn.Module):
         features, _ = self._features(x, hidden_state, reset)
         mean = self.actor(features)  # [B, T, K]
         value = self._value(x, features)  # [B, T]
+        log_prob, entropy = self.log_prob_and_entropy(mean, actions)
+        return log_prob, value, entropy
+
+    def log_prob_and_entropy(self, mean: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the policy's distributions.
+
+        Args:
+            mean: ``[..., K]``, the logits when ``discrete``.
+            actions: ``[..., K]``, or integers ``[...]`` in ``[0, K)`` when ``discrete``.
+
+        Returns:
+            Log-probabilities and entropies ``[...]``.
+
+        Raises:
+            ValueError: On the CPU, a discrete action is out of range.
+            TypeError: If a dtype does not fit.
+        """
         if self.log_std is None:
             if actions.is_floating_point() or actions.dtype == torch.bool:
                 raise TypeError(f"actions must be integers, got {actions.dtype}")
@@ -448,8 +478,8 @@ class ImprovedSSM(nn.Module):
             check_dtype("actions", actions, self.log_std)
             mean = mean.to(self.log_std.dtype)  # under autocast it has another
             log_prob = gaussian_log_prob(actions, mean, self.log_std)  # [B, T]
-            entropy = gaussian_entropy(self.log_std).expand_as(value)  # [B, T]
-        return log_prob, value, entropy
+            entropy = gaussian_entropy(self.log_std).expand_as(log_prob)  # [B, T]
+        return log_prob, entropy
 
     def normalize(self, x: Tensor) -> Tensor:
         """Observations ``[..., I]`` as the encoder sees them: normalised, where the model does so."""
@@ -555,67 +585,43 @@ class ImprovedSSM(nn.Module):
             return weight
         return next(p for p in self.parameters() if p.is_floating_point())  # of another encoder
 
-    def observations(self) -> Observations | None:
-        """The statistics that a native step normalises observations with; internal to `core`."""
-        norm = self.obs_norm
-        return None if norm is None else Observations(norm.mean, norm.var, norm.eps, norm.clip)
+    def stages(self) -> NetworkStages:
+        """The model as native code runs it; docs/architecture.md.
 
-    def can_step_natively(self, *inputs: Tensor | None) -> bool:
-        """Whether a step with these inputs is one native call; internal to `core`."""
-        return self._step_weights(*inputs) is not None
-
-    def _step_weights(self, *inputs: Tensor | None) -> PolicyWeights | None:
-        """What the native step reads, or ``None`` where the modules themselves have to run.
-
-        They have to for a sequence, with gradients, under a transform, a tracer or a mode, on
-        another device, and where somebody has put another module, method, hook or kind of tensor in
-        the place of ours.
+        Raises:
+            Unplanned: Native code cannot stand in for it.
         """
-        x = inputs[0]
-        if (
-            x is None
-            or x.ndim != 2
-            or x.dtype not in (torch.float32, torch.float64)
-            or not all(t is None or is_plain(t) for t in inputs)
-            or needs_autograd()
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or is_watched()
-            or is_replaced(self, ImprovedSSM, _STEP_METHODS)
-        ):
-            return None
-        modules = self._modules
-        norm = modules["obs_norm"]
-        if norm is not None and not (
-            type(norm) is RunningNorm
-            and is_untouched(norm)
-            and norm.mean.shape == norm.var.shape == (self.input_dim,)
-            and norm.mean.dtype == norm.var.dtype == torch.float64
-            and all(is_plain(t) and t.is_contiguous() for t in (norm.mean, norm.var))
-        ):
-            return None
-        norm_state = self.use_layer_norm and self.norm == "state"
-        linears = [_linear_weights(modules[name]) for name in ("encoder", "actor", "critic")]
-        blocks = [_layer_weights(layer, norm_state) for layer in self.layers]
-        heads, layers = _joined(linears), _joined(blocks)
-        network = _network_weights(modules["critic_network"])
-        if heads is None or layers is None or network is None:
-            return None
-        log_std = self._parameters["log_std"]
-        tensors = (*heads, log_std, *network, *layers)
-        sizes = self.input_dim, self.hidden_dim, self.state_dim, self.action_dim
-        W = self.critic.in_features if network else 0
-        shapes = _step_shapes(*sizes, W, self.num_layers, self.norm == "state")
-        if len(shapes) != len(tensors):
-            return None
-        for t, (shape, required) in zip(tensors, shapes, strict=True):
-            if t is None and required:
-                return None
-            if t is not None and not (
-                t.shape == shape and t.dtype == x.dtype and t.is_contiguous() and is_plain(t)
-            ):
-                return None
-        return PolicyWeights(heads, log_std, layers, network)
+        check_methods("the model", self, ImprovedSSM, _STEP_METHODS)
+        encoder = linear_stage("encoder", self.encoder, tanh=True)
+        layers = [self._layer_stage(i, layer) for i, layer in enumerate(self.layers)]
+        actor, critic = linear_stage("actor", self.actor), linear_stage("critic", self.critic)
+        hidden = [] if self.critic_network is None else self.critic_network.stages("critic_network")
+        sizes = {
+            "encoder.in_features": (encoder.inputs, self.input_dim),
+            "the number of layers": (len(layers), self.num_layers),
+            "actor.out_features": (actor.outputs, self.action_dim),
+            "critic.out_features": (critic.outputs, 1),
+        }
+        for name, (own, expected) in sizes.items():
+            if own != expected:
+                raise Unplanned(f"{name} is {own}, not {expected}")
+        if self.log_std is not None and self.log_std.shape != (self.action_dim,):
+            raise Unplanned(f"log_std is {list(self.log_std.shape)}, not {[self.action_dim]}")
+        return NetworkStages(
+            [encoder, *layers],
+            [([actor], False), ([*hidden, critic], self.critic_network is not None)],
+            self.log_std,
+            running_norm("obs_norm", self.obs_norm, self.input_dim),
+            overrides(self, ImprovedSSM, _METHODS),
+        )
+
+    def _layer_stage(self, i: int, layer: nn.Module) -> Stage:
+        name = f"layers.{i}"
+        if not isinstance(layer, SSMLayer):
+            raise Unplanned(f"{name} is a {type(layer).__name__}, not an SSMLayer")
+        if layer.state_size != self.state_dim:
+            raise Unplanned(f"{name}.state_size is {layer.state_size}, not {self.state_dim}")
+        return layer.stage(name, residual=self.use_residual)
 
     def _check(self, x: Tensor, hidden_state: Tensor | None, reset: Tensor | None) -> None:
         if x.ndim not in (2, 3) or x.shape[-1] != self.input_dim:
@@ -638,79 +644,6 @@ class ImprovedSSM(nn.Module):
                 f"reset must have shape {list(x.shape[:-1])}, as x without its features, "
                 f"got {list(reset.shape)}"
             )
-
-
-@cache
-def _step_shapes(
-    I: int, H: int, N: int, K: int, W: int, L: int, norm_state: bool
-) -> tuple[tuple[tuple[int, ...], bool], ...]:
-    """Shapes of the weights of a native step, in its order, and whether one has to be there."""
-    F = N if norm_state else H
-    heads = (((H, I), True), ((H,), False), ((K, H), True), ((K,), False), ((1, W or H), True))
-    rest: tuple[tuple[tuple[int, ...], bool], ...] = (((1,), False), ((K,), False))
-    if W:
-        rest += ((W, I), True), ((W, H), True), ((W,), False), ((W, W), True), ((W,), False)
-    layer = ((N, N), True), ((N, H), True), ((N,), False), ((H, N), True), ((H, H), True)
-    return heads + rest + (*layer, ((F,), False), ((F,), False)) * L
-
-
-def _held(weights: PolicyWeights) -> PolicyWeights:
-    """Aliases, which keep the memory even where a module gets another."""
-
-    def aliases(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-        return [None if x is None else x.detach() for x in tensors]
-
-    heads, log_std, layers, network = weights
-    (log_std,) = aliases([log_std])
-    return PolicyWeights(aliases(heads), log_std, aliases(layers), aliases(network))
-
-
-def _linear_weights(module: nn.Module | None) -> list[Tensor | None] | None:
-    """Weight and bias, or ``None`` where this is not a linear layer as we made it."""
-    if type(module) is not nn.Linear or not is_untouched(module):
-        return None
-    return [module._parameters.get("weight"), module._parameters.get("bias")]
-
-
-def _network_weights(network: nn.Module | None) -> list[Tensor | None] | None:
-    """The tensors of a critic's network, none of none, or ``None`` as for a linear one."""
-    if network is None:
-        return []
-    if type(network) is not CriticNetwork or not is_untouched(network):
-        return None
-    parts = [_linear_weights(network._modules[n]) for n in ("observations", "features", "hidden")]
-    joined = _joined(parts)
-    if joined is None or joined[3] is not None:  # the features come in without a bias
-        return None
-    V_x, b, V_h, _, V, c = joined
-    return [V_x, V_h, b, V, c]
-
-
-def _layer_weights(layer: nn.Module, norm_state: bool) -> list[Tensor | None] | None:
-    """The tensors of a layer as `PolicyWeights` has them, or ``None`` as for a linear one."""
-    if (
-        type(layer) is not SSMLayer
-        or not is_untouched(layer)
-        or layer.normalize_state != norm_state
-    ):
-        return None
-    weights = [layer._parameters.get(name) for name in ("A", "B", "bias", "C", "D")]
-    norm = layer._modules["norm"]
-    if norm is None:
-        return [*weights, None, None]
-    affine = [norm._parameters.get("weight"), norm._parameters.get("bias")]
-    ours = not is_changed(norm) and norm.eps == NORM_EPS
-    return [*weights, *affine] if ours and all(t is not None for t in affine) else None
-
-
-def _joined(parts: list[list[Tensor | None] | None]) -> list[Tensor | None] | None:
-    """All of them in one list, or ``None`` where one is."""
-    joined: list[Tensor | None] = []
-    for part in parts:
-        if part is None:
-            return None
-        joined += part
-    return joined
 
 
 def check_noise(noise: Tensor, expected: list[int], x: Tensor) -> None:

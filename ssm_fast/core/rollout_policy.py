@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ssm_fast.core.improved_ssm import ImprovedSSM, check_noise
-from ssm_fast.ops.policy_step import PolicyStep
+from ssm_fast.native.step import PolicyStep
 
 
 class RolloutPolicy:

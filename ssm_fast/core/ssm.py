@@ -21,6 +21,7 @@ from ssm_fast.nn.ssm_layer import (
     runs_fused,
     unit_variance_,
 )
+from ssm_fast.nn.stages import NetworkStages, Stage, Unplanned, linear_stage, overrides
 from ssm_fast.ops import dense_scan
 from ssm_fast.ops.linear import linear
 
@@ -169,6 +170,25 @@ class StateSpaceModel(nn.Module):
         if y.shape == (*x.shape[:-1], self.output_dim) and y.dtype == x.dtype:
             return product(x, self.D, add=y), h_next
         return y + product(x, self.D), h_next  # [B, O] or [B, T, O], [B, N]
+
+    def stages(self) -> NetworkStages:
+        """The model as native code runs it; docs/architecture.md.
+
+        Raises:
+            Unplanned: Native code cannot stand in for it.
+        """
+        if type(self.C) is not OutputNetwork or len(self.C) != 3 or type(self.C[1]) is not nn.Tanh:
+            raise Unplanned("C is no linear layer, tanh and linear layer")
+        first, last = linear_stage("C.0", self.C[0], tanh=True), linear_stage("C.2", self.C[2])
+        sizes = self.input_dim, self.state_dim
+        scan = Stage("scan", sizes, (self.A, self.B, None, None, None))
+        W, bias, _ = last.parameters
+        out = Stage("linear", (self.input_dim, last.inputs, last.outputs), (W, bias, self.D))
+        return NetworkStages(
+            [scan],
+            [([first, out], False)],
+            overrides=overrides(self, StateSpaceModel, ("forward",)),
+        )
 
     def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""

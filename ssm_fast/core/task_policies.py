@@ -8,28 +8,16 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
-from ssm_fast.checks import is_replaced
 from ssm_fast.core.functional_call import functional_call
 from ssm_fast.core.improved_ssm import (
-    NORM_EPS,
     ImprovedSSM,
     check_noise,
     choose_action,
     gaussian_log_prob,
 )
+from ssm_fast.native.step import PolicyStep, step_plan
 from ssm_fast.nn.ssm_layer import check_dtype
 from ssm_fast.ops.backend import is_plain
-from ssm_fast.ops.policy_step import PolicyStep, PolicyWeights
-
-_HEADS = ("encoder", "actor", "critic")
-_NETWORK = (
-    "observations.weight",
-    "features.weight",
-    "observations.bias",
-    "hidden.weight",
-    "hidden.bias",
-)
-_LAYER = ("A", "B", "bias", "C", "D", "norm.weight", "norm.bias")
 
 
 class TaskPolicies:
@@ -64,15 +52,7 @@ class TaskPolicies:
             for place, p in model.named_parameters(remove_duplicate=False)
         }
         self._like = next(iter(own.values()))  # every weight has its dtype and device
-        find = self.weights.get
         self._is_plain = all(is_plain(weight) for weight in self.weights.values())
-        network = () if model.critic_network is None else _NETWORK
-        self._step_weights = PolicyWeights(
-            [find(f"{head}.{kind}") for head in _HEADS for kind in ("weight", "bias")],
-            find("log_std"),
-            [find(f"layers.{i}.{name}") for i in range(model.num_layers) for name in _LAYER],
-            [find(f"critic_network.{name}") for name in network],
-        )
 
     @torch.no_grad()
     def get_action(
@@ -128,20 +108,11 @@ class TaskPolicies:
         model, groups, rows = self.model, x.shape[:2], x.flatten(0, 1)  # [G B, I]
         state = None if hidden_state is None else hidden_state.flatten(1, 2)  # [L, G B, N]
         starts = None if reset is None else reset.flatten().bool()  # [G B]
-        if (
-            not self._is_plain
-            or not model.can_step_natively(rows, state, starts, noise)
-            or is_replaced(model, ImprovedSSM, ("forward",))
-        ):
+        plan = step_plan(model, rows, state, starts, noise)
+        if not plan or not self._is_plain or plan.overridden("forward"):
             return None
-        step = PolicyStep(
-            self._step_weights,
-            model.observations(),
-            model.norm == "state",
-            model.use_residual,
-            NORM_EPS,
-            self.tasks,
-        )
+        weights = [self.weights[name] for name in plan.names]
+        step = PolicyStep(plan, [w.data_ptr() for w in weights], self.tasks, weights)
         noise_of_step = None if model.discrete else noise
         action, log_prob, value, next_hidden = step(rows, state, starts, noise_of_step)
         if log_prob is None:

@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.functional_call import functional_call
-from ssm_fast.core.task_gradients import task_gradients
 from ssm_fast.losses import default_loss, is_default_loss
 from ssm_fast.meta_rl.training_state import check_step, check_tensors, load_adam, must_fit
+from ssm_fast.native.plan import Reason
+from ssm_fast.native.task_gradients import TaskGradients, task_gradients
 
 Weights: TypeAlias = dict[str, Tensor]
 Loss: TypeAlias = Callable[[Weights, Any], Tensor]  # of one task: its weights, its batch
@@ -351,7 +352,7 @@ class MetaMAML:
         """Of tasks of the same shapes: some of them, their query losses and sums of gradients."""
         weights, rates = self._meta_parameters()
         for part in _parts(group, self.chunk_size or _WRITTEN_OUT_TASKS):
-            found = None
+            found: TaskGradients | Reason = Reason("the loss is one of the caller's own")
             if all(is_default_loss(loss_fn, tasks[i][k]) for i in part for k in (1, 3)):
                 found = task_gradients(
                     self.model,
@@ -362,7 +363,7 @@ class MetaMAML:
                     steps,
                     self.first_order,
                 )
-            if found is not None:
+            if found:
                 _check_losses(torch.cat((found.inner_losses, found.outer_losses[None])), part)
                 _check_gradients(found.weights, part)
                 by_weight = [found.weights[name].sum(0) for name in weights]

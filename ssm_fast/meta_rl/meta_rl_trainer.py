@@ -23,7 +23,6 @@ from ssm_fast.checkpoint import load_inner_rates
 from ssm_fast.checks import check_count, check_flag, check_number, check_spaces, is_replaced
 from ssm_fast.core.functional_call import functional_call
 from ssm_fast.core.improved_ssm import ImprovedSSM, gaussian_log_prob
-from ssm_fast.core.task_gradients import policy_task_gradients
 from ssm_fast.core.task_policies import TaskPolicies
 from ssm_fast.env_runner.environment import Environment
 from ssm_fast.env_runner.task_families import Task
@@ -46,6 +45,8 @@ from ssm_fast.meta_rl.training_state import (
     start_run,
 )
 from ssm_fast.meta_rl.trajectories import Recording, Trajectories, compute_advantages
+from ssm_fast.native.plan import Reason
+from ssm_fast.native.task_gradients import TaskGradients, policy_task_gradients
 from ssm_fast.nn.running_norm import RunningNorm
 from ssm_fast.nn.ssm_layer import TRANSITION_PACE, transition_pace
 
@@ -823,7 +824,7 @@ class MetaRLTrainer:
 
     def _gradients(self, rounds: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Sequence[Tensor]]:
         """The outer loss, and its gradients with respect to what is learnt."""
-        found = None
+        found: TaskGradients | Reason = Reason("the trainer overrides a loss")
         losses = ("_outer_loss", "_surrogate", "_inner_loss", "_ratio", "_log_prob")
         if not is_replaced(self, MetaRLTrainer, losses):
             found = policy_task_gradients(
@@ -836,7 +837,7 @@ class MetaRLTrainer:
                 _LARGEST_LOG_RATIO,
                 self.learn_inner_lr,
             )
-        if found is None:
+        if not found:
             loss = self._outer_loss(rounds)
             return loss, torch.autograd.grad(
                 loss, self._learnt, allow_unused=True, materialize_grads=True

@@ -14,7 +14,7 @@ from torch.optim import optimizer as hooks_of_all_optimizers
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 
 if TYPE_CHECKING:
-    from ssm_fast.core.sequence_gradient import SequenceGradient
+    from ssm_fast.native.gradient import SequenceGradient
 
 FIGURES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
 
@@ -87,6 +87,7 @@ class PpoEpoch:
             last, and its step was not taken.
         """
         x, actions, log_probs, reset, *rest = (t.contiguous() for t in sequences)
+        is_discrete = actions.dtype == torch.int64
         states, order = states.contiguous(), order.contiguous()
         self._gradient.check(x, actions, states, reset)
         S, L, _ = x.shape
@@ -111,16 +112,17 @@ class PpoEpoch:
         (group,) = self._optimizer.param_groups
         objective, count = self._objective, -(-S // minibatch)
         figures = torch.empty(count, len(FIGURES), dtype=torch.float64, device="cpu")  # [M, 6]
-        taken = self._gradient.native.ppo_epoch(
-            [t.data_ptr() for t in (x, actions, log_probs, *rest, reset, states)],
+        addresses = [t.data_ptr() for t in (x, actions, log_probs, *rest, reset, states)]
+        addresses[1:2] = [0, addresses[1]] if is_discrete else [addresses[1], 0]
+        taken = self._gradient.plan.network(2).ppo_epoch(
+            addresses,
             (S, L),
             order.data_ptr(),
             (S, minibatch),
             (objective.clip_epsilon, objective.value_coef, objective.entropy_coef),
             objective.clip_value_loss,
-            (self._gradient.log_std.data_ptr(), self._gradient.log_std_gradient.data_ptr()),
             [t.data_ptr() for t in (vector, self._gradient.vector, m, v, self._weights.pace)],
-            [(p.data_ptr(), p.numel()) for p in self._weights.parameters],
+            [p.data_ptr() for p in self._weights.parameters],
             (group["lr"], *group["betas"], group["eps"], objective.max_grad_norm),
             int(steps),
             figures.data_ptr(),

@@ -22,7 +22,7 @@ from ssm_fast import ops
 from ssm_fast.checks import check_count, check_flag, check_number, check_spaces, is_replaced
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.rollout_policy import RolloutPolicy
-from ssm_fast.core.sequence_gradient import SequenceGradient
+from ssm_fast.core.sequence_gradient import sequence_gradient
 from ssm_fast.env_runner.environment import AnyEnvironment, Environment
 from ssm_fast.meta_rl.distributed import Part, Rows, World
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
@@ -42,6 +42,7 @@ from ssm_fast.meta_rl.training_state import (
     save_checkpoint,
     start_run,
 )
+from ssm_fast.native.gradient import SequenceGradient
 from ssm_fast.nn.running_norm import RunningNorm
 
 _LOGGER = logging.getLogger(__name__)
@@ -698,7 +699,8 @@ class PPOTrainer:
         weights: list[list[float]] = []
         self._check_parts()
         self._weights.read()
-        self._gradient = SequenceGradient.of(self.model, inputs, rollout.initial_state)
+        gradient = sequence_gradient(self.model, inputs, rollout.initial_state)
+        self._gradient = gradient or None
         native = self._native_epoch()
         for epoch in range(self.ppo_epochs):
             if epoch == 0 or self.recompute_advantages:

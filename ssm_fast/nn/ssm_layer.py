@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from ssm_fast.checks import check_count, is_replaced
+from ssm_fast.nn.stages import Stage, check_methods, layer_norm_parameters
 from ssm_fast.ops import dense_scan, norm_scan
 from ssm_fast.ops.backend import needs_autograd, normalised
 from ssm_fast.ops.linear import linear
@@ -287,6 +288,25 @@ class SSMLayer(nn.Module):
             return z
         return fused_output(z, weight, bias, residual, 1e-5 if norm is None else norm.eps, tanh)
 
+    def stage(self, name: str, *, residual: bool) -> Stage:
+        """The layer as a stage of a network, with a tanh behind it.
+
+        Args:
+            name: Of the layer, for the reason.
+            residual: Whether the tanh is added to the input.
+
+        Raises:
+            Unplanned: Native code cannot stand in for the layer.
+        """
+        check_methods(name, self, SSMLayer, ("forward", "step", "states", "readout"))
+        *affine, eps = layer_norm_parameters(f"{name}.norm", self.norm)
+        of_state = affine if self.normalize_state else (None, None)
+        of_output = (None, None) if self.normalize_state else tuple(affine)
+        sizes = self.input_size, self.hidden_size, self.state_size
+        parameters = (self.A, self.B, self.bias, self.C, self.D, *of_state)
+        cell = Stage("dense", sizes, parameters, eps)
+        return Stage("layer", (), of_output, eps, residual, cell)
+
     def extra_repr(self) -> str:
         """Sizes and options, for ``print(layer)``."""
         norm = None if self.norm is None else "state" if self.normalize_state else "output"
@@ -344,13 +364,20 @@ def is_untouched(module: nn.Module) -> bool:
     return not (_is_hooked(module) or "step" in own or "states" in own or "readout" in own)
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does something beside its class's ``forward``."""
+def has_global_hooks() -> bool:
+    """Whether all modules have a hook."""
     return bool(
         _global_forward_hooks
         or _global_forward_pre_hooks
         or _global_backward_hooks
         or _global_backward_pre_hooks
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does something beside its class's ``forward``."""
+    return bool(
+        has_global_hooks()
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

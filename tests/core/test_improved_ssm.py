@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssm_fast.checkpoint import load_model, save_model
 from ssm_fast.core.improved_ssm import ImprovedSSM
+from ssm_fast.native.step import step_plan
 from ssm_fast.nn import RunningNorm, SSMLayer, ssm_layer
 
 IN, ACTIONS, N, H, L = 5, 3, 6, 8, 2
@@ -553,7 +554,7 @@ class TestNativeStep:
         x, h, reset, _ = inputs(model)
         arguments = x[:, 0], h, True, reset[:, 0]
         with torch.no_grad():
-            assert model._step_weights(*arguments[:2]) is not None
+            assert step_plan(model, *arguments[:2])
             native = model.get_action(*arguments, **kwargs)
         modules = model.get_action(*arguments, **kwargs)
         return list(native), [result.detach() for result in modules]
@@ -676,7 +677,7 @@ class TestNativeStep:
             model = make(normalize_observations=change is single_statistics)
             change(model)
             with torch.no_grad():
-                assert not model.can_step_natively(x[:, 0], h)
+                assert bool(step_plan(model, x[:, 0], h)) == (change in (other_eps, other_norm))
                 without = model.get_action(x[:, 0], h, True)
             for one, other in zip(without, model.get_action(x[:, 0], h, True), strict=True):
                 torch.testing.assert_close(one, other.detach(), rtol=1e-12, atol=1e-12)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ssm_fast.core.improved_ssm import ImprovedSSM
-from ssm_fast.core.sequence_gradient import SequenceGradient
+from ssm_fast.core.sequence_gradient import sequence_gradient
 from ssm_fast.meta_rl.ppo_epoch import PpoEpoch
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
 from ssm_fast.meta_rl.rollout import Rollout
@@ -41,8 +41,8 @@ def _rollout(model: ImprovedSSM) -> Rollout:
     rows = torch.arange(B)[~terminated[:, -1]]
     return Rollout(
         torch.randn(B, T, I, dtype=dtype),
-        torch.randn(B, T, K, dtype=dtype),
-        torch.randn(B, T, dtype=dtype) - 3.0,
+        torch.randint(K, (B, T)) if model.discrete else torch.randn(B, T, K, dtype=dtype),
+        torch.randn(B, T, dtype=dtype) - (1.0 if model.discrete else 3.0),
         torch.randn(B, T, dtype=dtype),
         terminated,
         torch.zeros(B, T, dtype=torch.bool),
@@ -92,8 +92,10 @@ class TestPpoEpoch:
     @pytest.mark.parametrize("clip_value_loss", [False, True])
     @pytest.mark.parametrize("entropy_coef", [0.0, 0.03])
     @pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
+    @pytest.mark.parametrize("options", [{}, {"norm": "state"}, {"discrete": True}])
     def test_equals_the_same_in_calls(
         self,
+        options: dict[str, Any],
         critic_dim: int | None,
         clip_value_loss: bool,
         entropy_coef: float,
@@ -104,7 +106,7 @@ class TestPpoEpoch:
         for in_calls in (False, True):
             if in_calls:
                 _in_calls(monkeypatch)
-            model = _model(critic_dim=critic_dim)
+            model = _model(critic_dim=critic_dim, **options)
             trainer = _trainer(
                 model,
                 clip_value_loss=clip_value_loss,
@@ -159,7 +161,7 @@ class TestPpoEpoch:
             for count in (1, 2, 2, 3):
                 torch.set_num_threads(count)
                 trainer = _trainer(copy.deepcopy(model), learning_rate=1e-3, entropy_coef=0.1)
-                trainer._gradient = SequenceGradient.of(trainer.model, x, states)
+                trainer._gradient = sequence_gradient(trainer.model, x, states) or None
                 native = trainer._native_epoch()
                 assert native is not None
                 # The last minibatch has one sequence.
@@ -184,7 +186,7 @@ class TestPpoEpoch:
         sequences = [x, x[..., :K], flat - 3.0, flat > 0, flat, flat, x[..., 0]]
         states, order = torch.zeros(2, 40, 5), torch.arange(40)
         trainer = _trainer(ImprovedSSM(I, K, 5, 96))
-        trainer._gradient = SequenceGradient.of(trainer.model, x, states)
+        trainer._gradient = sequence_gradient(trainer.model, x, states) or None
         native = trainer._native_epoch()
         assert native is not None
         try:
@@ -206,7 +208,7 @@ class TestPpoEpoch:
         log_probs[bad, 4] = float("nan")
         sequences = [x, x[..., :K], log_probs, flat > 0, flat, flat, x[..., 0]]
         trainer = _trainer(ImprovedSSM(I, K, 5, 96))
-        trainer._gradient = SequenceGradient.of(trainer.model, x, torch.zeros(2, 60, 5))
+        trainer._gradient = sequence_gradient(trainer.model, x, torch.zeros(2, 60, 5)) or None
         native = trainer._native_epoch()
         assert native is not None
         try:

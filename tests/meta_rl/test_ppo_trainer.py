@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.improved_ssm import ImprovedSSM
-from ssm_fast.core.sequence_gradient import SequenceGradient
 from ssm_fast.env_runner.environment import Environment
+from ssm_fast.meta_rl import ppo_trainer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, _Minibatch
 from ssm_fast.meta_rl.rollout import Rollout
 from ssm_fast.meta_rl.run import RunDirectory, write_state
+from ssm_fast.native.plan import Reason
 
 _Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
@@ -339,7 +340,7 @@ class TestUpdate:
         weights = []
         for written_out in (True, False):
             if not written_out:
-                monkeypatch.setattr(SequenceGradient, "of", lambda *_: None)
+                monkeypatch.setattr(ppo_trainer, "sequence_gradient", lambda *_: Reason("a test"))
             model = _model(critic_dim=5)
             trainer = _trainer(model, entropy_coef=0.01, clip_value_loss=True)
             trainer.train(_drift(2), 96)

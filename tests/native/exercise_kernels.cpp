@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <random>
@@ -25,6 +26,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "network/step_program.h"
 
 namespace ssm_fast {
 namespace {
@@ -684,7 +686,7 @@ void exercise_adam(Random& random) {
 }
 
 template <class K, class T>
-void exercise_policy_step(Random& random) {
+void exercise_network_step(Random& random) {
   const Index G = random.size(3), B = random.size(20), I = random.size(20), H = random.features(),
               N = random.features();
   const Index L = random.size(3), K_ = random.size(8);
@@ -718,25 +720,102 @@ void exercise_policy_step(Random& random) {
   const Tensor<T> action = flat(G * B * K_, kOutput<T>), value = flat(G * B, kOutput<T>);
   const Tensor<T> log_prob = flat(G * B, discrete ? none : kOutput<T>);
   const Tensor<T> next_state = flat(L * G * B * N, kOutput<T>);
-  const std::vector<PolicyLayer<T>> layers(
-      std::size_t(L), {A.data(), W.data(), bias.data(), C.data(), D.data(), weight.data(), norm_bias.data()});
-  const std::vector<PolicyWeights<T>> groups(
-      std::size_t(G), {encoder_weight.data(), encoder_bias.data(), actor_weight.data(), actor_bias.data(),
-                       critic_weight.data(), critic_bias.data(), log_std.data(), value_x.data(), value_h.data(),
-                       value_bias.data(), value_hidden.data(), value_hidden_bias.data(), layers.data()});
-  PolicyStep<T> p{};
+  enum Weight {
+    kEncoder,
+    kEncoderBias,
+    kActor,
+    kActorBias,
+    kCritic,
+    kCriticBias,
+    kLogStd,
+    kValueX,
+    kValueH,
+    kValueBias,
+    kHidden,
+    kHiddenBias,
+    kA,
+    kB,
+    kBias,
+    kC,
+    kD,
+    kNorm,
+    kNormBias,
+    kWeights
+  };
+  const T* const of_group[] = {encoder_weight.data(),
+                               encoder_bias.data(),
+                               actor_weight.data(),
+                               actor_bias.data(),
+                               critic_weight.data(),
+                               critic_bias.data(),
+                               log_std.data(),
+                               value_x.data(),
+                               value_h.data(),
+                               value_bias.data(),
+                               value_hidden.data(),
+                               value_hidden_bias.data(),
+                               A.data(),
+                               W.data(),
+                               bias.data(),
+                               C.data(),
+                               D.data(),
+                               weight.data(),
+                               norm_bias.data()};
+  static_assert(std::size(of_group) == kWeights);
+  std::vector<const T*> weights;
+  for (Index g = 0; g < G; ++g) weights.insert(weights.end(), std::begin(of_group), std::end(of_group));
+
+  StepBuilder program(I);
+  const bool has_norm = weight.data() != nullptr, residual = random.chance(0.5);
+  const int encoded = program.other(StepBuilder::kInput, H);
+  program.affine(encoded, H, StepBuilder::kInput, I, kEncoder, kEncoderBias);
+  program.tanh(encoded, encoded);
+  int h = encoded;
+  for (Index l = 0; l < L; ++l) {
+    const int s = program.buffer(StepBuilder::kState, N), z = program.buffer(StepBuilder::kNext, N);
+    const int y = program.buffer(StepBuilder::kOutput, H);
+    program.load_state(s, N);
+    program.affine(z, N, h, H, kB, s, N, kA, kBias, true);
+    if (norm_state && has_norm) program.layer_norm(z, N, kNorm, kNormBias, 1e-5);
+    program.save_state(z, N);
+    program.affine(y, H, z, N, kC, h, H, kD, -1);
+    if (!norm_state && has_norm) program.layer_norm(y, H, kNorm, kNormBias, 1e-5);
+    const int next = residual ? h : program.other(h, H);
+    program.tanh(next, y, residual);
+    h = next;
+  }
+  program.keep(h);
+  const int mean = program.other(h, K_);
+  program.affine(mean, K_, h, H, kActor, kActorBias);
+  program.keep(mean);
+  Index wide = H;
+  if (width > 0) {
+    const int v = program.other(h, width), u = program.other(v, width);
+    program.affine(v, width, StepBuilder::kInput, I, kValueX, h, H, kValueH, kValueBias);
+    program.tanh(v, v);
+    program.affine(u, width, v, width, kHidden, kHiddenBias);
+    program.tanh(u, u);
+    h = u, wide = width;
+  }
+  const int values = program.other(h, 1);
+  program.affine(values, 1, h, wide, kCritic, kCriticBias);
+
+  const int registers = int(program.features().size());
+  NetworkStep<T> p{};
+  p.program = program.instructions().data(), p.instructions = int(program.instructions().size());
+  p.features = program.features().data(), p.registers = registers;
   p.x = x.data(), p.state = state.data(), p.reset = reset.data(), p.noise = noise.data();
   p.obs_mean = obs_mean.data(), p.obs_var = obs_var.data(), p.obs_eps = 1e-8, p.obs_clip = 10.0;
-  p.weights = groups.data();
+  p.weights = weights.data();
   p.action = action.data(), p.log_prob = log_prob.data(), p.value = value.data(), p.next_state = next_state.data();
-  p.G = G, p.B = B, p.I = I, p.H = H, p.N = N, p.L = L, p.K = K_, p.W = width;
-  p.norm_state = norm_state, p.residual = random.chance(0.5);
-  p.eps = T(1e-5);
+  p.G = G, p.B = B, p.I = I, p.K = K_, p.P = kWeights;
+  p.mean = mean, p.value_register = values, p.log_std = discrete ? -1 : int(kLogStd);
   const auto kernel = [&](int threads) {
     std::unique_ptr<Memory> memory;
     p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::policy_step_scratch(I, H, N, K_, width, sizeof(T) == 8) * threads, memory);
-    K::policy_step(p);
+    const Index elements = K::network_step_scratch(program.features().data(), registers, sizeof(T) == 8);
+    p.scratch = fresh_scratch<T>(random, elements * threads, memory);
+    K::network_step(p);
   };
   check(random, G * B, kernel,
         std::tie(x, state, noise, obs_mean, obs_var, reset, encoder_weight, encoder_bias, actor_weight, actor_bias,
@@ -777,8 +856,8 @@ void exercise_policy_step(Random& random) {
       return isa::linear_grad_scratch(p...);           \
     }                                                  \
     template <class... P>                              \
-    static Index policy_step_scratch(P... p) {         \
-      return isa::policy_step_scratch(p...);           \
+    static Index network_step_scratch(P... p) {        \
+      return isa::network_step_scratch(p...);          \
     }                                                  \
     template <class P>                                 \
     static void output_norm(const P& p) {              \
@@ -813,8 +892,8 @@ void exercise_policy_step(Random& random) {
       isa::linear_tangent(p);                          \
     }                                                  \
     template <class P>                                 \
-    static void policy_step(const P& p) {              \
-      isa::policy_step(p);                             \
+    static void network_step(const P& p) {             \
+      isa::network_step(p);                            \
     }                                                  \
     template <class P>                                 \
     static void adam(const P& p) {                     \
@@ -893,8 +972,8 @@ void exercise(const std::string& isa, int cases, std::uint64_t seed) {
   repeat("linear_grad float64", exercise_linear_grad<K, double>);
   repeat("linear_tangent float32", exercise_linear_tangent<K, float>);
   repeat("linear_tangent float64", exercise_linear_tangent<K, double>);
-  repeat("policy_step float32", exercise_policy_step<K, float>);
-  repeat("policy_step float64", exercise_policy_step<K, double>);
+  repeat("network_step float32", exercise_network_step<K, float>);
+  repeat("network_step float64", exercise_network_step<K, double>);
   repeat("adam float32", exercise_adam<K, float>);
   repeat("adam float64", exercise_adam<K, double>);
   std::printf("%s: every kernel, %d cases each\n", isa.c_str(), cases);

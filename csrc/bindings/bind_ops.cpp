@@ -1,4 +1,4 @@
-// Python bindings: addresses, sizes and strides in, nothing of torch's ABI.
+// The ops: addresses, sizes and strides in, nothing of torch's ABI.
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,29 +11,15 @@
 #include <tuple>
 #include <vector>
 
-#include "calls.h"
-#include "ppo_epoch.h"
-#include "task_gradients.h"
+#include "../calls.h"
+#include "bindings.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-namespace py = pybind11;
-
 namespace ssm_fast {
 namespace {
-
-using Address = std::uintptr_t;
-template <std::size_t N>
-using Strides = std::array<Index, N>;
-
-constexpr Index kParallelRows = 16;  // rows of a policy step that are worth a thread
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // Elements from the first to the end of the last one of [G, B, T, N] with these strides.
 Index last_element(const Strides<3>& strides, const Strides<4>& sizes) {
@@ -386,201 +372,9 @@ void linear_tangent(Address x_t, Strides<2> xt_strides, Address W_t, Strides<3> 
   SSM_FAST_CALL(linear_tangent(params));
 }
 
-// `weights` holds the encoder's, the actor's and the critic's weight and bias, log_std, and seven a layer. Returns
-// whether values and log-probabilities are finite.
-template <class T>
-bool policy_step(Address x, Address obs_mean, Address obs_var, double obs_eps, double obs_clip, Address state,
-                 Address reset, Address noise, const std::vector<Address>& weights, Address action, Address log_prob,
-                 Address value, Address next_state, Strides<8> sizes, bool norm_state, bool residual, double eps) {
-  const Index G = sizes[0], B = sizes[1], I = sizes[2], H = sizes[3], N = sizes[4], L = sizes[5], K = sizes[6],
-              W = sizes[7];
-  const Index F = norm_state ? N : H;
-  constexpr std::size_t kHeads = 12, kLayer = 7;
-  const Index V = W ? W : H;  // what the critic's last layer reads
-  const Index elements[kHeads + kLayer] = {H * I, H, K * H, K,     V, 1,     K,     W * I, W * H, W,
-                                           W * W, W, N * N, N * H, N, H * N, H * H, F,     F};
-  const auto weight_of = [&](std::size_t i, Index g) {
-    T* first = at<T>(weights[i]);
-    return first ? first + g * elements[i < kHeads ? i : kHeads + (i - kHeads) % kLayer] : nullptr;
-  };
-  std::vector<PolicyLayer<T>> layers;
-  for (Index g = 0; g < G; ++g) {
-    for (std::size_t i = kHeads; i < weights.size(); i += kLayer) {
-      layers.push_back({weight_of(i, g), weight_of(i + 1, g), weight_of(i + 2, g), weight_of(i + 3, g),
-                        weight_of(i + 4, g), weight_of(i + 5, g), weight_of(i + 6, g)});
-    }
-  }
-  std::vector<PolicyWeights<T>> groups;
-  for (Index g = 0; g < G; ++g) {
-    groups.push_back({weight_of(0, g), weight_of(1, g), weight_of(2, g), weight_of(3, g), weight_of(4, g),
-                      weight_of(5, g), weight_of(6, g), weight_of(7, g), weight_of(8, g), weight_of(9, g),
-                      weight_of(10, g), weight_of(11, g), layers.data() + g * L});
-  }
-  const Index blocks = G * B / kParallelRows;
-  const int threads = blocks < 2 ? 1 : threads_for(double(G * B * L) * double(H * H), blocks);
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(policy_step_scratch(I, H, N, K, W, sizeof(T) == 8)) * threads);
-  PolicyStep<T> params{};
-  params.x = at<T>(x);
-  params.obs_mean = at<double>(obs_mean);
-  params.obs_var = at<double>(obs_var);
-  params.obs_eps = obs_eps;
-  params.obs_clip = obs_clip;
-  params.state = at<T>(state);
-  params.reset = at<std::uint8_t>(reset);
-  params.noise = at<T>(noise);
-  params.weights = groups.data();
-  params.action = at<T>(action);
-  params.log_prob = at<T>(log_prob);
-  params.value = at<T>(value);
-  params.next_state = at<T>(next_state);
-  std::tie(params.G, params.B, params.I, params.H, params.N, params.L, params.K, params.W) = std::tuple_cat(sizes);
-  params.norm_state = norm_state;
-  params.residual = residual;
-  params.eps = T(eps);
-  params.threads = threads;
-  params.scratch = static_cast<T*>(scratch.get());
-  const py::gil_scoped_release release;
-  SSM_FAST_CALL(policy_step(params));
-  const auto all_finite = [&](const T* x) {
-    return !x || std::all_of(x, x + G * B, [](T y) { return std::isfinite(y); });
-  };
-  return all_finite(params.value) && all_finite(params.log_prob);
-}
-
-// Addresses and sizes in the order of the structures in ppo_epoch.h.
-template <class T>
-Index bound_ppo_epoch(SequenceGradient<T>& gradient, const std::array<Address, 8>& rollout, Strides<2> sequences,
-                      Address order, Strides<2> counts, const std::array<double, 3>& loss, bool clip_value_loss,
-                      const std::array<Address, 2>& log_std, const std::array<Address, 5>& adam,
-                      const std::vector<std::pair<Address, Index>>& values, const std::array<double, 5>& settings,
-                      Index steps, Address figures) {
-  const auto [x, actions, log_probs, old_values, returns, advantages, reset, state] = rollout;
-  const RolloutSequences<T> r{at<T>(x),       at<T>(actions),    at<T>(log_probs),        at<T>(old_values),
-                              at<T>(returns), at<T>(advantages), at<std::uint8_t>(reset), at<T>(state),
-                              sequences[0],   sequences[1]};
-  const auto [vector, vector_gradient, m, v, pace] = adam;
-  const auto [learning_rate, beta1, beta2, eps, max_norm] = settings;
-  AdamState<T> state_of_adam{at<T>(vector), at<T>(vector_gradient),
-                             at<T>(m),      at<T>(v),
-                             at<T>(pace),   {},
-                             learning_rate, beta1,
-                             beta2,         eps,
-                             max_norm,      steps};
-  for (const auto& [address, elements] : values) state_of_adam.values.emplace_back(at<T>(address), elements);
-  const py::gil_scoped_release release;
-  return ppo_epoch(gradient, r, at<std::int64_t>(order), counts[0], counts[1],
-                   PpoLoss{loss[0], loss[1], loss[2], clip_value_loss}, at<T>(log_std[0]), at<T>(log_std[1]),
-                   state_of_adam, at<double>(figures));
-}
-
-template <class T>
-void bind_sequence_gradient(py::module_& m, const char* name) {
-  using Gradient = SequenceGradient<T>;
-  const auto pointers = [](const std::vector<Address>& addresses) {
-    std::vector<T*> found;
-    for (const Address address : addresses) found.push_back(at<T>(address));
-    return found;
-  };
-  py::class_<Gradient>(m, name)
-      .def(py::init([pointers](const std::vector<Address>& weights, const std::vector<Address>& gradients,
-                               const Strides<6>& sizes, bool residual, double eps) {
-        const auto [I, H, N, L, K, W] = sizes;
-        return std::make_unique<Gradient>(pointers(weights), pointers(gradients),
-                                          typename Gradient::Sizes{I, H, N, L, K, W}, residual, T(eps));
-      }))
-      .def("forward",
-           [](Gradient& self, Address x, Address state, Address reset, Address mean, Address value, Index S,
-              Index T_len) {
-             const py::gil_scoped_release release;
-             self.forward(at<T>(x), at<T>(state), at<std::uint8_t>(reset), at<T>(mean), at<T>(value), S, T_len);
-           })
-      .def("backward",
-           [](Gradient& self, Address grad_mean, Address grad_value) {
-             const py::gil_scoped_release release;
-             self.backward(at<T>(grad_mean), at<T>(grad_value));
-           })
-      .def("ppo_epoch", &bound_ppo_epoch<T>);
-}
-
-// x, y, labels, actions, log_probs, advantages, s0, reset; B, T_len; clip_epsilon, largest_log_ratio
-using ExamplesOfTask = std::tuple<std::array<Address, 8>, Strides<2>, std::array<double, 2>>;
-
-template <class T>
-std::vector<Examples<T>> examples_at(const std::vector<ExamplesOfTask>& tasks) {
-  std::vector<Examples<T>> found;
-  for (const auto& [addresses, sizes, ratio] : tasks) {
-    const auto [x, y, labels, actions, log_probs, advantages, s0, reset] = addresses;
-    found.push_back({at<T>(x), at<T>(y), at<std::int64_t>(labels), at<T>(actions), at<T>(log_probs), at<T>(advantages),
-                     at<T>(s0), at<std::uint8_t>(reset), sizes[0], sizes[1], ratio[0], ratio[1]});
-  }
-  return found;
-}
-
-template <class T, class Sizes>
-void task_gradients_of(const Sizes& network, Address weights, Address rates, const std::vector<ExamplesOfTask>& inner,
-                       const std::vector<ExamplesOfTask>& outer, Address gradients, Address rate_gradients,
-                       Address inner_losses, Address outer_losses, Index G, bool first_order) {
-  const std::vector<Examples<T>> of_inner = examples_at<T>(inner), of_outer = examples_at<T>(outer);
-  TaskGradients<T> p{};
-  p.weights = at<T>(weights), p.rates = at<T>(rates);
-  p.inner = of_inner.data(), p.outer = of_outer.data();
-  p.gradients = at<T>(gradients), p.rate_gradients = at<T>(rate_gradients);
-  p.inner_losses = at<double>(inner_losses), p.outer_losses = at<double>(outer_losses);
-  p.G = G, p.K = Index(inner.size()) / G, p.P = weights_of(network);
-  p.first_order = first_order;
-  const py::gil_scoped_release release;
-  task_gradients(p, network);
-}
-
-template <class T, class... Rest>
-void state_space_gradients(Strides<4> sizes, Rest... rest) {
-  const auto [I, N, H, O] = sizes;
-  task_gradients_of<T>(StateSpaceSizes{I, N, H, O}, rest...);
-}
-
-template <class T, class... Rest>
-void policy_gradients(Strides<5> sizes, const std::array<bool, 3>& has, double eps, Rest... rest) {
-  const auto [I, H, N, L, O] = sizes;
-  const auto [norm, residual, gaussian] = has;
-  task_gradients_of<T>(PolicySizes{I, H, N, L, O, norm, residual, gaussian, eps}, rest...);
-}
-
-// The functions of a network's gradients: its own arguments, then those of all networks.
-template <class T>
-void bind_task_gradients(py::module_& m, const std::string& dtype) {
-  using Tasks = const std::vector<ExamplesOfTask>&;
-  m.def(("state_space_gradients_" + dtype).c_str(),
-        &state_space_gradients<T, Address, Address, Tasks, Tasks, Address, Address, Address, Address, Index, bool>);
-  m.def(("policy_gradients_" + dtype).c_str(),
-        &policy_gradients<T, Address, Address, Tasks, Tasks, Address, Address, Address, Address, Index, bool>);
-}
-
 }  // namespace
-}  // namespace ssm_fast
 
-PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
-  using namespace ssm_fast;
-  m.doc() = "CPU kernels of ssm_fast. Private: addresses go in unchecked; call ssm_fast.ops.";
-  try {
-    choose_isa();
-  } catch (const std::invalid_argument& error) {
-    throw py::import_error(error.what());
-  }
-  m.def("isa", [] { return name(chosen_isa()); });
-  m.def("available_isas", [] {
-    std::vector<std::string> names;
-    for (const Isa isa : available_isas()) names.push_back(name(isa));
-    return names;
-  });
-  m.def("num_threads", [] { return omp_get_max_threads(); });
-  m.def("on_new_thread", [](py::function function) {
-    static PyObject* called;  // for good: threads outlive the module
-    called = function.release().ptr();
-    on_new_thread = [] {
-      const py::gil_scoped_acquire acquire;
-      py::handle(called)();
-    };
-  });
+void bind_ops(py::module_& m) {
   m.def("dense_scan_float32", &dense_scan<float>);
   m.def("dense_scan_float64", &dense_scan<double>);
   py::enum_<Sweep>(m, "Sweep")
@@ -609,10 +403,6 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.def("linear_grad_float64", &linear_grad<double>);
   m.def("linear_tangent_float32", &linear_tangent<float>);
   m.def("linear_tangent_float64", &linear_tangent<double>);
-  bind_sequence_gradient<float>(m, "SequenceGradient_float32");
-  bind_sequence_gradient<double>(m, "SequenceGradient_float64");
-  bind_task_gradients<float>(m, "float32");
-  bind_task_gradients<double>(m, "float64");
-  m.def("policy_step_float32", &policy_step<float>);
-  m.def("policy_step_float64", &policy_step<double>);
 }
+
+}  // namespace ssm_fast

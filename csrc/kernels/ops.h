@@ -257,43 +257,47 @@ struct LinearTangent {
   T* scratch;  // `threads` times linear_scratch elements
 };
 
-// A layer of a policy; matrices are contiguous, [outputs, inputs].
-template <class T>
-struct PolicyLayer {
-  const T *A, *B, *bias, *C, *D;     // [N, N], [N, H], [N], [H, N], [H, H]
-  const T *norm_weight, *norm_bias;  // [N] if norm_state, else [H]; null without a norm
+constexpr int kStepRegisters = 32;
+
+// What a stage does to a block of rows. Registers hold rows of features; parameters are numbered, -1 for none.
+enum class StepKind : std::uint8_t {
+  load_state,  // to = the state [M], zero where an episode begins
+  save_state,  // the next state [M] = to
+  affine,      // to = W x [+ W2 x2] [+ bias]
+  tanh,        // to = tanh(x)
+  add_tanh,    // to += tanh(x)
+  layer_norm,  // to = LN(to) W + bias
+};
+struct StepInstruction {
+  StepKind kind;
+  bool x2_is_state = false;  // x2 is left out where there is no state
+  int to = -1, x = -1, x2 = -1;
+  int W = -1, W2 = -1, bias = -1;
+  Index M = 0, K = 0, K2 = 0;  // features of to, x and x2
+  Index state = 0;             // elements of a sequence's state before this one
+  double eps = 0;              // of the layer norm
 };
 
+// One step of a network without gradients, for B rows of each of G groups with weights of their own.
 template <class T>
-struct PolicyWeights {
-  const T *encoder_weight, *encoder_bias;     // [H, I], [H], contiguous as all that follow
-  const T *actor_weight, *actor_bias;         // [K, H], [K]
-  const T *critic_weight, *critic_bias;       // [1, H], or [1, W] behind a network of the critic's own; [1]
-  const T* log_std;                           // [K], or null: `action` holds the means (logits), no log_prob
-  const T *value_x, *value_h, *value_bias;    // [W, I], [W, H], [W] of the critic's network, or null: it has none
-  const T *value_hidden, *value_hidden_bias;  // [W, W], [W]
-  const PolicyLayer<T>* layers;               // L of them
-};
-
-// One step of an actor-critic without gradients, for B rows of each of G groups with weights of their own:
-//   h = tanh(W x + w);  for each layer z = A m s + B h + b [normalised], y = C z + D h [normalised],
-//   h = tanh(y) [+ h];  mean = actor(h), value = critic(h), action = mean + exp(log_std) noise;
-//   the critic may read v = tanh(V tanh(V_x x + V_h h + b) + c) instead of h.
-template <class T>
-struct PolicyStep {
+struct NetworkStep {
+  const StepInstruction* program;
+  int instructions;
+  const Index* features;  // of each register; the first holds the observations
+  int registers;
   const T* x;                        // [G B, I], contiguous as all that follow
   const double *obs_mean, *obs_var;  // [I], or null: x enters as it is
   double obs_eps, obs_clip;
-  const T* state;                             // [L, G B, N], or null: zeros
+  const T* state;                             // a block [G B, M] for each load_state, or null: zeros
   const std::uint8_t* reset;                  // [G B], or null
   const T* noise;                             // [G B, K], or null: the action is the mean
-  const PolicyWeights<T>* weights;            // G of them
-  T *action, *log_prob, *value, *next_state;  // [G B, K], [G B], [G B], [L, G B, N]
-  Index G, B, I, H, N, L, K, W;
-  bool norm_state, residual;
-  T eps;
+  const T* const* weights;                    // [G, P]
+  T *action, *log_prob, *value, *next_state;  // [G B, K], [G B], [G B], as state
+  Index G, B, I, K, P;
+  int mean, value_register;  // registers
+  int log_std;               // parameter, or -1: `action` holds the means (logits), no log_prob
   int threads;
-  T* scratch;  // `threads` times policy_step_scratch elements, aligned to 64 bytes
+  T* scratch;  // `threads` times network_step_scratch elements, aligned to 64 bytes
 };
 
 // A step of Adam on P parameters, each `pace` learning rates long.
@@ -347,9 +351,9 @@ struct Adam {
   void linear_grad(const LinearGrad<double>&);                                                   \
   void linear_tangent(const LinearTangent<float>&);                                              \
   void linear_tangent(const LinearTangent<double>&);                                             \
-  Index policy_step_scratch(Index I, Index H, Index N, Index K, Index W, bool is_double);        \
-  void policy_step(const PolicyStep<float>&);                                                    \
-  void policy_step(const PolicyStep<double>&);                                                   \
+  Index network_step_scratch(const Index* features, int registers, bool is_double);              \
+  void network_step(const NetworkStep<float>&);                                                  \
+  void network_step(const NetworkStep<double>&);                                                 \
   void adam(const Adam<float>&);                                                                 \
   void adam(const Adam<double>&);                                                                \
   double squared_norm(const float* x, Index P);                                                  \

@@ -1,18 +1,17 @@
-// Kernels over the rows of one group, one call after the other: all of a network without a graph.
+// The kernels on contiguous rows of one group, with threads and scratch memory of their own choice.
 #pragma once
 
 #include <cstdint>
 #include <memory>
-#include <utility>
 
-#include "calls.h"
+#include "../calls.h"
 
 namespace ssm_fast {
 
 // Everything is contiguous: rows [M, I], [M, O] or [B, T, N], matrices [O, I]. A null pointer stands for what is left
 // out or not wanted, as in the kernels' own structures (ops.h).
 template <class T>
-class Passes {
+class Kernels {
  public:
   // y = [tanh] (x W^T + bias), or (x W^T + add), which may be y itself; with `transposed`, x W for W [I, O].
   void linear(const T* x, const T* W, const T* bias, const T* add, bool tanh, T* y, Index M, Index I, Index O,
@@ -24,6 +23,14 @@ class Passes {
   // dense_scan, or with `adjoint` its adjoint: in reverse, with the matrix transposed.
   void sweep(const T* u, const T* A, bool adjoint, const T* s0, const std::uint8_t* reset, T* s, Index B, Index T_len,
              Index N);
+  // norm_scan and its linear sweeps (ops.h); s and z [B, T, N]. The sums of `z n` and z are null where not wanted.
+  struct StateNorm {
+    const T *weight, *bias;  // [N]
+    T *n, *rstd;             // [B, T, N] and [B, T]: written by the forward sweep
+    T eps;
+  };
+  void norm_sweep(Sweep sweep, const T* u, const T* c, const T* A, const StateNorm& norm, const T* s0,
+                  const std::uint8_t* reset, T* s, T* z, T* sum_zn, T* sum_z, Index B, Index T_len, Index N);
   void weight_grad(const T* x, const T* s, const T* s0, const std::uint8_t* reset, T* grad, Index B, Index T_len,
                    Index N);
   // output_norm with tanh and its gradients, for rows [M, H]; without a norm `weight` and what goes with it are null.
@@ -48,33 +55,8 @@ class Passes {
   Index elements_ = 0;
 };
 
-extern template class Passes<float>;
-extern template class Passes<double>;
-
-// Arrays in one block of memory, each from a cache line on.
-template <class T>
-class Arrays {
- public:
-  // Calls layout(take) twice: take(elements) adds up the block, then gives each array its place.
-  template <class F>
-  void place(F layout) {
-    Index total = 0;
-    layout([&](Index elements) {
-      total += padded(elements);
-      return static_cast<T*>(nullptr);
-    });
-    memory_ = scratch_block<T>(total);
-    T* next = static_cast<T*>(memory_.get());
-    layout([&](Index elements) { return std::exchange(next, next + padded(elements)); });
-  }
-
- private:
-  static Index padded(Index elements) {
-    constexpr Index kLine = 64 / Index(sizeof(T));
-    return (elements + kLine - 1) / kLine * kLine;
-  }
-  std::unique_ptr<void, AlignedDelete> memory_;
-};
+extern template class Kernels<float>;
+extern template class Kernels<double>;
 
 // x += y
 template <class T>

@@ -5,14 +5,16 @@
 #include <utility>
 #include <vector>
 
-#include "sequence_gradient.h"
+#include "../network/network.h"
+#include "losses.h"
 
 namespace ssm_fast {
 
 // A rollout cut into S sequences of L steps, contiguous.
 template <class T>
 struct RolloutSequences {
-  const T *x, *actions;                                    // [S, L, I], [S, L, K]
+  const T *x, *actions;                                    // [S, L, I], [S, L, K]; or, of a discrete policy, labels
+  const std::int64_t* labels;                              // [S, L]
   const T *log_probs, *old_values, *returns, *advantages;  // [S, L]; those of a minibatch are standardized here
   const std::uint8_t* reset;                               // [S, L]
   const T* state;                                          // [layers, S, N]
@@ -24,10 +26,10 @@ struct PpoLoss {
   bool clip_value_loss;
 };
 
-// Adam of all parameters as one vector [P], the gradient of which is that of `gradient`.
+// Adam of all parameters as one vector [P], in the order of the network.
 template <class T>
 struct AdamState {
-  T *vector, *gradient, *m, *v;
+  T *vector, *gradient, *m, *v;              // `gradient` receives that of each minibatch
   const T* pace;                             // of each entry, in learning rates
   std::vector<std::pair<T*, Index>> values;  // where the entries of the vector go, and how many
   double learning_rate, beta1, beta2, eps, max_norm;
@@ -40,9 +42,9 @@ constexpr Index kFigures =
 // Learns from the sequences `order` names, `minibatch` of them at a time, and writes the figures [minibatches, 6].
 // Returns how many steps were taken: a gradient that is not finite ends the epoch before its own. Of a minibatch that
 // is large enough each thread takes some sequences, so that the last bits depend on the number of threads.
+// The network's branches give the means or logits, and the values; its weights lie at adam.values.
 template <class T>
-Index ppo_epoch(SequenceGradient<T>& gradient, const RolloutSequences<T>& rollout, const std::int64_t* order,
-                Index count, Index minibatch, const PpoLoss& loss, const T* log_std, T* log_std_gradient,
-                const AdamState<T>& adam, double* figures);
+Index ppo_epoch(const Network<T>& network, int log_std, const RolloutSequences<T>& rollout, const std::int64_t* order,
+                Index count, Index minibatch, const PpoLoss& loss, const AdamState<T>& adam, double* figures);
 
 }  // namespace ssm_fast

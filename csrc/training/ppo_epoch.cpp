@@ -10,16 +10,6 @@ namespace ssm_fast {
 namespace {
 
 constexpr Index kRowsOfThread = 32;  // of a minibatch, that are worth a thread
-template <class T>
-constexpr T kHalfLogTwoPi = T(0.91893853320467274);
-
-// What a minibatch is made of, [rows, ...] each, and the gradients of its loss.
-template <class T>
-struct Minibatch {
-  T *x, *actions, *log_probs, *old_values, *returns, *advantages, *state;
-  T *mean, *value;  // the policy's; `value` turns into the gradient with respect to it, `mean` too
-  std::uint8_t* reset;
-};
 
 // What the loss takes from all of a minibatch.
 struct Whole {
@@ -29,7 +19,7 @@ struct Whole {
 
 // Sums over the rows of a part of one.
 struct Sums {
-  double policy_loss, squares, divergence;
+  double policy_loss, squares, entropy, divergence;
   Index clips;
 };
 
@@ -37,114 +27,124 @@ struct Sums {
 template <class T>
 class Learner {
  public:
-  Learner(SequenceGradient<T>& gradient, const RolloutSequences<T>& rollout, Index sequences, const PpoLoss& loss,
-          const T* log_std, T* log_std_gradient)
-      : gradient_(gradient),
+  Learner(const Network<T>& network, int log_std, const RolloutSequences<T>& rollout, Index sequences,
+          const PpoLoss& loss, const std::vector<T*>& weights, T* gradient)
+      : network_(network),
+        log_std_(log_std),
         rollout_(rollout),
         loss_(loss),
-        log_std_(log_std),
-        log_std_gradient_(log_std_gradient),
-        reset_(std::size_t(sequences * rollout.L)) {
-    const auto [I, H, N, L, K, W] = gradient.sizes();
-    const Index rows = sequences * rollout.L;
-    arrays_.place([&](auto take) {
-      batch_ = {take(rows * I), take(rows * K),          take(rows),     take(rows), take(rows),
-                take(rows),     take(sequences * L * N), take(rows * K), take(rows), reset_.data()};
-      inverse_std_ = take(K);
-    });
+        weights_(weights),
+        gradient_(gradient),
+        reset_(std::size_t(sequences * rollout.L)),
+        labels_(rollout.labels ? std::size_t(sequences * rollout.L) : 0) {
+    network.split(gradient, gradients_);
+    const Tile tile{sequences, rollout.L, nullptr};
+    Layout<T> counted;
+    place(counted, tile);
+    memory_ = scratch_block<T>(counted.used());
+    Layout<T> layout(static_cast<T*>(memory_.get()));
+    place(layout, tile);
   }
 
   // Sets the gradient of everything to that of the part's share in the loss.
   Sums learn(const std::int64_t* sequences, Index count, const Whole& whole) {
     gather(sequences, count);
-    const Index rows = count * rollout_.L;
-    for (Index i = 0; i < rows; ++i) {
-      batch_.advantages[i] = T((double(batch_.advantages[i]) - whole.mean) / whole.deviation);
+    const Tile tile{count, rollout_.L, reset_.data()};
+    for (Index i = 0; i < tile.rows(); ++i) {
+      advantages_[i] = T((double(advantages_[i]) - whole.mean) / whole.deviation);
     }
-    gradient_.forward(batch_.x, batch_.state, batch_.reset, batch_.mean, batch_.value, count, rollout_.L);
-    const Sums sums = differentiate(rows, whole.rows);
-    gradient_.backward(batch_.mean, batch_.value);
+    const Call<T> call{kernels_, tile, x_, weights_.data(), gradients_.data(), nullptr, nullptr, work_};
+    network_.forward(call, {state_, count, 0}, activations_);
+    const Sums sums = differentiate(tile.rows(), whole.rows);
+    network_.backward(call, {state_, count, 0}, activations_);
     return sums;
   }
 
  private:
+  void place(Layout<T>& layout, const Tile& tile) {
+    const Index rows = tile.rows(), K = network_.outputs(0);
+    x_ = layout.array(rows * network_.inputs());
+    actions_ = layout.array(rollout_.labels ? 0 : rows * K);
+    log_probs_ = layout.array(rows), old_values_ = layout.array(rows), returns_ = layout.array(rows);
+    advantages_ = layout.array(rows), state_ = layout.array(tile.B * network_.state());
+    precision_ = layout.array(K), scratch_ = layout.array(K);
+    activations_ = network_.activations(layout, tile);
+    work_ = layout.array(network_.work(tile));
+  }
+
   void gather(const std::int64_t* sequences, Index count) {
-    const auto [I, H, N, L, K, W] = gradient_.sizes();
     const RolloutSequences<T>& r = rollout_;
     const auto copy = [&](auto* to, const auto* from, Index elements) {  // of each sequence
-      for (Index i = 0; i < count; ++i) {
+      for (Index i = 0; from && i < count; ++i) {
         std::memcpy(to + i * elements, from + sequences[i] * elements, std::size_t(elements) * sizeof(*to));
       }
     };
-    copy(batch_.x, r.x, r.L * I);
-    copy(batch_.actions, r.actions, r.L * K);
-    copy(batch_.log_probs, r.log_probs, r.L);
-    copy(batch_.old_values, r.old_values, r.L);
-    copy(batch_.returns, r.returns, r.L);
-    copy(batch_.advantages, r.advantages, r.L);
-    copy(batch_.reset, r.reset, r.L);
-    for (Index l = 0; l < L; ++l) copy(batch_.state + l * count * N, r.state + l * r.S * N, N);
+    copy(x_, r.x, r.L * network_.inputs());
+    copy(actions_, r.actions, r.L * network_.outputs(0));
+    copy(labels_.data(), r.labels, r.L);
+    copy(log_probs_, r.log_probs, r.L);
+    copy(old_values_, r.old_values, r.L);
+    copy(returns_, r.returns, r.L);
+    copy(advantages_, r.advantages, r.L);
+    copy(reset_.data(), r.reset, r.L);
+    T* to = state_;
+    const T* from = r.state;
+    for (const auto& stage : network_.trunk()) {
+      copy(to, from, stage->state);
+      to += count * stage->state, from += r.S * stage->state;
+    }
   }
 
-  // Turns mean and value into the gradients of the loss with respect to them, and writes that of log_std.
+  // Writes the gradients of the loss with respect to the outputs, and that of log_std.
   Sums differentiate(Index rows, Index rows_of_whole) {
-    const Index K = gradient_.sizes().K;
-    const T low = T(1 - loss_.clip_epsilon), high = T(1 + loss_.clip_epsilon), range = T(loss_.clip_epsilon);
-    const T per_row = T(1) / T(rows_of_whole), of_value = T(2 * loss_.value_coef) * per_row;
-    const T of_entropy = T(-loss_.entropy_coef * (double(rows) / double(rows_of_whole)));
-    T constant = 0;  // of the log-probabilities
-    for (Index k = 0; k < K; ++k) {
-      inverse_std_[k] = std::exp(-log_std_[k]);
-      constant += log_std_[k] + kHalfLogTwoPi<T>;
-      log_std_gradient_[k] = of_entropy;
-    }
-    double policy = 0, squares = 0, divergence = 0;
-    Index clips = 0;
-    for (Index row = 0; row < rows; ++row) {
-      T *mean = batch_.mean + row * K, energy = 0;
-      const T* action = batch_.actions + row * K;
-      for (Index k = 0; k < K; ++k) {
-        mean[k] = (action[k] - mean[k]) * inverse_std_[k];  // the deviation
-        energy += mean[k] * mean[k];
-      }
-      const T log_ratio = -T(0.5) * energy - constant - batch_.log_probs[row], ratio = std::exp(log_ratio);
-      const T advantage = batch_.advantages[row];
-      const T clipped = ratio < low ? low : ratio > high ? high : ratio;  // a NaN stays
-      const T surrogate = ratio * advantage, bound = clipped * advantage;
-      const bool follows = surrogate <= bound;  // elsewhere the loss is constant
-      const T g_log_prob = surrogate * T(follows) * -per_row;
-      for (Index k = 0; k < K; ++k) {
-        log_std_gradient_[k] += g_log_prob * mean[k] * mean[k] - g_log_prob;
-        mean[k] *= g_log_prob * inverse_std_[k];
-      }
-      T error = batch_.value[row] - batch_.returns[row], square = error * error;
+    const Index K = network_.outputs(0);
+    const T *y = activations_.output(0), *value = activations_.output(1);
+    T *grad_y = activations_.grad_output(0), *grad_value = activations_.grad_output(1);
+    const T range = T(loss_.clip_epsilon), per_row = T(1) / T(rows_of_whole);
+    const T of_value = T(2 * loss_.value_coef) * per_row, of_entropy = T(-loss_.entropy_coef) * per_row;
+    T* of_log_std = log_std_ < 0 ? nullptr : gradients_[std::size_t(log_std_)];
+    for (Index k = 0; of_log_std && k < K; ++k) of_log_std[k] = 0;
+    const T* log_std = log_std_ < 0 ? nullptr : weights_[std::size_t(log_std_)];
+    const auto distribution =
+        Distribution<T>::of(K, log_std, precision_, actions_, rollout_.labels ? labels_.data() : nullptr);
+    Sums sums{};
+    for (Index row = 0; row < rows; ++row, y += K, grad_y += K) {
+      const T log_ratio = distribution.log_prob(row, y) - log_probs_[row];
+      const Surrogate<T> surrogate = Surrogate<T>::of(log_ratio, advantages_[row], loss_.clip_epsilon);
+      distribution.gradient(row, y, surrogate.slope * -per_row, grad_y, of_log_std);
+      sums.entropy += double(distribution.entropy(y, of_entropy, grad_y, of_log_std, scratch_));
+      T error = value[row] - returns_[row], square = error * error;
       if (loss_.clip_value_loss) {
-        const T old = batch_.old_values[row], change = batch_.value[row] - old;
+        const T old = old_values_[row], change = value[row] - old;
         const T bounded = change < -range ? -range : change > range ? range : change;
-        const T other = old + bounded - batch_.returns[row];
+        const T other = old + bounded - returns_[row];
         if (other * other > square) {
           square = other * other;
           error = other * T(change == bounded);
         }
       }
-      batch_.value[row] = error * of_value;
-      policy -= double(follows ? surrogate : bound);
-      squares += double(square);
-      divergence += double(ratio - T(1) - log_ratio);
-      clips += ratio != clipped;
+      grad_value[row] = error * of_value;
+      sums.policy_loss -= double(surrogate.value);
+      sums.squares += double(square);
+      sums.divergence += double(surrogate.ratio - T(1) - log_ratio);
+      sums.clips += surrogate.is_clipped;
     }
-    return {policy, squares, divergence, clips};
+    return sums;
   }
 
-  SequenceGradient<T>& gradient_;
+  const Network<T>& network_;
+  const int log_std_;
   const RolloutSequences<T>& rollout_;
   const PpoLoss& loss_;
-  const T* log_std_;
-  T* log_std_gradient_;
-  Arrays<T> arrays_;
+  const std::vector<T*>& weights_;
+  T* gradient_;
+  std::vector<T*> gradients_;
   std::vector<std::uint8_t> reset_;
-  Minibatch<T> batch_{};
-  T* inverse_std_ = nullptr;
+  std::vector<std::int64_t> labels_;
+  Kernels<T> kernels_;
+  std::unique_ptr<void, AlignedDelete> memory_;
+  T *x_, *actions_, *log_probs_, *old_values_, *returns_, *advantages_, *state_, *precision_, *scratch_, *work_;
+  Activations<T> activations_;
 };
 
 // Threads learn from parts of the same minibatch, add up their gradients and take the step, each in a stretch of the
@@ -152,22 +152,18 @@ class Learner {
 template <class T>
 class Epoch {
  public:
-  Epoch(SequenceGradient<T>& gradient, const RolloutSequences<T>& rollout, Index sequences, const PpoLoss& loss,
-        const T* log_std, T* log_std_gradient, const AdamState<T>& adam)
-      : rollout_(rollout), log_std_(log_std), K_(gradient.sizes().K), adam_(adam) {
-    for (const auto& [values, elements] : adam.values) P_ += elements;
+  Epoch(const Network<T>& network, int log_std, const RolloutSequences<T>& rollout, Index sequences,
+        const PpoLoss& loss, const AdamState<T>& adam)
+      : rollout_(rollout), adam_(adam), P_(network.elements()) {
+    for (const auto& [values, elements] : adam.values) weights_.push_back(values);
     const Index rows = sequences * rollout.L;
     parts_ = threads_for(double(rows) * double(P_), std::min(sequences, rows / kRowsOfThread));
     const Index most = (sequences + parts_ - 1) / parts_;
     sums_.resize(std::size_t(parts_)), squares_.resize(std::size_t(parts_));
     others_.resize(std::size_t(parts_ - 1) * std::size_t(P_));
-    gradients_.reserve(std::size_t(parts_ - 1));
-    learners_.push_back(std::make_unique<Learner<T>>(gradient, rollout, most, loss, log_std, log_std_gradient));
-    for (int part = 1; part < parts_; ++part) {
-      T* own = gradient_of(part);
-      gradients_.push_back(gradient.with_gradients(adam.gradient, own));
-      learners_.push_back(std::make_unique<Learner<T>>(gradients_.back(), rollout, most, loss, log_std,
-                                                       own + (log_std_gradient - adam.gradient)));
+    for (int part = 0; part < parts_; ++part) {
+      T* gradient = part == 0 ? adam.gradient : gradient_of(part);
+      learners_.push_back(std::make_unique<Learner<T>>(network, log_std, rollout, most, loss, weights_, gradient));
     }
   }
 
@@ -255,13 +251,11 @@ class Epoch {
     Sums total{};
     for (const Sums& part : sums_) {
       total.policy_loss += part.policy_loss, total.squares += part.squares;
-      total.divergence += part.divergence, total.clips += part.clips;
+      total.entropy += part.entropy, total.divergence += part.divergence, total.clips += part.clips;
     }
-    double entropy = 0.5 * double(K_);
-    for (Index k = 0; k < K_; ++k) entropy += double(log_std_[k] + kHalfLogTwoPi<T>);
     figures[0] = total.policy_loss / double(rows);
     figures[1] = total.squares / double(rows);
-    figures[2] = entropy;
+    figures[2] = total.entropy / double(rows);
     figures[3] = total.divergence / double(rows);
     figures[4] = double(total.clips) / double(rows);
   }
@@ -290,13 +284,12 @@ class Epoch {
   static constexpr Index kLine = 64 / Index(sizeof(T));
 
   const RolloutSequences<T>& rollout_;
-  const T* log_std_;
-  const Index K_;
   const AdamState<T>& adam_;
+  const Index P_;
   int parts_ = 1;
-  Index P_ = 0, taken_ = 0;
+  Index taken_ = 0;
+  std::vector<T*> weights_;
   std::vector<T> others_;  // the gradients of all parts but the first, [parts - 1, P]
-  std::vector<SequenceGradient<T>> gradients_;
   std::vector<std::unique_ptr<Learner<T>>> learners_;
   std::vector<Sums> sums_;
   std::vector<double> squares_;
@@ -306,16 +299,15 @@ class Epoch {
 }  // namespace
 
 template <class T>
-Index ppo_epoch(SequenceGradient<T>& gradient, const RolloutSequences<T>& rollout, const std::int64_t* order,
-                Index count, Index minibatch, const PpoLoss& loss, const T* log_std, T* log_std_gradient,
-                const AdamState<T>& adam, double* figures) {
-  Epoch<T> epoch(gradient, rollout, std::min(minibatch, count), loss, log_std, log_std_gradient, adam);
+Index ppo_epoch(const Network<T>& network, int log_std, const RolloutSequences<T>& rollout, const std::int64_t* order,
+                Index count, Index minibatch, const PpoLoss& loss, const AdamState<T>& adam, double* figures) {
+  Epoch<T> epoch(network, log_std, rollout, std::min(minibatch, count), loss, adam);
   return epoch.run(order, count, minibatch, figures);
 }
 
-template Index ppo_epoch(SequenceGradient<float>&, const RolloutSequences<float>&, const std::int64_t*, Index, Index,
-                         const PpoLoss&, const float*, float*, const AdamState<float>&, double*);
-template Index ppo_epoch(SequenceGradient<double>&, const RolloutSequences<double>&, const std::int64_t*, Index, Index,
-                         const PpoLoss&, const double*, double*, const AdamState<double>&, double*);
+template Index ppo_epoch(const Network<float>&, int, const RolloutSequences<float>&, const std::int64_t*, Index, Index,
+                         const PpoLoss&, const AdamState<float>&, double*);
+template Index ppo_epoch(const Network<double>&, int, const RolloutSequences<double>&, const std::int64_t*, Index,
+                         Index, const PpoLoss&, const AdamState<double>&, double*);
 
 }  // namespace ssm_fast
