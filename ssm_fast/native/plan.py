@@ -68,13 +68,12 @@ class Plan:
         self._numbers = numbers
         self._networks: dict[int, Any] = {}
         self._layouts = self._layouts_now()
-        self._modules = list(model.modules())
+        # Not the model itself: `_plans` lets go of a plan when nothing else holds its model.
+        modules = list(model.modules())
+        self._kind, self._modules = type(model), modules[1:]
         self._kinds = [type(module) for module in self._modules]
-        parts = [vars(module)[name] for module in self._modules for name in _PARTS]
-        self._dicts = [
-            *(vars(module) for module in self._modules),
-            *(part for part in parts if part),
-        ]
+        parts = [vars(module)[name] for module in modules for name in _PARTS]
+        self._dicts = [*map(vars, modules), *(part for part in parts if part)]
         self._empty = [part for part in parts if not part]
         self._values = [value for part in self._dicts for value in part.values()]
 
@@ -106,14 +105,15 @@ class Plan:
                 return f"the model overrides {method}()"
         return None
 
-    def is_current(self) -> bool:
-        """Whether the model is still what the plan was made of.
+    def is_current(self, model: nn.Module) -> bool:
+        """Whether the model, of which the plan was made, is still as it was.
 
         Every attribute, parameter, buffer and module must be the same object. The loops run in C:
         they are part of every step.
         """
         return (
-            not has_global_hooks()
+            type(model) is self._kind
+            and not has_global_hooks()
             and not any(self._empty)
             and all(map(is_, map(type, self._modules), self._kinds))
             and sum(map(len, self._dicts)) == len(self._values)
@@ -192,7 +192,7 @@ def plan_of(model: nn.Module) -> Plan | Reason:
         The plan, kept until the model changes, or a `Reason` with the sentence that says why not.
     """
     plan = _plans.get(model)
-    if plan is not None and plan.is_current():
+    if plan is not None and plan.is_current(model):
         return plan
     try:
         _check_modules(model)
