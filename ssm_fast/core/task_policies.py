@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from ssm_fast._torch import is_plain
 from ssm_fast.core.functional_call import functional_call
 from ssm_fast.core.improved_ssm import (
     ImprovedSSM,
@@ -17,7 +18,6 @@ from ssm_fast.core.improved_ssm import (
 )
 from ssm_fast.native.step import PolicyStep, step_plan
 from ssm_fast.nn.ssm_layer import check_dtype
-from ssm_fast.ops.backend import is_plain
 
 
 class TaskPolicies:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssm_fast._torch import copy_all
 from ssm_fast.meta_rl.distributed import World
 from ssm_fast.nn.ssm_layer import memory_weights, transition_pace
 
@@ -89,12 +90,12 @@ class FlatParameters:
                     f"trainer was made with, got {p.dtype} on {p.device}"
                 )
         self.parameters = list(trainable)  # load_state_dict(..., assign=True) replaces them
-        torch._foreach_copy_(self._views, self.parameters)
+        copy_all(self._views, self.parameters)
 
     @torch.no_grad()
     def write(self) -> None:
         """Give the vector's values to the model."""
-        torch._foreach_copy_(self.parameters, self._views)
+        copy_all(self.parameters, self._views)
 
     def backward(
         self,

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from ssm_fast._torch import add_all, tree_flatten, tree_leaves, tree_map
 from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.functional_call import functional_call
 from ssm_fast.losses import default_loss, is_default_loss
 from ssm_fast.meta_rl.training_state import check_step, check_tensors, load_adam, must_fit
+from ssm_fast.native.impl import Choice, Impl
 from ssm_fast.native.plan import Reason
 from ssm_fast.native.task_gradients import TaskGradients, task_gradients
 
@@ -27,6 +29,7 @@ Loss: TypeAlias = Callable[[Weights, Any], Tensor]  # of one task: its weights, 
 LossFn: TypeAlias = Callable[[Any, Any], Tensor]  # of one task: the model's output, the target
 TaskData: TypeAlias = Sequence[Any]  # support_x, support_y, query_x, query_y
 
+_LOGGER = logging.getLogger(__name__)
 _PARTS = ("support_x", "support_y", "query_x", "query_y")
 _STATE_VERSION = 1
 _CHUNK_ROWS = 8192  # of the tasks in a vmapped call on the CPU
@@ -85,9 +88,13 @@ class MetaMAML:
             module has; the tasks of a model with an ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM`` always
             run without it, one by one.
         optimizer: Makes the outer optimizer from the list of meta-parameters, instead of Adam.
+        impl: Where gradients come from: ``"native"`` code, ``"autograd"``, or native code where the
+            model has a plan and the losses are the default ones (``"auto"``;
+            `ssm_fast.native.plan_of`).
 
     Attributes:
         optimizer: The outer optimizer.
+        gradients: The `Choice` that `impl` makes; its ``path`` is "native", or says why it is not.
         rates: ``inner_lr``, or the learnt rates by the names of the weights.
 
     Raises:
@@ -107,7 +114,9 @@ class MetaMAML:
         max_grad_norm: float | None = 10.0,
         chunk_size: int | None = None,
         optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        impl: Impl = "auto",
     ) -> None:
+        self.gradients = Choice(impl, _LOGGER)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         check_number("inner_lr", inner_lr, at_least=0.0)
@@ -262,7 +271,7 @@ class MetaMAML:
                 group, tasks, initial_hidden_state, loss_fn, steps
             ):
                 losses[chunk] = of_chunk
-                torch._foreach_add_(total, gradients, alpha=1.0 / len(tasks))
+                add_all(total, gradients, alpha=1.0 / len(tasks))
         count = len(weights)
         return MetaGradient(
             losses,
@@ -341,6 +350,16 @@ class MetaMAML:
             for name, rate in self._rates.items():
                 rate.copy_(rates[name])
 
+    def _native_gradients(
+        self, tasks: list[TaskData], state: Any, loss_fn: LossFn | None, steps: int
+    ) -> TaskGradients | Reason:
+        if not all(is_default_loss(loss_fn, task[k]) for task in tasks for k in (1, 3)):
+            return Reason("the loss is one of the caller's own")
+        weights, rates = self._meta_parameters()
+        return task_gradients(
+            self.model, weights, tasks, state, rates or self.inner_lr, steps, self.first_order
+        )
+
     def _gradients_of_chunks(
         self,
         group: list[int],
@@ -352,18 +371,9 @@ class MetaMAML:
         """Of tasks of the same shapes: some of them, their query losses and sums of gradients."""
         weights, rates = self._meta_parameters()
         for part in _parts(group, self.chunk_size or _WRITTEN_OUT_TASKS):
-            found: TaskGradients | Reason = Reason("the loss is one of the caller's own")
-            if all(is_default_loss(loss_fn, tasks[i][k]) for i in part for k in (1, 3)):
-                found = task_gradients(
-                    self.model,
-                    weights,
-                    [tasks[i] for i in part],
-                    state,
-                    rates or self.inner_lr,
-                    steps,
-                    self.first_order,
-                )
-            if found:
+            own = [tasks[i] for i in part]
+            found = self.gradients.of(partial(self._native_gradients, own, state, loss_fn, steps))
+            if found is not None:
                 _check_losses(torch.cat((found.inner_losses, found.outer_losses[None])), part)
                 _check_gradients(found.weights, part)
                 by_weight = [found.weights[name].sum(0) for name in weights]

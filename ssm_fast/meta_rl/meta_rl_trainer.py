@@ -45,6 +45,7 @@ from ssm_fast.meta_rl.training_state import (
     start_run,
 )
 from ssm_fast.meta_rl.trajectories import Recording, Trajectories, compute_advantages
+from ssm_fast.native.impl import Choice, Impl
 from ssm_fast.native.plan import Reason
 from ssm_fast.native.task_gradients import TaskGradients, policy_task_gradients
 from ssm_fast.nn.running_norm import RunningNorm
@@ -171,9 +172,12 @@ class MetaRLTrainer:
             global generator.
         device: Where the model acts and learns.
         world: The processes that train together; see `join_world`. By default this one alone.
+        impl: Where gradients come from: ``"native"`` code, ``"autograd"``, or native code where the
+            model has a plan (``"auto"``; `ssm_fast.native.plan_of`).
 
     Attributes:
         rates: The inner rates by the names of the weights.
+        gradients: The `Choice` that `impl` makes; its ``path`` is "native", or says why it is not.
 
     Raises:
         ValueError: A number is out of its range.
@@ -204,8 +208,10 @@ class MetaRLTrainer:
         seed: int | None = None,
         device: str | torch.device = "cpu",
         world: World | None = None,
+        impl: Impl = "auto",
     ) -> None:
         check_model(model, ImprovedSSM)
+        self.gradients = Choice(impl, _LOGGER)
         self.inner_lr = check_number("inner_lr", inner_lr, at_least=0.0)
         self.outer_lr = check_number("outer_lr", outer_lr, above=0.0)
         self.inner_steps = check_count("inner_steps", inner_steps, at_least=0)
@@ -824,20 +830,8 @@ class MetaRLTrainer:
 
     def _gradients(self, rounds: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Sequence[Tensor]]:
         """The outer loss, and its gradients with respect to what is learnt."""
-        found: TaskGradients | Reason = Reason("the trainer overrides a loss")
-        losses = ("_outer_loss", "_surrogate", "_inner_loss", "_ratio", "_log_prob")
-        if not is_replaced(self, MetaRLTrainer, losses):
-            found = policy_task_gradients(
-                self.model,
-                self._shared,
-                rounds,
-                self.rates,
-                self.first_order,
-                self.clip_epsilon,
-                _LARGEST_LOG_RATIO,
-                self.learn_inner_lr,
-            )
-        if not found:
+        found = self.gradients.of(lambda: self._native_gradients(rounds))
+        if found is None:
             loss = self._outer_loss(rounds)
             return loss, torch.autograd.grad(
                 loss, self._learnt, allow_unused=True, materialize_grads=True
@@ -847,6 +841,21 @@ class MetaRLTrainer:
         if self.learn_inner_lr:
             gradients += [found.rates[name] for name in self.rates]
         return found.outer_losses.sum() / count, [g.sum(0).div_(count) for g in gradients]
+
+    def _native_gradients(self, rounds: Sequence[Mapping[str, Tensor]]) -> TaskGradients | Reason:
+        losses = ("_outer_loss", "_surrogate", "_inner_loss", "_ratio", "_log_prob")
+        if is_replaced(self, MetaRLTrainer, losses):
+            return Reason("the trainer overrides a loss")
+        return policy_task_gradients(
+            self.model,
+            self._shared,
+            rounds,
+            self.rates,
+            self.first_order,
+            self.clip_epsilon,
+            _LARGEST_LOG_RATIO,
+            self.learn_inner_lr,
+        )
 
     def _outer_loss(self, rounds: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """The mean surrogate of the rounds before and after each inner step."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.optim import optimizer as hooks_of_all_optimizers
 
+from ssm_fast._torch import steps_are_watched
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 
 if TYPE_CHECKING:
@@ -154,8 +154,5 @@ def _is_plain_adam(optimizer: torch.optim.Optimizer, vector: Tensor) -> bool:
         and not any(group.get(name) for name in others)
         and all(type(x) is float for x in (group["lr"], *group["betas"], group["eps"]))
         and "step" not in vars(optimizer)
-        and not optimizer._optimizer_step_pre_hooks
-        and not optimizer._optimizer_step_post_hooks
-        and not hooks_of_all_optimizers._global_optimizer_pre_hooks
-        and not hooks_of_all_optimizers._global_optimizer_post_hooks
+        and not steps_are_watched(optimizer)
     )

@@ -43,6 +43,7 @@ from ssm_fast.meta_rl.training_state import (
     start_run,
 )
 from ssm_fast.native.gradient import SequenceGradient
+from ssm_fast.native.impl import Choice, Impl
 from ssm_fast.nn.running_norm import RunningNorm
 
 _LOGGER = logging.getLogger(__name__)
@@ -182,6 +183,11 @@ class PPOTrainer:
         seed: Of the environments, the action noise and the shuffling. By default drawn from torch's
             global generator.
         world: The processes that train together; see `join_world`. By default this one alone.
+        impl: Where gradients come from: ``"native"`` code, ``"autograd"``, or native code where the
+            model has a plan (``"auto"``; `ssm_fast.native.plan_of`).
+
+    Attributes:
+        gradients: The `Choice` that `impl` makes; its ``path`` is "native", or says why it is not.
 
     Raises:
         ValueError: A number is out of its range, or no parameter of the model is trainable.
@@ -219,8 +225,10 @@ class PPOTrainer:
         num_threads: int | None = 1,
         seed: int | None = None,
         world: World | None = None,
+        impl: Impl = "auto",
     ) -> None:
         check_model(model, ImprovedSSM)
+        self.gradients = Choice(impl, _LOGGER)
         self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
         self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
         self.gae_lambda = check_number("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
@@ -699,8 +707,9 @@ class PPOTrainer:
         weights: list[list[float]] = []
         self._check_parts()
         self._weights.read()
-        gradient = sequence_gradient(self.model, inputs, rollout.initial_state)
-        self._gradient = gradient or None
+        self._gradient = self.gradients.of(
+            lambda: sequence_gradient(self.model, inputs, rollout.initial_state)
+        )
         native = self._native_epoch()
         for epoch in range(self.ppo_epochs):
             if epoch == 0 or self.recompute_advantages:

@@ -119,9 +119,6 @@ def gradient_plan(model: nn.Module, x: Tensor, state: Tensor) -> Plan | Reason:
         plan = step_plan(model, x[:, 0], state)
     if not plan:
         return plan
-    for name, module in model.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
-            return Reason(f"{name or 'the model'} has a backward hook")
     if unread := sorted(set(plan.names) - plan.used(branches=2)):
         return Reason(f"{unread[0]} is in no stage")
     sentence = plan.not_differentiable(branches=2)

@@ -10,15 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ssm_fast.nn.ssm_layer import has_global_hooks, is_untouched
+from ssm_fast._torch import has_global_hooks, has_gradient_hooks, is_plain, is_watched, registries
+from ssm_fast.nn.ssm_layer import is_untouched
 from ssm_fast.nn.stages import NetworkStages, Stage, Unplanned
-from ssm_fast.ops.backend import (
-    is_interpreting,
-    is_plain,
-    is_watched,
-    native_kernel,
-    needs_autograd,
-)
+from ssm_fast.ops.backend import is_interpreting, native_kernel, needs_autograd
 
 _DTYPES = (torch.float32, torch.float64)
 _ABSENT = -1
@@ -72,7 +67,7 @@ class Plan:
         modules = list(model.modules())
         self._kind, self._modules = type(model), modules[1:]
         self._kinds = [type(module) for module in self._modules]
-        parts = [vars(module)[name] for module in modules for name in _PARTS]
+        parts = [part for module in modules for part in registries(module)]
         self._dicts = [*map(vars, modules), *(part for part in parts if part)]
         self._empty = [part for part in parts if not part]
         self._values = [value for part in self._dicts for value in part.values()]
@@ -146,7 +141,7 @@ class Plan:
         for name, p in zip(self.names, self.parameters, strict=True):
             if name in used and not p.requires_grad:
                 return f"{name} is not trained"
-            if p._backward_hooks:
+            if has_gradient_hooks(p):
                 return f"{name} has a backward hook"
         return None
 
@@ -238,17 +233,6 @@ def _check_modules(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if name and not is_untouched(module):
             raise Unplanned(f"{name} has a hook, or another method in the place of its own")
-
-
-_PARTS = (
-    "_parameters",
-    "_buffers",
-    "_modules",
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 _kind = attrgetter("dtype", "device")

@@ -9,13 +9,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 
+from ssm_fast._torch import is_hooked
 from ssm_fast.checks import check_count, is_replaced
 from ssm_fast.nn.stages import Stage, check_methods, layer_norm_parameters
 from ssm_fast.ops import dense_scan, norm_scan
@@ -361,34 +356,17 @@ def tanh_layer(layer: nn.Module, x: Tensor) -> Tensor:
 def is_untouched(module: nn.Module) -> bool:
     """Whether nobody has put a hook on it, or on all modules, or another method into it."""
     own = module.__dict__
-    return not (_is_hooked(module) or "step" in own or "states" in own or "readout" in own)
+    return not (_calls_more(module) or "step" in own or "states" in own or "readout" in own)
 
 
-def has_global_hooks() -> bool:
-    """Whether all modules have a hook."""
-    return bool(
-        _global_forward_hooks
-        or _global_forward_pre_hooks
-        or _global_backward_hooks
-        or _global_backward_pre_hooks
-    )
-
-
-def _is_hooked(module: nn.Module) -> bool:
+def _calls_more(module: nn.Module) -> bool:
     """Whether a call of the module does something beside its class's ``forward``."""
-    return bool(
-        has_global_hooks()
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return is_hooked(module) or "forward" in module.__dict__
 
 
 def is_called(layer: SSMLayer) -> bool:
     """Whether a layer has to be called for its hooks, or its own ``forward``, to run."""
-    return _is_hooked(layer) or type(layer).forward is not SSMLayer.forward
+    return _calls_more(layer) or type(layer).forward is not SSMLayer.forward
 
 
 def is_changed(norm: nn.Module) -> bool:
@@ -397,7 +375,7 @@ def is_changed(norm: nn.Module) -> bool:
         type(norm) is not nn.LayerNorm
         or norm.weight is None
         or norm.bias is None
-        or _is_hooked(norm)
+        or _calls_more(norm)
     )
 
 

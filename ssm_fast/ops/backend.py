@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch  # before _native: the compiled module uses the OpenMP runtime that torch has loaded
 from torch import Tensor
-from torch._C._functorch import TransformType
-from torch._functorch.autograd_function import custom_function_call
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.overrides import _get_current_function_mode_stack
 from torch.torch_version import TorchVersion
-from torch.utils._device import DeviceContext
+
+from ssm_fast._torch import (
+    forward_mode_is_active,
+    forward_modes_are_nested,
+    is_plain,
+    is_watched,
+    transforms_are_active,
+)
 
 try:
     import ssm_fast._native as native
@@ -215,9 +217,7 @@ def check_reset(reset: Tensor, batch: Tensor, symbols: str, shape: Sequence[int]
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether a call has to go through the op's autograd Function (which costs about 15 us)."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if torch.autograd.forward_ad._current_level >= 0:
+    if transforms_are_active() or forward_mode_is_active():
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -229,47 +229,8 @@ def needs_reference() -> bool:
     op out in any forward mode, and fails at its gradient inside a transform of torch.func.
     """
     if torch.compiler.is_compiling():
-        in_transform: bool = torch._C._are_functorch_transforms_active()
-        return in_transform or torch.autograd.forward_ad._current_level >= 0
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    levels = retrieve_all_functorch_interpreters()
-    return sum(level.key() == TransformType.Jvp for level in levels) > 1
-
-
-def _keys(x: Tensor) -> int:
-    return torch._C._dispatch_keys(x).raw_repr()
-
-
-with torch.inference_mode():
-    _PLAIN = {_keys(torch.empty(0, device="cpu"))}
-_PLAIN.add(_keys(torch.empty(0, device="cpu")))
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` lies in memory as it looks, on the CPU.
-
-    Not a fake or wrapped tensor, none of functorch or of a batched gradient, none that is negated or
-    conjugated on the way, and not a zero without memory: torch's dispatcher knows what to do there.
-    """
-    return _keys(x) in _PLAIN
-
-
-def is_watched() -> bool:
-    """Whether somebody wants to see each op: a compiler, a tracer, a mode, a profiler."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-    )
-
-
-def has_function_mode() -> bool:
-    """Whether a mode sees the calls of torch's functions, other than that of a default device."""
-    if torch._C._len_torch_function_stack() == 0:
-        return False
-    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+        return transforms_are_active() or forward_mode_is_active()
+    return transforms_are_active() and forward_modes_are_nested()
 
 
 def cpu_kernel(
@@ -314,22 +275,6 @@ def cpu_kernel(
         return run
 
     return register
-
-
-def direct_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` for calls that pass every argument, by position.
-
-    This leaves out what torch does to fill in defaults: it inspects the signature of ``forward`` in
-    each call, which outside functorch takes longer than the rest of ``apply``.
-    """
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def run(*arguments: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return custom_function_call(function, *arguments)
-        return apply(*unwrap_dead_wrappers(arguments))
-
-    return run
 
 
 def empty_states(u: Tensor) -> Tensor:

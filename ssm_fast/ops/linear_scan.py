@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_fast._torch import direct_apply
 from ssm_fast.ops.backend import (
     LIBRARY,
     Impl,
@@ -16,7 +17,6 @@ from ssm_fast.ops.backend import (
     check_tensors,
     choose,
     cpu_kernel,
-    direct_apply,
     native_kernel,
     needs_autograd,
     promoted,

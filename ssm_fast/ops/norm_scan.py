@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssm_fast._native import Sweep
+from ssm_fast._torch import direct_apply
 from ssm_fast.ops.backend import (
     LIBRARY,
     Impl,
@@ -17,7 +18,6 @@ from ssm_fast.ops.backend import (
     check_tensors,
     choose,
     cpu_kernel,
-    direct_apply,
     empty_states,
     fold,
     last_contiguous,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_fast._torch import direct_apply
 from ssm_fast.ops.backend import (
     LIBRARY,
     Impl,
@@ -15,7 +16,6 @@ from ssm_fast.ops.backend import (
     check_tensors,
     choose,
     cpu_kernel,
-    direct_apply,
     last_contiguous,
     native_kernel,
     needs_autograd,

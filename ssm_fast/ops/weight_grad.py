@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_fast._torch import direct_apply
 from ssm_fast.ops.backend import (
     LIBRARY,
     cpu_kernel,
-    direct_apply,
     fold,
     last_contiguous,
     native_kernel,
