@@ -28,7 +28,8 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
     called = function.release().ptr();
     on_new_thread = [] {
       const py::gil_scoped_acquire acquire;
-      py::handle(called)();
+      const py::handle function(called);
+      function();
     };
   });
   bind_ops(m);

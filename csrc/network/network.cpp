@@ -99,7 +99,7 @@ void Network<T>::forward(const Call<T>& call, const State& state, const Activati
 template <class T>
 void Network<T>::backward(Call<T> call, const State& state, const Activations<T>& a) const {
   const Index elements = call.tile.rows() * trunk_.back()->outputs;
-  T *features = a.chains[0].back().grad_y, *term = call.take(elements);
+  T *features = a.chains[0].back().grad_y, *term = call.reserve(elements);
   std::fill(features, features + elements, T(0));
   for (std::size_t chain = chains(); chain-- > 0;) {
     const bool reaches_trunk = chain > 0 && !branches_[chain - 1].detached;
@@ -125,8 +125,8 @@ template <class T>
 void Network<T>::backward_tangent(Call<T> call, const State& state, const Activations<T>& a,
                                   const Tangents<T>& t) const {
   const Index elements = call.tile.rows() * widest();
-  // The gradient's tangents of what a stage gave and took, in turn, and the sum of those of the branches.
-  T *given = call.take(elements), *taken = call.take(elements), *features = call.take(elements);
+  // The gradient's tangents with respect to the output and the input of a stage, and the sum of those of the branches.
+  T *outer = call.reserve(elements), *inner = call.reserve(elements), *features = call.reserve(elements);
   std::fill(features, features + elements, T(0));
   for (std::size_t chain = chains(); chain-- > 0;) {
     const bool reaches_trunk = chain > 0 && !branches_[chain - 1].detached;
@@ -134,10 +134,10 @@ void Network<T>::backward_tangent(Call<T> call, const State& state, const Activa
     for (std::size_t i = stages(chain).size(); i-- > 0;) {
       Call<T> own = of_stage(call, state, a, &t, chain, i);
       own.grad_y_t = grad_y_t;
-      own.grad_x_t = i || reaches_trunk ? taken : nullptr;
+      own.grad_x_t = i || reaches_trunk ? inner : nullptr;
       stages(chain)[i]->backward_tangent(own);
       grad_y_t = own.grad_x_t;
-      std::swap(given, taken);
+      std::swap(outer, inner);
     }
     if (reaches_trunk) add_to(features, grad_y_t, call.tile.rows() * trunk_.back()->outputs);
   }

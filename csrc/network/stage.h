@@ -68,7 +68,7 @@ struct Call {
   T *y_t = nullptr, *saved_t = nullptr;
   T *grad_y_t = nullptr, *grad_x_t = nullptr;  // grad_y_t is overwritten
 
-  T* take(Index elements) {  // the front of `work`
+  T* reserve(Index elements) {  // the front of `work`
     T* first = work;
     work += (elements + 15) / 16 * 16;
     return first;

@@ -21,7 +21,7 @@ class LinearStage final : public Stage<T> {
     const Index M = c.tile.rows(), H = this->inputs, O = this->outputs;
     const T *bias = c.weight(bias_), *term = nullptr;
     if (V_ != kAbsent) {
-      T* Vx = c.take(M * O);
+      T* Vx = c.reserve(M * O);
       c.kernels.linear(c.input, c.weight(V_), bias, nullptr, false, Vx, M, I_, O);
       bias = nullptr, term = Vx;
     }
@@ -51,7 +51,7 @@ class LinearStage final : public Stage<T> {
     if (tanh_) add_to(c.grad_y_t, c.saved_t, M * O);
     products(c, c.grad_y_t, c.grad_x_t);
     if (!c.x_t && !c.grad_x_t) return;
-    T* term = c.grad_x_t ? c.take(M * H) : nullptr;
+    T* term = c.grad_x_t ? c.reserve(M * H) : nullptr;
     c.kernels.linear_grad(c.grad_y, tanh_ ? c.y : nullptr, c.x_t ? c.x_t : c.x, c.tangent(W_), term,
                           c.x_t ? c.second[W_] : nullptr, nullptr, M, H, O);
     if (term) add_to(c.grad_x_t, term, M * H);
@@ -130,7 +130,7 @@ class ScanStage final : public Stage<T> {
   void forward(Call<T> c) const override {
     const auto [B, T_len, reset] = c.tile;
     const Index M = c.tile.rows(), N = this->outputs;
-    T* u = c.take(M * N);
+    T* u = c.reserve(M * N);
     c.kernels.linear(c.x, c.weight(p_.B), c.weight(p_.bias), nullptr, false, u, M, this->inputs, N);
     if (has_norm()) {
       c.kernels.norm_sweep(Sweep::forward, u, nullptr, c.weight(p_.A), norm(c), c.state, reset, c.y, nullptr, nullptr,
@@ -149,7 +149,7 @@ class ScanStage final : public Stage<T> {
   void tangent(Call<T> c) const override {
     const auto [B, T_len, reset] = c.tile;
     const Index M = c.tile.rows(), N = this->outputs;
-    T *u_t = c.take(M * N), *scratch = c.take(M * N);
+    T *u_t = c.reserve(M * N), *scratch = c.reserve(M * N);
     c.kernels.linear_tangent(c.x_t, c.tangent(p_.B), c.tangent(p_.bias), c.x, c.weight(p_.B), nullptr, nullptr, u_t,
                              nullptr, M, this->inputs, N);
     add_entering(c.kernels, c.tile, c.y, c.state, c.tangent(p_.A), u_t, scratch, N);
@@ -164,14 +164,14 @@ class ScanStage final : public Stage<T> {
     const auto [B, T_len, reset] = c.tile;
     const Index M = c.tile.rows(), I = this->inputs, N = this->outputs;
     const Saved saved = arrays(c.saved, c.tile);
-    T *adjoint_t = c.take(M * N), *scratch = c.take(M * N), *sigma_t = has_norm() ? c.take(M * N) : nullptr;
+    T *adjoint_t = c.reserve(M * N), *scratch = c.reserve(M * N), *sigma_t = has_norm() ? c.reserve(M * N) : nullptr;
     add_leaving(c.kernels, c.tile, saved.adjoint, c.tangent(p_.A), c.grad_y_t, scratch, N);
     if (has_norm()) norm_tangent(c, saved, scratch);
     adjoint(c, c.grad_y_t, has_norm() ? scratch : nullptr, adjoint_t, sigma_t);
     drive_gradients(c, adjoint_t, c.grad_x_t);
     c.kernels.weight_grad(saved.adjoint, c.y_t, nullptr, reset, c.second[p_.A], B, T_len, N);
     if (!c.x_t) return;
-    T* term = c.grad_x_t ? c.take(M * I) : nullptr;
+    T* term = c.grad_x_t ? c.reserve(M * I) : nullptr;
     c.kernels.linear_grad(saved.adjoint, nullptr, c.x_t, c.tangent(p_.B), term, c.second[p_.B], nullptr, M, I, N);
     if (term) add_to(c.grad_x_t, term, M * I);
   }
@@ -274,7 +274,7 @@ class DenseCell final : public Stage<T> {
 
   void forward(Call<T> c) const override {
     const Index M = c.tile.rows(), H = this->outputs;
-    T* Dx = c.take(M * H);
+    T* Dx = c.reserve(M * H);
     const Call<T> scan = of_scan(c);
     scan_.forward(scan);
     c.kernels.linear(c.x, c.weight(D_), nullptr, nullptr, false, Dx, M, this->inputs, H);
@@ -283,7 +283,7 @@ class DenseCell final : public Stage<T> {
 
   void backward(Call<T> c) const override {
     const Index M = c.tile.rows(), I = this->inputs, H = this->outputs, N = scan_.outputs;
-    T *grad_s = c.take(M * N), *term = c.grad_x ? c.take(M * I) : nullptr;
+    T *grad_s = c.reserve(M * N), *term = c.grad_x ? c.reserve(M * I) : nullptr;
     Call<T> scan = of_scan(c);
     scan.grad_y = grad_s, scan.grad_x = term;
     c.kernels.linear_grad(c.grad_y, nullptr, scan.y, c.weight(C_), grad_s, c.gradient(C_), nullptr, M, N, H);
@@ -294,7 +294,7 @@ class DenseCell final : public Stage<T> {
 
   void tangent(Call<T> c) const override {
     const Index M = c.tile.rows(), H = this->outputs;
-    T* term = c.take(M * H);
+    T* term = c.reserve(M * H);
     const Call<T> scan = of_scan(c);
     scan_.tangent(scan);
     c.kernels.linear_tangent(scan.y_t, c.tangent(C_), nullptr, scan.y, c.weight(C_), nullptr, nullptr, c.y_t, nullptr,
@@ -306,7 +306,7 @@ class DenseCell final : public Stage<T> {
 
   void backward_tangent(Call<T> c) const override {
     const Index M = c.tile.rows(), I = this->inputs, H = this->outputs, N = scan_.outputs;
-    T *grad_s_t = c.take(M * N), *term = c.take(M * N), *of_x = c.grad_x_t ? c.take(M * I) : nullptr;
+    T *grad_s_t = c.reserve(M * N), *term = c.reserve(M * N), *of_x = c.grad_x_t ? c.reserve(M * I) : nullptr;
     Call<T> scan = of_scan(c);
     scan.grad_y_t = grad_s_t;
     c.kernels.linear_grad(c.grad_y_t, nullptr, scan.y, c.weight(C_), grad_s_t, c.gradient(C_), nullptr, M, N, H);
@@ -394,7 +394,7 @@ class LayerStage final : public Stage<T> {
 
   void backward_tangent(Call<T> c) const override {
     const Index M = c.tile.rows(), H = this->outputs;
-    T* grad_z_t = c.take(M * H);
+    T* grad_z_t = c.reserve(M * H);
     Call<T> cell = of_cell(c);
     cell.grad_y_t = grad_z_t;
     c.kernels.output_norm_grad_tangent(c.grad_y, c.grad_y_t, cell.y, cell.y_t, norm(c), c.tangent(weight_),

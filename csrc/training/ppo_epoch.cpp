@@ -168,7 +168,7 @@ class Epoch {
   }
 
   Index run(const std::int64_t* order, Index count, Index minibatch, double* figures) {
-    taken_ = 0;
+    steps_ = 0;
     if (parts_ == 1) {  // outside any region, or the kernels' own would be nested ones, which start threads anew
       work(order, count, minibatch, figures);
     } else {
@@ -176,7 +176,7 @@ class Epoch {
       work(order, count, minibatch, figures);
     }
     if (error_) std::rethrow_exception(error_);
-    return taken_;
+    return steps_;
   }
 
  private:
@@ -212,7 +212,7 @@ class Epoch {
       if (!std::isfinite(norm)) return;
       const Index step = adam_.steps + first / minibatch + 1;
       each_part([&](int part) { take_step(stretch(part), stretch(part + 1), norm, step); });
-      if (thread == 0) ++taken_;
+      if (thread == 0) ++steps_;
     }
   }
 
@@ -287,7 +287,7 @@ class Epoch {
   const AdamState<T>& adam_;
   const Index P_;
   int parts_ = 1;
-  Index taken_ = 0;
+  Index steps_ = 0;
   std::vector<T*> weights_;
   std::vector<T> others_;  // the gradients of all parts but the first, [parts - 1, P]
   std::vector<std::unique_ptr<Learner<T>>> learners_;
