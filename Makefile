@@ -47,7 +47,7 @@ pretrained: $(VENV)/.installed-rl
 
 # The kernels once more at every instruction set below the one that the processor would choose.
 test-isa: $(VENV)/.installed-dev
-	set -e; levels="$$($(BIN)/python -I -c "from ssm_fast.ops.backend import native; print(*native.available_isas()[:-1])")"; \
+	set -e; levels="$$($(BIN)/python -I -c "from ssm_fast.ops.dispatch import native; print(*native.available_isas()[:-1])")"; \
 	for isa in $$levels; do \
 	  echo "SSM_FAST_ISA=$$isa"; SSM_FAST_ISA=$$isa $(BIN)/pytest $(ISA_TESTS) -m "not isa_independent"; \
 	done

@@ -32,7 +32,7 @@ clock, processor = time.perf_counter(), time.process_time()
 import ssm_fast
 print(time.perf_counter() - clock, time.process_time() - processor)
 """
-ISAS = "from ssm_fast.ops.backend import native; print(*native.available_isas())"
+ISAS = "from ssm_fast.ops.dispatch import native; print(*native.available_isas())"
 
 
 def main() -> None:

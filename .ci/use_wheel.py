@@ -33,7 +33,7 @@ _of_torch = openmp_runtimes()
 import ssm_fast
 from ssm_fast import ops
 from ssm_fast.core import ImprovedSSM
-from ssm_fast.ops.backend import interpreter, native
+from ssm_fast.ops.dispatch import interpreter, native
 
 OPTIONAL = {"gymnasium", "triton"}
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -7,7 +7,7 @@ import torch
 from contest import contest
 
 from ssm_fast.ops import gae
-from ssm_fast.ops.backend import native_kernel
+from ssm_fast.ops.dispatch import native_kernel
 
 functional = pytest.importorskip("torchrl.objectives.value.functional", reason="peer: TorchRL")
 
@@ -16,7 +16,7 @@ def into_warm_memory(inputs, sizes):
     """The kernel alone, its outputs allocated beforehand."""
     outputs = [torch.empty_like(inputs[0]) for _ in range(2)]
     kernel = native_kernel("gae", inputs[0].dtype)
-    return lambda: kernel(*(x.data_ptr() for x in (*inputs, *outputs)), sizes, 0.99, 0.95)
+    return lambda: kernel(*inputs, *outputs, sizes, 0.99, 0.95)
 
 
 @pytest.mark.parametrize(

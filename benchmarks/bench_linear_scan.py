@@ -7,7 +7,7 @@ import torch
 from contest import contest
 
 from ssm_fast.ops import linear_scan
-from ssm_fast.ops.backend import native_kernel
+from ssm_fast.ops.dispatch import native_kernel
 
 LONGEST_LOOP = 1024  # steps; beyond it the eager loop only takes time
 
@@ -37,8 +37,7 @@ def into_warm_memory(a, b, dim):
     h = torch.empty_like(b)
     a, b, states = (x.reshape(sizes) for x in (a, b, h))
     kernel = native_kernel("linear_scan", b.dtype)
-    inputs = (a.data_ptr(), a.stride(), b.data_ptr(), b.stride(), 0, (0, 0))
-    return lambda: kernel(*inputs, states.data_ptr(), states.stride(), sizes, False, False)
+    return lambda: kernel(a, b, None, states, sizes, False, False)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -21,7 +21,7 @@ from ssm_fast.kernels.recurrence import (
     strides,
     wide,
 )
-from ssm_fast.ops.backend import empty_states, last_contiguous
+from ssm_fast.ops.layout import empty_states, last_contiguous
 
 CHUNKED_ROWS = 64  # up to here rows leave processors idle, and time is cut into chunks
 CHUNKED_STEPS = 256

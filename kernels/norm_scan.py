@@ -18,7 +18,7 @@ from ssm_fast.kernels.recurrence import (
     resident_matrix,
     strides,
 )
-from ssm_fast.ops.backend import empty_states, last_contiguous
+from ssm_fast.ops.layout import empty_states, last_contiguous
 
 _SIZES = (
     "u_g", "u_b", "u_t", "c_g", "c_b", "c_t", "A_g", "A_row", "A_col", "weight_g", "bias_g",

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_fast.kernels.recurrence import OPTIONS, accumulator, strides, wide
-from ssm_fast.ops.backend import last_contiguous
+from ssm_fast.ops.layout import last_contiguous
 
 MAX_FEATURES = 8192
 TILE = 2048  # elements of a tile of rows

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssm_fast.ops.backend import native
+from ssm_fast.ops.dispatch import native
 
 # What is compiled once per instruction set.
 KERNEL_SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "kernels").iterdir())
@@ -30,12 +30,12 @@ def run_python(code, tmp_path, **environment):
 
 @pytest.mark.parametrize("isa", native.available_isas())
 def test_ssm_fast_isa_chooses_the_level(isa, tmp_path):
-    code = "from ssm_fast.ops.backend import native; print(native.isa())"
+    code = "from ssm_fast.ops.dispatch import native; print(native.isa())"
     assert run_python(code, tmp_path, SSM_FAST_ISA=isa).stdout.strip() == isa
 
 
 def test_widest_level_is_the_default(tmp_path):
-    code = "from ssm_fast.ops.backend import native; print(native.isa())"
+    code = "from ssm_fast.ops.dispatch import native; print(native.isa())"
     result = run_python(code, tmp_path, SSM_FAST_ISA="")
     assert result.stdout.strip() == native.available_isas()[-1]
 
@@ -63,7 +63,7 @@ def test_torch_sets_the_number_of_threads_in_every_thread():
 import threading
 import torch
 from ssm_fast.ops import dense_scan
-from ssm_fast.ops.backend import native
+from ssm_fast.ops.dispatch import native
 torch.set_num_threads(2)
 found = []
 def run():

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <string>
 
-#include "../calls.h"
+#include "../launch.h"
 #include "../network/network.h"
 #include "../training/maml.h"
 #include "../training/ppo_epoch.h"
@@ -11,8 +11,6 @@
 
 namespace ssm_fast {
 namespace {
-
-constexpr Index kParallelRows = 16;  // rows of a step that are worth a thread
 
 StageDescription describe(const py::dict& stage) {
   StageDescription found{stage["kind"].cast<std::string>(),
@@ -51,7 +49,7 @@ class BoundNetwork {
         program_(network_.step(outputs_)) {}
 
   // x, y, labels, actions, log_probs, advantages, s0, reset; B, T_len; clip_epsilon, largest_log_ratio
-  using ExamplesOfTask = std::tuple<std::array<Address, 8>, Strides<2>, std::array<double, 2>>;
+  using ExamplesOfTask = std::tuple<std::array<Address, 8>, Sizes<2>, std::array<double, 2>>;
 
   // weights, rates, gradients, rate_gradients, inner_losses, outer_losses
   void task_gradients(const std::array<Address, 6>& vectors, const std::vector<ExamplesOfTask>& inner,
@@ -71,27 +69,27 @@ class BoundNetwork {
   }
 
   // Addresses and sizes in the order of the structures in ppo_epoch.h.
-  Index ppo_epoch(const std::array<Address, 9>& rollout, Strides<2> sequences, Address order, Strides<2> counts,
+  Index ppo_epoch(const std::array<Address, 9>& rollout, Sizes<2> sequences, Address order, Sizes<2> counts,
                   const std::array<double, 3>& loss, bool clip_value_loss, const std::array<Address, 5>& adam,
                   const std::vector<Address>& values, const std::array<double, 5>& settings, Index steps,
-                  Address figures) const {
+                  Address metrics) const {
     const auto [x, actions, labels, log_probs, old_values, returns, advantages, reset, state] = rollout;
     const RolloutSequences<T> r{
         at<T>(x),       at<T>(actions),    at<std::int64_t>(labels), at<T>(log_probs), at<T>(old_values),
         at<T>(returns), at<T>(advantages), at<std::uint8_t>(reset),  at<T>(state),     sequences[0],
         sequences[1]};
-    const auto [vector, vector_gradient, m, v, pace] = adam;
+    const auto [vector, vector_gradient, m, v, rates] = adam;
     const auto [learning_rate, beta1, beta2, eps, max_norm] = settings;
     AdamState<T> state_of_adam{at<T>(vector), at<T>(vector_gradient),
                                at<T>(m),      at<T>(v),
-                               at<T>(pace),   {},
+                               at<T>(rates),  {},
                                learning_rate, beta1,
                                beta2,         eps,
                                max_norm,      steps};
     for (std::size_t i = 0; i < values.size(); ++i) state_of_adam.values.emplace_back(at<T>(values[i]), elements_[i]);
     const py::gil_scoped_release release;
     return ssm_fast::ppo_epoch(network_, log_std_, r, at<std::int64_t>(order), counts[0], counts[1],
-                               PpoLoss{loss[0], loss[1], loss[2], clip_value_loss}, state_of_adam, at<double>(figures));
+                               PpoLoss{loss[0], loss[1], loss[2], clip_value_loss}, state_of_adam, at<double>(metrics));
   }
 
   const Network<T>& network() const { return network_; }
@@ -129,8 +127,7 @@ template <class T>
 class BoundStep {
  public:
   BoundStep(const BoundNetwork<T>& bound, const std::vector<Address>& weights, const std::array<Address, 2>& statistics,
-            const std::array<double, 2>& obs_options, Index G)
-      : elements_(bound.network().elements()) {
+            const std::array<double, 2>& obs_options, Index G) {
     for (Index g = 0; g < G; ++g) {
       for (std::size_t i = 0; i < weights.size(); ++i) {
         weights_.push_back(weights[i] ? at<T>(weights[i]) + g * bound.elements_of(i) : nullptr);
@@ -139,35 +136,31 @@ class BoundStep {
     const StepBuilder& program = bound.program();
     p_.program = program.instructions().data(), p_.instructions = int(program.instructions().size());
     p_.features = program.features().data(), p_.registers = int(program.features().size());
+    p_.parameters = bound.network().elements();
     p_.obs_mean = at<double>(statistics[0]), p_.obs_var = at<double>(statistics[1]);
     p_.obs_eps = obs_options[0], p_.obs_clip = obs_options[1];
     p_.weights = weights_.data();
     p_.G = G, p_.I = bound.network().inputs(), p_.K = bound.network().outputs(0), p_.P = Index(weights.size());
     p_.mean = bound.output_registers()[0], p_.value_register = bound.output_registers().back();
     p_.log_std = bound.log_std();
-    scratch_ = SSM_FAST_CALL(network_step_scratch(p_.features, p_.registers, sizeof(T) == 8));
   }
 
   // B rows of each group. Returns whether values and log-probabilities are finite.
   bool run(Index B, Address x, Address state, Address reset, Address noise, Address action, Address log_prob,
            Address value, Address next_state) const {
     NetworkStep<T> p = p_;
-    const Index rows = p.G * B, blocks = rows / kParallelRows;
-    p.threads = blocks < 2 ? 1 : threads_for(double(rows) * double(elements_), blocks);
-    const auto scratch = scratch_block<T>(scratch_ * p.threads);
-    p.scratch = static_cast<T*>(scratch.get());
     p.B = B;
     p.x = at<T>(x), p.state = at<T>(state), p.reset = at<std::uint8_t>(reset), p.noise = at<T>(noise);
     p.action = at<T>(action), p.log_prob = at<T>(log_prob), p.value = at<T>(value), p.next_state = at<T>(next_state);
     const py::gil_scoped_release release;
-    SSM_FAST_CALL(network_step(p));
-    return all_finite(p.value, rows) && all_finite(p.log_prob, rows);
+    Scratch scratch;
+    launch(p, scratch);
+    return all_finite(p.value, p.G * B) && all_finite(p.log_prob, p.G * B);
   }
 
  private:
   std::vector<const T*> weights_;
   NetworkStep<T> p_{};
-  Index elements_, scratch_;
 };
 
 // One pass over sequences and back, for losses of any kind. It keeps its memory for the next one.
@@ -203,13 +196,10 @@ class Pass {
  private:
   Call<T> call() { return {kernels_, tile_, x_, weights_.data(), gradients_.data(), nullptr, nullptr, work_}; }
   void place(const Network<T>& n) {
-    const auto layout_of = [&](Layout<T> layout) {
+    lay_out<T>(memory_, [&](Layout<T>& layout) {
       activations_ = n.activations(layout, tile_);
       work_ = layout.array(n.work(tile_));
-      return layout.used();
-    };
-    memory_ = scratch_block<T>(layout_of(Layout<T>()));
-    layout_of(Layout<T>(static_cast<T*>(memory_.get())));
+    });
     capacity_ = tile_.rows(), T_len_ = tile_.T_len;
   }
 
@@ -220,7 +210,7 @@ class Pass {
   T* work_ = nullptr;
   Index capacity_ = 0, T_len_ = 0;
   Activations<T> activations_;
-  std::unique_ptr<void, AlignedDelete> memory_;
+  Scratch memory_;
 };
 
 template <class T>

@@ -1,17 +1,9 @@
-// The ops: addresses, sizes and strides in, nothing of torch's ABI.
-#include <omp.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// The ops of each dtype, by the names that ssm_fast/ops/dispatch.py looks up.
 #include <algorithm>
-#include <array>
-#include <cmath>
-#include <memory>
-#include <new>
-#include <tuple>
+#include <string>
 #include <vector>
 
-#include "../calls.h"
+#include "../launch.h"
 #include "bindings.h"
 
 #if defined(__linux__)
@@ -20,13 +12,6 @@
 
 namespace ssm_fast {
 namespace {
-
-// Elements from the first to the end of the last one of [G, B, T, N] with these strides.
-Index last_element(const Strides<3>& strides, const Strides<4>& sizes) {
-  Index end = sizes[3];
-  for (std::size_t i = 0; i < 3; ++i) end += (sizes[i] - 1) * strides[i];
-  return end;
-}
 
 // Asks for pages of 2 MiB in the whole ones that an output spans. Fresh memory is mapped while a kernel
 // writes it, and at 4 KiB a page that takes longer than the arithmetic.
@@ -43,366 +28,147 @@ void use_huge_pages(T* output, Index elements) {
 }
 
 template <class T>
-void dense_scan(Address u, Strides<3> u_strides, Address A, Strides<3> A_strides, Address s0, Strides<2> s0_strides,
-                Address reset, Strides<3> reset_strides, Address s, Strides<3> s_strides, Strides<4> sizes,
-                bool reverse) {
-  const auto [G, B, T_len, N] = sizes;
-  const int threads =
-      threads_for(double(G * B * T_len) * double(N * N), SSM_FAST_CALL(dense_scan_rows(G, B, T_len, N)));
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(dense_scan_scratch(G, B, T_len, N, threads, sizeof(T) == 8)));
-  const DenseScan<T> params{at<T>(u),
-                            u_strides[0],
-                            u_strides[1],
-                            u_strides[2],
-                            at<T>(A),
-                            A_strides[0],
-                            A_strides[1],
-                            A_strides[2],
-                            at<T>(s0),
-                            s0_strides[0],
-                            s0_strides[1],
-                            at<std::uint8_t>(reset),
-                            reset_strides[0],
-                            reset_strides[1],
-                            reset_strides[2],
-                            at<T>(s),
-                            s_strides[0],
-                            s_strides[1],
-                            s_strides[2],
-                            G,
-                            B,
-                            T_len,
-                            N,
-                            reverse,
-                            threads,
-                            static_cast<T*>(scratch.get())};
+struct Output {
+  T* data;
+  Index elements;
+};
+template <class T>
+Output<T> output(T* data, Index elements) {
+  return {data, elements};
+}
+template <class T>
+Output<T> output(const View<T, 3>& x, const Sizes<4>& sizes) {
+  Index end = sizes[3];
+  for (std::size_t i = 0; i < 3; ++i) end += (sizes[i] - 1) * x.strides[i];
+  return {x.data, end};
+}
+
+// Runs a kernel whose large outputs these are.
+template <template <class> class Op, class T, class... Outputs>
+void call(const Op<T>& op, const Outputs&... outputs) {
   const py::gil_scoped_release release;
-  use_huge_pages(params.s, last_element(s_strides, sizes));
-  SSM_FAST_CALL(dense_scan(params));
+  (use_huge_pages(outputs.data, outputs.elements), ...);
+  Scratch scratch;
+  launch(op, scratch);
 }
 
 template <class T>
-void norm_scan(Sweep sweep, Address u, Strides<3> u_strides, Address c, Strides<3> c_strides, Address A,
-               Strides<3> A_strides, Address weight, Index weight_stride, Address bias, Index bias_stride, Address n,
-               Strides<3> n_strides, Address rstd, Address s0, Strides<2> s0_strides, Address reset,
-               Strides<3> reset_strides, Address s, Address x, Strides<3> s_strides, Strides<4> sizes, double eps,
-               Address weight_grad, Address bias_grad) {
-  const auto [G, B, T_len, N] = sizes;
-  const int threads = threads_for(double(G * B * T_len) * double(N * N), G * B);
-  const Index work = SSM_FAST_CALL(norm_scan_scratch(N, sizeof(T) == 8)) * threads;
-  const Index sums = weight_grad ? SSM_FAST_CALL(norm_scan_sums(G, B, N, sizeof(T) == 8)) : 0;
-  const auto scratch = scratch_block<T>(work + sums);
-  NormScan<T> params{};
-  params.u = at<T>(u);
-  std::tie(params.u_g, params.u_b, params.u_t) = std::tuple_cat(u_strides);
-  params.c = at<T>(c);
-  std::tie(params.c_g, params.c_b, params.c_t) = std::tuple_cat(c_strides);
-  params.A = at<T>(A);
-  std::tie(params.A_g, params.A_row, params.A_col) = std::tuple_cat(A_strides);
-  params.weight = at<T>(weight);
-  params.weight_g = weight_stride;
-  params.bias = at<T>(bias);
-  params.bias_g = bias_stride;
-  params.n = at<T>(n);
-  std::tie(params.n_g, params.n_b, params.n_t) = std::tuple_cat(n_strides);
-  params.rstd = at<T>(rstd);
-  params.s0 = at<T>(s0);
-  std::tie(params.s0_g, params.s0_b) = std::tuple_cat(s0_strides);
-  params.reset = at<std::uint8_t>(reset);
-  std::tie(params.reset_g, params.reset_b, params.reset_t) = std::tuple_cat(reset_strides);
-  params.s = at<T>(s);
-  params.x = at<T>(x);
-  std::tie(params.s_g, params.s_b, params.s_t) = std::tuple_cat(s_strides);
-  std::tie(params.G, params.B, params.T_len, params.N) = std::tuple_cat(sizes);
-  params.eps = T(eps);
-  params.sweep = sweep;
-  params.threads = threads;
-  params.scratch = static_cast<T*>(scratch.get());
-  params.weight_grad = at<T>(weight_grad);
-  params.bias_grad = at<T>(bias_grad);
-  params.sums = weight_grad ? params.scratch + work : nullptr;
-  const py::gil_scoped_release release;
-  use_huge_pages(params.s, last_element(s_strides, sizes));
-  use_huge_pages(params.x, last_element(s_strides, sizes));
-  if (sweep == Sweep::forward) use_huge_pages(params.n, last_element(n_strides, sizes));
-  SSM_FAST_CALL(norm_scan(params));
-}
+struct Bindings {
+  using Out = View<T, 1>;  // contiguous
 
-template <class T>
-void weight_grad(Address x, Strides<3> x_strides, Address s, Strides<3> s_strides, Address s0, Strides<2> s0_strides,
-                 Address reset, Strides<3> reset_strides, Address grad, Strides<4> sizes, bool reverse) {
-  const auto [G, B, T_len, N] = sizes;
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(weight_grad_scratch(G, B, T_len, N, sizeof(T) == 8)));
-  const WeightGrad<T> params{at<T>(x),
-                             x_strides[0],
-                             x_strides[1],
-                             x_strides[2],
-                             at<T>(s),
-                             s_strides[0],
-                             s_strides[1],
-                             s_strides[2],
-                             at<T>(s0),
-                             s0_strides[0],
-                             s0_strides[1],
-                             at<std::uint8_t>(reset),
-                             reset_strides[0],
-                             reset_strides[1],
-                             reset_strides[2],
-                             at<T>(grad),
-                             G,
-                             B,
-                             T_len,
-                             N,
-                             reverse,
-                             s_strides[2] > s_strides[1],
-                             threads_for(double(G * B * T_len) * double(N * N), G * B * T_len),
-                             static_cast<T*>(scratch.get())};
-  const py::gil_scoped_release release;
-  SSM_FAST_CALL(weight_grad(params));
-}
+  static void dense_scan(In<T, 3> u, In<T, 3> A, In<T, 2> s0, Flags reset, View<T, 3> s, Sizes<4> sizes, bool reverse) {
+    const auto [G, B, T_len, N] = sizes;
+    call(DenseScan<T>{{}, u, A, s0, reset, s, G, B, T_len, N, reverse}, output(s, sizes));
+  }
 
-template <class T>
-void linear_scan(Address a, Strides<3> a_strides, Address b, Strides<3> b_strides, Address h0, Strides<2> h0_strides,
-                 Address h, Strides<3> h_strides, Strides<3> sizes, bool reverse, bool shift) {
-  const auto [M, T_len, C] = sizes;
-  const Index elements = M * T_len * C;
-  const LinearScan<T> params{at<T>(a),
-                             a_strides[0],
-                             a_strides[1],
-                             a_strides[2],
-                             at<T>(b),
-                             b_strides[0],
-                             b_strides[1],
-                             b_strides[2],
-                             at<T>(h0),
-                             h0_strides[0],
-                             h0_strides[1],
-                             at<T>(h),
-                             h_strides[0],
-                             h_strides[1],
-                             h_strides[2],
-                             M,
-                             T_len,
-                             C,
-                             reverse,
-                             shift,
-                             threads_for(double(elements), elements)};
-  const py::gil_scoped_release release;
-  use_huge_pages(at<T>(h), elements);
-  SSM_FAST_CALL(linear_scan(params));
-}
+  static void norm_scan(Sweep sweep, In<T, 3> u, In<T, 3> c, In<T, 3> A, In<T, 1> weight, In<T, 1> bias, View<T, 3> n,
+                        Out rstd, In<T, 2> s0, Flags reset, View<T, 3> s, View<T, 3> x, Sizes<4> sizes, double eps,
+                        Out weight_grad, Out bias_grad) {
+    const auto [G, B, T_len, N] = sizes;
+    const NormScan<T> op{{},    u, c,      A,     weight,           bias,          n, rstd.data, s0, reset, s, x, G, B,
+                         T_len, N, T(eps), sweep, weight_grad.data, bias_grad.data};
+    const auto states = output(n, sizes);
+    call(op, output(s, sizes), output(x, sizes), output(states.data, sweep == Sweep::forward ? states.elements : 0));
+  }
 
-template <class T>
-void gae(Address rewards, Address values, Address next_values, Address terminated, Address truncated,
-         Address advantages, Address returns, Strides<3> sizes, double gamma, double gae_lambda) {
-  const auto [M, T_len, C] = sizes;
-  const Index elements = M * T_len * C;
-  const Gae<T> params{at<T>(rewards),
-                      at<T>(values),
-                      at<T>(next_values),
-                      at<std::uint8_t>(terminated),
-                      at<std::uint8_t>(truncated),
-                      at<T>(advantages),
-                      at<T>(returns),
-                      M,
-                      T_len,
-                      C,
-                      T(gamma),
-                      T(gae_lambda),
-                      threads_for(double(elements), elements)};
-  const py::gil_scoped_release release;
-  use_huge_pages(at<T>(advantages), elements);
-  use_huge_pages(at<T>(returns), elements);
-  SSM_FAST_CALL(gae(params));
-}
+  static void weight_grad(In<T, 3> x, In<T, 3> s, In<T, 2> s0, Flags reset, Out grad, Sizes<4> sizes, bool reverse) {
+    const auto [G, B, T_len, N] = sizes;
+    call(WeightGrad<T>{{}, x, s, s0, reset, grad.data, G, B, T_len, N, reverse});
+  }
 
-template <class T>
-void discounted_returns(Address rewards, Address next_values, Address terminated, Address truncated, Address returns,
-                        Strides<3> sizes, double gamma) {
-  const auto [M, T_len, C] = sizes;
-  const Index elements = M * T_len * C;
-  const DiscountedReturns<T> params{at<T>(rewards),
-                                    at<T>(next_values),
-                                    at<std::uint8_t>(terminated),
-                                    at<std::uint8_t>(truncated),
-                                    at<T>(returns),
-                                    M,
-                                    T_len,
-                                    C,
-                                    T(gamma),
-                                    threads_for(double(elements), elements)};
-  const py::gil_scoped_release release;
-  use_huge_pages(at<T>(returns), elements);
-  SSM_FAST_CALL(discounted_returns(params));
-}
+  static void linear_scan(In<T, 3> a, In<T, 3> b, In<T, 2> h0, View<T, 3> h, Sizes<3> sizes, bool reverse, bool shift) {
+    const auto [M, T_len, C] = sizes;
+    call(LinearScan<T>{{}, a, b, h0, h, M, T_len, C, reverse, shift}, output(h.data, M * T_len * C));
+  }
 
-template <class T>
-void output_norm(Address z, Strides<2> z_strides, Address weight, Index weight_stride, Address bias, Index bias_stride,
-                 Address residual, Strides<2> residual_strides, Address y, Address mean, Address rstd, Strides<3> sizes,
-                 double eps, bool tanh) {
-  OutputNorm<T> params{};
-  params.z = at<T>(z);
-  std::tie(params.z_g, params.z_m) = std::tuple_cat(z_strides);
-  params.weight = at<T>(weight);
-  params.weight_g = weight_stride;
-  params.bias = at<T>(bias);
-  params.bias_g = bias_stride;
-  params.residual = at<T>(residual);
-  std::tie(params.residual_g, params.residual_m) = std::tuple_cat(residual_strides);
-  params.y = at<T>(y);
-  params.mean = at<T>(mean);
-  params.rstd = at<T>(rstd);
-  std::tie(params.G, params.M, params.H) = std::tuple_cat(sizes);
-  params.eps = T(eps);
-  params.tanh = tanh;
-  params.threads = threads_for(double(params.G * params.M) * double(params.H) / 4, params.G * params.M);
-  const py::gil_scoped_release release;
-  SSM_FAST_CALL(output_norm(params));
-}
+  static void gae(In<T, 1> rewards, In<T, 1> values, In<T, 1> next_values, View<const std::uint8_t, 1> terminated,
+                  View<const std::uint8_t, 1> truncated, Out advantages, Out returns, Sizes<3> sizes, double gamma,
+                  double gae_lambda) {
+    const auto [M, T_len, C] = sizes;
+    const Gae<T> op{
+        {}, rewards.data, values.data, next_values.data, terminated.data, truncated.data, advantages.data, returns.data,
+        M,  T_len,        C,           T(gamma),         T(gae_lambda)};
+    call(op, output(advantages.data, M * T_len * C), output(returns.data, M * T_len * C));
+  }
 
-template <class T>
-void output_norm_grad(Address grad_y, Strides<2> grad_strides, Address z, Strides<2> z_strides, Address weight,
-                      Index weight_stride, Address bias, Index bias_stride, Address mean, Address rstd, Address grad_z,
-                      Address grad_weight, Address grad_bias, Strides<3> sizes, bool tanh) {
-  const auto [G, M, H] = sizes;
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(output_norm_scratch(G, M, H, sizeof(T) == 8)));
-  OutputNormGrad<T> params{};
-  params.grad_y = at<T>(grad_y);
-  std::tie(params.grad_g, params.grad_m) = std::tuple_cat(grad_strides);
-  params.z = at<T>(z);
-  std::tie(params.z_g, params.z_m) = std::tuple_cat(z_strides);
-  params.weight = at<T>(weight);
-  params.weight_g = weight_stride;
-  params.bias = at<T>(bias);
-  params.bias_g = bias_stride;
-  params.mean = at<T>(mean);
-  params.rstd = at<T>(rstd);
-  params.grad_z = at<T>(grad_z);
-  params.grad_weight = at<T>(grad_weight);
-  params.grad_bias = at<T>(grad_bias);
-  std::tie(params.G, params.M, params.H) = std::tuple_cat(sizes);
-  params.tanh = tanh;
-  params.threads = threads_for(double(G * M) * double(H) / 4, G * M);
-  params.scratch = static_cast<T*>(scratch.get());
-  const py::gil_scoped_release release;
-  SSM_FAST_CALL(output_norm_grad(params));
-}
+  static void discounted_returns(In<T, 1> rewards, In<T, 1> next_values, View<const std::uint8_t, 1> terminated,
+                                 View<const std::uint8_t, 1> truncated, Out returns, Sizes<3> sizes, double gamma) {
+    const auto [M, T_len, C] = sizes;
+    const DiscountedReturns<T> op{
+        {}, rewards.data, next_values.data, terminated.data, truncated.data, returns.data, M, T_len, C, T(gamma)};
+    call(op, output(returns.data, M * T_len * C));
+  }
 
-template <class T>
-void linear(Address x, Strides<2> x_strides, Address W, Strides<3> W_strides, Address bias, Index bias_stride,
-            Address add, Strides<2> add_strides, Address y, Strides<4> sizes, bool tanh) {
-  const auto [G, M, I, O] = sizes;
-  Linear<T> params{};
-  params.threads = linear_threads(G * M, double(I * O));
-  const auto scratch = scratch_block<T>(params.threads * SSM_FAST_CALL(linear_scratch(I, O, sizeof(T) == 8)));
-  params.x = at<T>(x);
-  std::tie(params.x_g, params.x_m) = std::tuple_cat(x_strides);
-  params.W = at<T>(W);
-  std::tie(params.W_g, params.W_o, params.W_i) = std::tuple_cat(W_strides);
-  params.bias = at<T>(bias);
-  params.bias_g = bias_stride;
-  params.add = at<T>(add);
-  std::tie(params.add_g, params.add_m) = std::tuple_cat(add_strides);
-  params.y = at<T>(y);
-  std::tie(params.G, params.M, params.I, params.O) = std::tuple_cat(sizes);
-  params.tanh = tanh;
-  params.scratch = static_cast<T*>(scratch.get());
-  const py::gil_scoped_release release;
-  use_huge_pages(params.y, G * M * O);
-  SSM_FAST_CALL(linear(params));
-}
+  static void output_norm(In<T, 2> z, In<T, 1> weight, In<T, 1> bias, In<T, 2> residual, Out y, Out mean, Out rstd,
+                          Sizes<3> sizes, double eps, bool tanh) {
+    const auto [G, M, H] = sizes;
+    call(OutputNorm<T>{{}, z, weight, bias, residual, y.data, mean.data, rstd.data, G, M, H, T(eps), tanh});
+  }
 
-template <class T>
-void linear_grad(Address grad_y, Strides<2> grad_strides, Address y, Strides<2> y_strides, Address x,
-                 Strides<2> x_strides, Address W, Strides<3> W_strides, Address grad_x, Address grad_W,
-                 Address grad_bias, Strides<4> sizes) {
-  const auto [G, M, I, O] = sizes;
-  LinearGrad<T> params{};
-  const Index parts = SSM_FAST_CALL(linear_grad_parts(G, M, I, O, sizeof(T) == 8));
-  params.threads = threads_for(double(G * M) * double(I * O), parts);
-  const auto scratch = scratch_block<T>(SSM_FAST_CALL(linear_grad_scratch(G, M, I, O, params.threads, sizeof(T) == 8)));
-  params.grad_y = at<T>(grad_y);
-  std::tie(params.grad_g, params.grad_m) = std::tuple_cat(grad_strides);
-  params.y = at<T>(y);
-  std::tie(params.y_g, params.y_m) = std::tuple_cat(y_strides);
-  params.x = at<T>(x);
-  std::tie(params.x_g, params.x_m) = std::tuple_cat(x_strides);
-  params.W = at<T>(W);
-  std::tie(params.W_g, params.W_o, params.W_i) = std::tuple_cat(W_strides);
-  params.grad_x = at<T>(grad_x);
-  params.grad_W = at<T>(grad_W);
-  params.grad_bias = at<T>(grad_bias);
-  std::tie(params.G, params.M, params.I, params.O) = std::tuple_cat(sizes);
-  params.scratch = static_cast<T*>(scratch.get());
-  const py::gil_scoped_release release;
-  use_huge_pages(params.grad_x, G * M * I);
-  SSM_FAST_CALL(linear_grad(params));
-}
+  static void output_norm_grad(In<T, 2> grad_y, In<T, 2> z, In<T, 1> weight, In<T, 1> bias, Out mean, Out rstd,
+                               Out grad_z, Out grad_weight, Out grad_bias, Sizes<3> sizes, bool tanh) {
+    const auto [G, M, H] = sizes;
+    call(OutputNormGrad<T>{{},
+                           grad_y,
+                           z,
+                           weight,
+                           bias,
+                           mean.data,
+                           rstd.data,
+                           grad_z.data,
+                           grad_weight.data,
+                           grad_bias.data,
+                           G,
+                           M,
+                           H,
+                           tanh});
+  }
 
-template <class T>
-void linear_tangent(Address x_t, Strides<2> xt_strides, Address W_t, Strides<3> Wt_strides, Address bias_t,
-                    Index bias_stride, Address x, Strides<2> x_strides, Address W, Strides<3> W_strides, Address y,
-                    Strides<2> y_strides, Address grad_y, Strides<2> grad_strides, Address y_t, Address turn,
-                    Strides<4> sizes) {
-  const auto [G, M, I, O] = sizes;
-  LinearTangent<T> params{};
-  params.threads = linear_threads(G * M, double(I * O));
-  const auto scratch = scratch_block<T>(params.threads * SSM_FAST_CALL(linear_scratch(I, O, sizeof(T) == 8)));
-  params.x_t = at<T>(x_t);
-  std::tie(params.xt_g, params.xt_m) = std::tuple_cat(xt_strides);
-  params.W_t = at<T>(W_t);
-  std::tie(params.Wt_g, params.Wt_o, params.Wt_i) = std::tuple_cat(Wt_strides);
-  params.bias_t = at<T>(bias_t);
-  params.bias_g = bias_stride;
-  params.x = at<T>(x);
-  std::tie(params.x_g, params.x_m) = std::tuple_cat(x_strides);
-  params.W = at<T>(W);
-  std::tie(params.W_g, params.W_o, params.W_i) = std::tuple_cat(W_strides);
-  params.y = at<T>(y);
-  std::tie(params.y_g, params.y_m) = std::tuple_cat(y_strides);
-  params.grad_y = at<T>(grad_y);
-  std::tie(params.grad_g, params.grad_m) = std::tuple_cat(grad_strides);
-  params.y_t = at<T>(y_t);
-  params.turn = at<T>(turn);
-  std::tie(params.G, params.M, params.I, params.O) = std::tuple_cat(sizes);
-  params.scratch = static_cast<T*>(scratch.get());
-  const py::gil_scoped_release release;
-  use_huge_pages(params.y_t, G * M * O);
-  use_huge_pages(params.turn, G * M * O);
-  SSM_FAST_CALL(linear_tangent(params));
-}
+  static void linear(In<T, 2> x, In<T, 3> W, In<T, 1> bias, In<T, 2> add, Out y, Sizes<4> sizes, bool tanh) {
+    const auto [G, M, I, O] = sizes;
+    call(Linear<T>{{}, x, W, bias, add, y.data, G, M, I, O, tanh}, output(y.data, G * M * O));
+  }
+
+  static void linear_grad(In<T, 2> grad_y, In<T, 2> y, In<T, 2> x, In<T, 3> W, Out grad_x, Out grad_W, Out grad_bias,
+                          Sizes<4> sizes) {
+    const auto [G, M, I, O] = sizes;
+    call(LinearGrad<T>{{}, grad_y, y, x, W, grad_x.data, grad_W.data, grad_bias.data, G, M, I, O},
+         output(grad_x.data, G * M * I));
+  }
+
+  static void linear_tangent(In<T, 2> x_t, In<T, 3> W_t, In<T, 1> bias_t, In<T, 2> x, In<T, 3> W, In<T, 2> y,
+                             In<T, 2> grad_y, Out y_t, Out curvature, Sizes<4> sizes) {
+    const auto [G, M, I, O] = sizes;
+    call(LinearTangent<T>{{}, x_t, W_t, bias_t, x, W, y, grad_y, y_t.data, curvature.data, G, M, I, O},
+         output(y_t.data, G * M * O), output(curvature.data, G * M * O));
+  }
+
+  static void bind(py::module_& m, const std::string& dtype) {
+    m.def(("dense_scan_" + dtype).c_str(), &dense_scan);
+    m.def(("norm_scan_" + dtype).c_str(), &norm_scan);
+    m.def(("weight_grad_" + dtype).c_str(), &weight_grad);
+    m.def(("linear_scan_" + dtype).c_str(), &linear_scan);
+    m.def(("gae_" + dtype).c_str(), &gae);
+    m.def(("discounted_returns_" + dtype).c_str(), &discounted_returns);
+    m.def(("output_norm_" + dtype).c_str(), &output_norm);
+    m.def(("output_norm_grad_" + dtype).c_str(), &output_norm_grad);
+    m.def(("linear_" + dtype).c_str(), &linear);
+    m.def(("linear_grad_" + dtype).c_str(), &linear_grad);
+    m.def(("linear_tangent_" + dtype).c_str(), &linear_tangent);
+  }
+};
 
 }  // namespace
 
 void bind_ops(py::module_& m) {
-  m.def("dense_scan_float32", &dense_scan<float>);
-  m.def("dense_scan_float64", &dense_scan<double>);
   py::enum_<Sweep>(m, "Sweep")
       .value("forward", Sweep::forward)
       .value("tangent", Sweep::tangent)
       .value("adjoint", Sweep::adjoint);
-  m.def("norm_scan_float32", &norm_scan<float>);
-  m.def("norm_scan_float64", &norm_scan<double>);
-  m.def("weight_grad_float32", &weight_grad<float>);
-  m.def("weight_grad_float64", &weight_grad<double>);
-  m.def("linear_scan_float32", &linear_scan<float>);
-  m.def("linear_scan_float64", &linear_scan<double>);
-  m.def("linear_scan_complex64", &linear_scan<Complex<float>>);
-  m.def("linear_scan_complex128", &linear_scan<Complex<double>>);
-  m.def("gae_float32", &gae<float>);
-  m.def("gae_float64", &gae<double>);
-  m.def("discounted_returns_float32", &discounted_returns<float>);
-  m.def("discounted_returns_float64", &discounted_returns<double>);
-  m.def("output_norm_float32", &output_norm<float>);
-  m.def("output_norm_float64", &output_norm<double>);
-  m.def("output_norm_grad_float32", &output_norm_grad<float>);
-  m.def("output_norm_grad_float64", &output_norm_grad<double>);
-  m.def("linear_float32", &linear<float>);
-  m.def("linear_float64", &linear<double>);
-  m.def("linear_grad_float32", &linear_grad<float>);
-  m.def("linear_grad_float64", &linear_grad<double>);
-  m.def("linear_tangent_float32", &linear_tangent<float>);
-  m.def("linear_tangent_float64", &linear_tangent<double>);
+  Bindings<float>::bind(m, "float32");
+  Bindings<double>::bind(m, "float64");
+  m.def("linear_scan_complex64", &Bindings<Complex<float>>::linear_scan);
+  m.def("linear_scan_complex128", &Bindings<Complex<double>>::linear_scan);
 }
 
 }  // namespace ssm_fast

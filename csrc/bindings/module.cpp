@@ -3,7 +3,7 @@
 
 #include <stdexcept>
 
-#include "../calls.h"
+#include "../launch.h"
 #include "bindings.h"
 
 namespace py = pybind11;

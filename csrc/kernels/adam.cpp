@@ -9,9 +9,9 @@ namespace {
 constexpr Index kBlock = 4096;  // elements that are summed in their own precision
 
 // With g the scaled gradient: m += (1 - beta1) (g - m), v = beta2 v + (1 - beta2) g^2,
-// w -= pace rate m / (sqrt(v) / root + eps).
+// w -= rates rate m / (sqrt(v) / root + eps).
 template <class T>
-void run(const Adam<T>& p) {
+void step(const Adam<T>& p) {
   for (Index c = 0; c < p.P; c += kWidth<T>) {
     const int count = int(p.P - c < kWidth<T> ? p.P - c : kWidth<T>);
     const Vector<T> g = load_part(p.grad + c, count) * p.scale;
@@ -21,7 +21,7 @@ void run(const Adam<T>& p) {
     const Vector<T> step = m * p.rate / (roots(v) / p.root + p.eps);
     store_part(p.m + c, m, count);
     store_part(p.v + c, v, count);
-    store_part(p.w + c, load_part(p.w + c, count) - load_part(p.pace + c, count) * step, count);
+    store_part(p.w + c, load_part(p.w + c, count) - load_part(p.rates + c, count) * step, count);
   }
 }
 
@@ -49,8 +49,8 @@ double sum_of_squares(const T* x, Index P) {
 
 }  // namespace
 
-void adam(const Adam<float>& p) { run(p); }
-void adam(const Adam<double>& p) { run(p); }
+void adam(const Adam<float>& p) { step(p); }
+void adam(const Adam<double>& p) { step(p); }
 double squared_norm(const float* x, Index P) { return sum_of_squares(x, P); }
 double squared_norm(const double* x, Index P) { return sum_of_squares(x, P); }
 

@@ -20,7 +20,7 @@ struct Segment {
 template <class T>
 inline bool resets(const DenseScan<T>& p, Index g, Index b, Index i) {
   if (p.reverse && i == 0) return false;
-  return p.reset[g * p.reset_g + b * p.reset_b + (p.reverse ? p.T_len - i : i) * p.reset_t];
+  return *p.reset.at(g, b, p.reverse ? p.T_len - i : i);
 }
 
 // `length` steps of up to kWideRows segments of one group. The state of a row is read where the step
@@ -34,8 +34,8 @@ void scan_segments(const DenseScan<T>& p, const Segment<T>* segments, int rows, 
   for (int r = 0; r < rows; ++r) {
     const Segment<T>& at = segments[r];
     const Index t = p.reverse ? p.T_len - 1 - at.start : at.start;
-    u[r] = p.u + at.g * p.u_g + at.b * p.u_b + t * p.u_t;
-    s[r] = p.s + at.g * p.s_g + at.b * p.s_b + t * p.s_t;
+    u[r] = p.u.at(at.g, at.b, t);
+    s[r] = p.s.at(at.g, at.b, t);
     h[r] = at.h0;
   }
   for (Index i = 0; i < length; ++i) {
@@ -45,8 +45,8 @@ void scan_segments(const DenseScan<T>& p, const Segment<T>* segments, int rows, 
       }
     }
     if (i + kAhead < length) {
-      prefetch<T>(u, rows, kAhead * step * p.u_t, p.N);
-      if (p.reverse) prefetch<T>(s, rows, kAhead * step * p.s_t, p.N);
+      prefetch<T>(u, rows, kAhead * step * p.u.strides[2], p.N);
+      if (p.reverse) prefetch<T>(s, rows, kAhead * step * p.s.strides[2], p.N);
     }
     if (lone) {
       multiply_rows<T, 1, kLoneSums>(u, h, s, W, p.N, p.N);
@@ -55,8 +55,8 @@ void scan_segments(const DenseScan<T>& p, const Segment<T>* segments, int rows, 
     }
     for (int r = 0; r < rows; ++r) {
       h[r] = s[r];
-      u[r] += step * p.u_t;
-      s[r] += step * p.s_t;
+      u[r] += step * p.u.strides[2];
+      s[r] += step * p.s.strides[2];
     }
   }
 }
@@ -76,8 +76,7 @@ void scan_all(const DenseScan<T>& p, Index count, Index length, At at) {
     std::memset(zeros, 0, std::size_t(round_up(p.N, kWidth<T>)) * sizeof(T));
     const Index most = Index(sizeof(T)) * p.N * p.N > kWideBytes ? kWideRows : kMaxRows;
     for_row_blocks(
-        p.G, count / p.G, thread, p.threads, most,
-        [&](Index g) { pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, p.N, W); },
+        p.G, count / p.G, thread, p.threads, most, [&](Index g) { pack(p.A, g, p.N, p.N, W); },
         [&](Index g, Index first, int rows) {
           Segment<T> segments[kWideRows];
           for (int r = 0; r < rows; ++r) {
@@ -91,7 +90,7 @@ void scan_all(const DenseScan<T>& p, Index count, Index length, At at) {
 
 template <class T>
 const T* initial(const DenseScan<T>& p, Index g, Index b) {
-  return p.s0 ? p.s0 + g * p.s0_g + b * p.s0_b : nullptr;
+  return p.s0.at(g, b);
 }
 
 // Steps of a chunk of time, or 0 for one sweep: a rule of the sizes, so that results do not depend on
@@ -153,7 +152,7 @@ bool raise(const DenseScan<T>& p, const Chunks<T>& chunks) {
   T* zeros = W + p.N * stride;
   std::memset(zeros, 0, std::size_t(stride) * sizeof(T));
   for (Index i = 0; i < p.N; ++i) {
-    for (Index j = 0; j < p.N; ++j) chunks.power[i * stride + j] = p.A[j * p.A_row + i * p.A_col];
+    for (Index j = 0; j < p.N; ++j) chunks.power[i * stride + j] = *p.A.at(0, j, i);
   }
   for (Index power = 1; power < chunks.steps; power *= 2) {
     const T squares = square_matrix(chunks.power, chunks.square, W, zeros, p.N, stride, p.threads);
@@ -180,7 +179,7 @@ bool run_chunked(const DenseScan<T>& p, Index steps) {
   for (Index b = 0; b < p.B; ++b) {
     for (Index c = 0; c < whole; ++c) {
       const Index last = (c + 1) * steps - 1;
-      const T* local = p.s + b * p.s_b + (p.reverse ? p.T_len - 1 - last : last) * p.s_t;
+      const T* local = p.s.at(0, b, p.reverse ? p.T_len - 1 - last : last);
       const T* entry = chunks.entry + (b * count + c) * stride;
       T* next = chunks.entry + (b * count + c + 1) * stride;
       if (c == 0 || resets_within(p, b, c, steps)) {
@@ -205,7 +204,7 @@ bool run_chunked(const DenseScan<T>& p, Index steps) {
 }
 
 template <class T>
-void run(const DenseScan<T>& p) {
+void compute(const DenseScan<T>& p) {
   const Index steps = chunk_steps(p.G, p.B, p.T_len, p.N);
   if (steps && run_chunked(p, steps)) return;
   scan_all(p, p.G * p.B, p.T_len,
@@ -213,22 +212,15 @@ void run(const DenseScan<T>& p) {
 }
 
 template <class T>
-Index scratch_elements(Index G, Index B, Index T_len, Index N, int threads) {
-  const Index steps = chunk_steps(G, B, T_len, N), stride = round_up(N, kWidth<T>);
-  return threads * packed_elements<T>(N) + (steps ? (2 * N + B * ((T_len + steps - 1) / steps)) * stride : 0);
+Cost cost_of(const DenseScan<T>& p) {
+  const Index steps = chunk_steps(p.G, p.B, p.T_len, p.N), stride = round_up(p.N, kWidth<T>);
+  const Index chunks = steps ? (p.T_len + steps - 1) / steps : 0;
+  return {double(p.G * p.B * p.T_len) * double(p.N * p.N), steps ? p.B * (p.T_len / steps) : p.G * p.B,
+          packed_elements<T>(p.N), steps ? (2 * p.N + p.B * chunks) * stride : 0};
 }
 
 }  // namespace
 
-Index dense_scan_rows(Index G, Index B, Index T_len, Index N) {
-  const Index steps = chunk_steps(G, B, T_len, N);
-  return steps ? B * (T_len / steps) : G * B;
-}
-Index dense_scan_scratch(Index G, Index B, Index T_len, Index N, int threads, bool is_double) {
-  return is_double ? scratch_elements<double>(G, B, T_len, N, threads)
-                   : scratch_elements<float>(G, B, T_len, N, threads);
-}
-void dense_scan(const DenseScan<float>& p) { run(p); }
-void dense_scan(const DenseScan<double>& p) { run(p); }
+SSM_FAST_DEFINE_REAL(DenseScan)
 
 }  // namespace ssm_fast::SSM_FAST_ISA

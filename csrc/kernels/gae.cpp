@@ -302,8 +302,8 @@ void scan_chunks(const P& p, Index m, Index chunks) {
   }
 }
 
-template <class T, class P>
-void run(const P& p) {
+template <template <class> class Op, class T>
+void compute(const Op<T>& p) {
   if (p.C == 1) {
     constexpr Index W = kWidth<T>;
     const Index wanted = p.M >= 4 * W ? 0 : p.T_len / kChunkSteps / W * W;
@@ -324,11 +324,15 @@ void run(const P& p) {
   }
 }
 
+template <template <class> class Op, class T>
+Cost cost_of(const Op<T>& p) {
+  const Index elements = p.M * p.T_len * p.C;
+  return {double(elements), elements};
+}
+
 }  // namespace
 
-void gae(const Gae<float>& p) { run<float>(p); }
-void gae(const Gae<double>& p) { run<double>(p); }
-void discounted_returns(const DiscountedReturns<float>& p) { run<float>(p); }
-void discounted_returns(const DiscountedReturns<double>& p) { run<double>(p); }
+SSM_FAST_DEFINE_REAL(Gae)
+SSM_FAST_DEFINE_REAL(DiscountedReturns)
 
 }  // namespace ssm_fast::SSM_FAST_ISA

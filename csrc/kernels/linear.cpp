@@ -49,8 +49,8 @@ void forward_rows(const Linear<T>& p, const Workspace<T>& work, Index g, Index f
   const T *u[kBlock], *x[kBlock];
   T* y[kBlock];
   for (Index r = 0; r < rows; ++r) {
-    u[r] = p.add ? p.add + g * p.add_g + (first + r) * p.add_m : p.bias ? p.bias + g * p.bias_g : work.zeros;
-    x[r] = p.x + g * p.x_g + (first + r) * p.x_m;
+    u[r] = p.add ? p.add.at(g, first + r) : p.bias ? p.bias.at(g) : work.zeros;
+    x[r] = p.x.at(g, first + r);
     y[r] = p.y + (g * p.M + first + r) * p.O;
   }
   multiply_rows<T>(u, x, y, int(rows), work.W, p.I, p.O);
@@ -60,34 +60,33 @@ void forward_rows(const Linear<T>& p, const Workspace<T>& work, Index g, Index f
   }
 }
 
-// Tangent of y; with a gradient of y also how the gradient before tanh, g (1 - y^2), turns with y.
+// Tangent of y; with a gradient g of y also the tangent by y of the gradient before tanh, g (1 - y^2).
 template <class T>
 void tangent_rows(const LinearTangent<T>& p, const Workspace<T>& work, Index g, Index first, Index rows) {
   const T *u[kBlock], *x[kBlock];
   T* out[kBlock];
   for (Index r = 0; r < rows; ++r) {
-    u[r] = p.bias_t ? p.bias_t + g * p.bias_g : work.zeros;
+    u[r] = p.bias_t ? p.bias_t.at(g) : work.zeros;
     out[r] = p.y_t + (g * p.M + first + r) * p.O;
   }
   if (p.x_t) {
-    for (Index r = 0; r < rows; ++r) x[r] = p.x_t + g * p.xt_g + (first + r) * p.xt_m;
+    for (Index r = 0; r < rows; ++r) x[r] = p.x_t.at(g, first + r);
     multiply_rows<T>(u, x, out, int(rows), work.W, p.I, p.O);
     for (Index r = 0; r < rows; ++r) u[r] = out[r];
   }
   if (p.W_t) {
-    for (Index r = 0; r < rows; ++r) x[r] = p.x + g * p.x_g + (first + r) * p.x_m;
+    for (Index r = 0; r < rows; ++r) x[r] = p.x.at(g, first + r);
     multiply_rows<T>(u, x, out, int(rows), work.V, p.I, p.O);
     for (Index r = 0; r < rows; ++r) u[r] = out[r];
   }
   for (Index r = 0; r < rows; ++r) {
-    const T* y = p.y ? p.y + g * p.y_g + (first + r) * p.y_m : nullptr;
-    const T* grad = p.grad_y ? p.grad_y + g * p.grad_g + (first + r) * p.grad_m : nullptr;
-    T* turn = p.turn ? p.turn + (g * p.M + first + r) * p.O : nullptr;
+    const T *y = p.y.at(g, first + r), *grad = p.grad_y.at(g, first + r);
+    T* curvature = p.curvature ? p.curvature + (g * p.M + first + r) * p.O : nullptr;
     for (Index c = 0; c < p.O; c += kWidth<T>) {
       Vector<T> v = load_at(u[r], c, p.O);
       if (y) {
         const Vector<T> y_c = load_at(y, c, p.O);
-        if (turn) store_at(turn, c, p.O, T(-2) * y_c * load_at(grad, c, p.O) * v);
+        if (curvature) store_at(curvature, c, p.O, T(-2) * y_c * load_at(grad, c, p.O) * v);
         v = through_tanh<T>(v, y_c);
       }
       store_at(out[r], c, p.O, v);
@@ -101,13 +100,13 @@ void gradient_rows(const LinearGrad<T>& p, const Workspace<T>& work, Index g, In
   const T *z[kBlock], *x[kBlock], *u[kBlock];
   T* out[kBlock];
   for (Index r = 0; r < rows; ++r) {
-    const T* grad = p.grad_y + g * p.grad_g + (first + r) * p.grad_m;
-    x[r] = p.x + g * p.x_g + (first + r) * p.x_m;
+    const T* grad = p.grad_y.at(g, first + r);
+    x[r] = p.x.at(g, first + r);
     u[r] = work.zeros;
     out[r] = p.grad_x ? p.grad_x + (g * p.M + first + r) * p.I : nullptr;
     z[r] = grad;
     if (!p.y) continue;
-    const T* y = p.y + g * p.y_g + (first + r) * p.y_m;
+    const T* y = p.y.at(g, first + r);
     T* row = work.rows + r * work.row;
     z[r] = row;
     for (Index c = 0; c < p.O; c += kWidth<T>) {
@@ -137,25 +136,25 @@ void for_blocks(const P& p, T* scratch, Enter enter, F f) {
 }
 
 template <class T>
-void run(const Linear<T>& p) {
+void compute(const Linear<T>& p) {
   for_blocks(
-      p, p.scratch, [&](const Workspace<T>& work, Index g) { pack(p.W + g * p.W_g, p.W_o, p.W_i, p.I, p.O, work.W); },
+      p, p.scratch, [&](const Workspace<T>& work, Index g) { pack(p.W, g, p.I, p.O, work.W); },
       [&](const Workspace<T>& work, Index g, Index first, int rows) { forward_rows(p, work, g, first, rows); });
 }
 
 template <class T>
-void run(const LinearTangent<T>& p) {
+void compute(const LinearTangent<T>& p) {
   for_blocks(
       p, p.scratch,
       [&](const Workspace<T>& work, Index g) {
-        if (p.x_t) pack(p.W + g * p.W_g, p.W_o, p.W_i, p.I, p.O, work.W);
-        if (p.W_t) pack(p.W_t + g * p.Wt_g, p.Wt_o, p.Wt_i, p.I, p.O, work.V);
+        if (p.x_t) pack(p.W, g, p.I, p.O, work.W);
+        if (p.W_t) pack(p.W_t, g, p.I, p.O, work.V);
       },
       [&](const Workspace<T>& work, Index g, Index first, int rows) { tangent_rows(p, work, g, first, rows); });
 }
 
 template <class T>
-void run(const LinearGrad<T>& p) {
+void compute(const LinearGrad<T>& p) {
   const Index stride = round_up(p.I, kWidth<T>), chunks = chunks_of<T>(p.G, p.M, p.O, p.I);
   const Index wide = round_up(p.O, kWidth<T>);
   T* const parts = p.scratch + p.threads * workspace_elements<T>(p.I, p.O);  // [G, chunks, O, stride]
@@ -166,7 +165,7 @@ void run(const LinearGrad<T>& p) {
     Index packed = -1;
     for (Index i = p.G * chunks * thread / p.threads; i < p.G * chunks * (thread + 1) / p.threads; ++i) {
       const Index g = i / chunks, chunk = i % chunks;
-      if (p.grad_x && packed != g) pack(p.W + g * p.W_g, p.W_i, p.W_o, p.O, p.I, work.W);
+      if (p.grad_x && packed != g) pack(p.W.at(g), p.W.strides[2], p.W.strides[1], p.O, p.I, work.W);
       packed = g;
       T *C = parts + i * p.O * stride, *sum = sums + i * wide;
       if (p.grad_W) std::memset(C, 0, std::size_t(p.O * stride) * sizeof(T));
@@ -181,24 +180,30 @@ void run(const LinearGrad<T>& p) {
   if (p.grad_bias) add_chunks(p.G, Index(1), p.O, chunks, sums, wide, p.grad_bias, 1);
 }
 
+// Threads have a workspace each, so there are no more of them than blocks of rows.
+template <class P>
+Cost block_cost(const P& p, Index workspace, double products = 1) {
+  return {products * double(p.G * p.M) * double(p.I * p.O), (p.G * p.M + kBlock - 1) / kBlock, workspace};
+}
+template <class T>
+Cost cost_of(const Linear<T>& p) {
+  return block_cost(p, workspace_elements<T>(p.I, p.O));
+}
+template <class T>
+Cost cost_of(const LinearTangent<T>& p) {
+  return block_cost(p, workspace_elements<T>(p.I, p.O), 2);
+}
+template <class T>
+Cost cost_of(const LinearGrad<T>& p) {
+  const Index parts = p.G * chunks_of<T>(p.G, p.M, p.O, p.I);
+  const Index part = p.O * round_up(p.I, kWidth<T>) + round_up(p.O, kWidth<T>);
+  return {double(p.G * p.M) * double(p.I * p.O), parts, workspace_elements<T>(p.I, p.O), parts * part};
+}
+
 }  // namespace
 
-Index linear_scratch(Index I, Index O, bool is_double) {
-  return is_double ? workspace_elements<double>(I, O) : workspace_elements<float>(I, O);
-}
-Index linear_grad_parts(Index G, Index M, Index I, Index O, bool is_double) {
-  return is_double ? G * chunks_of<double>(G, M, O, I) : G * chunks_of<float>(G, M, O, I);
-}
-Index linear_grad_scratch(Index G, Index M, Index I, Index O, int threads, bool is_double) {
-  const Index width = is_double ? kWidth<double> : kWidth<float>;
-  const Index part = O * round_up(I, width) + round_up(O, width);
-  return threads * linear_scratch(I, O, is_double) + linear_grad_parts(G, M, I, O, is_double) * part;
-}
-void linear(const Linear<float>& p) { run(p); }
-void linear(const Linear<double>& p) { run(p); }
-void linear_tangent(const LinearTangent<float>& p) { run(p); }
-void linear_tangent(const LinearTangent<double>& p) { run(p); }
-void linear_grad(const LinearGrad<float>& p) { run(p); }
-void linear_grad(const LinearGrad<double>& p) { run(p); }
+SSM_FAST_DEFINE_REAL(Linear)
+SSM_FAST_DEFINE_REAL(LinearGrad)
+SSM_FAST_DEFINE_REAL(LinearTangent)
 
 }  // namespace ssm_fast::SSM_FAST_ISA

@@ -120,20 +120,20 @@ void scan_large_columns(const LinearScan<T>& p, Index m, Index c, Index count) {
   alignas(64) T state[kColumns];
   const Index first = p.reverse ? p.T_len - 1 : 0;
   const Index step = p.reverse ? -1 : 1;
-  const T* a = p.a + m * p.a_m + first * p.a_t + c * p.a_c;
-  const T* b = p.b + m * p.b_m + first * p.b_t + c;
-  T* h = p.h + m * p.h_m + first * p.h_t + c;
+  const T* a = p.a.at(m, first, c);
+  const T* b = p.b.at(m, first) + c;
+  T* h = p.h.at(m, first) + c;
   const bool has_incoming = p.h0 && !p.shift;
   const std::size_t bytes = std::size_t(count) * sizeof(T);
-  std::memcpy(state, has_incoming ? p.h0 + m * p.h0_m + c : b, bytes);
+  std::memcpy(state, has_incoming ? p.h0.at(m) + c : b, bytes);
   if (!has_incoming) std::memcpy(h, b, bytes);
-  if (!p.shift && !has_incoming) a += step * p.a_t;
-  for (Index i = has_incoming ? 0 : 1; i < p.T_len; ++i, a += step * p.a_t) {
+  if (!p.shift && !has_incoming) a += step * p.a.strides[1];
+  for (Index i = has_incoming ? 0 : 1; i < p.T_len; ++i, a += step * p.a.strides[1]) {
     const Index at = i * step;
-    if (p.a_c == 0) {
-      advance_large<true>(a, state, b + at * p.b_t, h + at * p.h_t, count);
+    if (p.a.strides[2] == 0) {
+      advance_large<true>(a, state, b + at * p.b.strides[1], h + at * p.h.strides[1], count);
     } else {
-      advance_large<false>(a, state, b + at * p.b_t, h + at * p.h_t, count);
+      advance_large<false>(a, state, b + at * p.b.strides[1], h + at * p.h.strides[1], count);
     }
   }
   stream_end();
@@ -144,26 +144,26 @@ template <class T>
 void scan_columns(const LinearScan<T>& p, Index m, Index c, Index count) {
   const Index first = p.reverse ? p.T_len - 1 : 0;
   const Index step = p.reverse ? -1 : 1;
-  const T* a = p.a + m * p.a_m + first * p.a_t + c * p.a_c;
-  const T* b = p.b + m * p.b_m + first * p.b_t + c * p.b_c;
-  T* h = p.h + m * p.h_m + first * p.h_t + c * p.h_c;
+  const T* a = p.a.at(m, first, c);
+  const T* b = p.b.at(m, first, c);
+  T* h = p.h.at(m, first, c);
   const auto next = [&](const T* previous) {
-    if (p.a_c == 0 || count == 1) {
+    if (p.a.strides[2] == 0 || count == 1) {
       advance(*a, previous, b, h, count);
     } else {
       advance(a, previous, b, h, count);
     }
   };
   if (p.h0 && !p.shift) {
-    next(p.h0 + m * p.h0_m + c * p.h0_c);
+    next(p.h0.at(m, c));
   } else {
     std::memcpy(h, b, std::size_t(count) * sizeof(T));
   }
-  if (!p.shift) a += step * p.a_t;
-  for (Index i = 1; i < p.T_len; ++i, a += step * p.a_t) {
-    b += step * p.b_t;
+  if (!p.shift) a += step * p.a.strides[1];
+  for (Index i = 1; i < p.T_len; ++i, a += step * p.a.strides[1]) {
+    b += step * p.b.strides[1];
     const T* previous = h;
-    h += step * p.h_t;
+    h += step * p.h.strides[1];
     next(previous);
   }
 }
@@ -382,9 +382,9 @@ void place_row(Rows<RealOf<T>>& rows, int r, const LinearScan<T>& p, Index m, In
   using R = RealOf<T>;
   const Index first = p.reverse ? p.T_len - from : from;
   const Index lag = p.shift ? (p.reverse ? 1 : -1) : 0;  // where a step's coefficient stands
-  rows.a[r] = reinterpret_cast<const R*>(p.a + m * p.a_m + (first + lag) * p.a_t);
-  rows.b[r] = reinterpret_cast<const R*>(p.b + m * p.b_m + first * p.b_t);
-  rows.h[r] = reinterpret_cast<R*>(p.h + m * p.h_m + first * p.h_t);
+  rows.a[r] = reinterpret_cast<const R*>(p.a.at(m, first + lag));
+  rows.b[r] = reinterpret_cast<const R*>(p.b.at(m, first));
+  rows.h[r] = reinterpret_cast<R*>(p.h.at(m, first));
   rows.length[r] = steps * rows.step;
 }
 
@@ -394,10 +394,10 @@ Rows<RealOf<T>> rows_of(const LinearScan<T>& p) {
   Rows<RealOf<T>> rows;
   rows.starting = kWidth<RealOf<T>>;
   rows.has_incoming = rows.has_initial = p.h0 && !p.shift;
-  rows.initial_column = p.h0_c * parts;
+  rows.initial_column = p.h0.strides[1] * parts;
   rows.large = is_large(p) && kVectorBytes == 64;  // a row gets a vector at a time, and should get a whole line
-  rows.constant = p.a_t == 0;
-  rows.a_column = p.a_c * parts;
+  rows.constant = p.a.strides[1] == 0;
+  rows.a_column = p.a.strides[2] * parts;
   rows.columns = p.C;
   rows.step = p.C * parts;
   return rows;
@@ -413,7 +413,7 @@ void scan_sequences(const LinearScan<T>& p) {
     for (int r = 0; r < W; ++r) {
       const Index m = block + r < p.M ? block + r : p.M - 1;
       place_row(rows, r, p, m, 0, p.T_len);
-      if (rows.has_initial) rows.initial[r] = reinterpret_cast<const RealOf<T>*>(p.h0 + m * p.h0_m);
+      if (rows.has_initial) rows.initial[r] = reinterpret_cast<const RealOf<T>*>(p.h0.at(m));
     }
     scan_rows<T>(rows, p.reverse);
   }
@@ -443,7 +443,7 @@ bool scan_chunks(const LinearScan<T>& p, Index m, Index chunks, Index steps) {
   };
   R incoming[2 * kMaxInterleaved] = {};
   for (Index c = 0; c < columns && p.h0 && !p.shift; ++c) {
-    std::memcpy(incoming + c * parts, p.h0 + m * p.h0_m + c * p.h0_c, sizeof(T));
+    std::memcpy(incoming + c * parts, p.h0.at(m, c), sizeof(T));
   }
 #pragma omp parallel for schedule(static) num_threads(p.threads)
   for (Index chunk = 0; chunk < chunks; chunk += W) {
@@ -469,7 +469,7 @@ bool scan_chunks(const LinearScan<T>& p, Index m, Index chunks, Index steps) {
   }
   for (Index chunk = 1; chunk <= chunks; ++chunk) {  // what is not finite stays so to the end of its chunk
     const Index last = chunk * steps < p.T_len ? chunk * steps - 1 : p.T_len - 1;
-    const R* at = reinterpret_cast<const R*>(p.h + m * p.h_m + (p.reverse ? p.T_len - 1 - last : last) * p.h_t);
+    const R* at = reinterpret_cast<const R*>(p.h.at(m, p.reverse ? p.T_len - 1 - last : last));
     for (Index i = 0; i < columns * parts; ++i) {
       if (!(at[i] - at[i] == R(0))) return false;
     }
@@ -479,7 +479,8 @@ bool scan_chunks(const LinearScan<T>& p, Index m, Index chunks, Index steps) {
 
 template <class T>
 void scan_all_columns(const LinearScan<T>& p) {
-  const bool side_by_side = p.b_c == 1 && p.h_c == 1 && p.a_c <= 1 && (!p.h0 || p.h0_c == 1);
+  const bool side_by_side =
+      p.b.strides[2] == 1 && p.h.strides[2] == 1 && p.a.strides[2] <= 1 && (!p.h0 || p.h0.strides[1] == 1);
   const Index wide = (p.C + p.threads - 1) / p.threads;
   Index columns = p.M >= p.threads || wide > kColumns ? kColumns : (wide < 16 ? 16 : wide);
   if (!side_by_side) columns = 1;
@@ -506,18 +507,19 @@ inline void swap(T& x, T& y) {
 template <class T>
 LinearScan<T> transposed(LinearScan<T> p) {
   swap(p.M, p.C);
-  swap(p.a_m, p.a_c);
-  swap(p.b_m, p.b_c);
-  swap(p.h_m, p.h_c);
-  swap(p.h0_m, p.h0_c);
+  swap(p.a.strides[0], p.a.strides[2]);
+  swap(p.b.strides[0], p.b.strides[2]);
+  swap(p.h.strides[0], p.h.strides[2]);
+  swap(p.h0.strides[0], p.h0.strides[1]);
   return p;
 }
 
 // Sequences [M, C] of which each lies side by side in time, or all C of one m in turn.
 template <class T>
 bool in_rows(const LinearScan<T>& p) {
-  const bool dense = p.b_t == p.C && p.h_t == p.C && (p.C == 1 || (p.b_c == 1 && p.h_c == 1));
-  const bool coefficients = p.a_t == 0 || (p.a_t == p.C && (p.C == 1 || p.a_c == 1));
+  const bool dense =
+      p.b.strides[1] == p.C && p.h.strides[1] == p.C && (p.C == 1 || (p.b.strides[2] == 1 && p.h.strides[2] == 1));
+  const bool coefficients = p.a.strides[1] == 0 || (p.a.strides[1] == p.C && (p.C == 1 || p.a.strides[2] == 1));
   return p.C <= kMaxInterleaved && dense && coefficients;
 }
 
@@ -549,15 +551,16 @@ void run_rows(const LinearScan<T>& p) {
 }
 
 template <class T>
-void run(const LinearScan<T>& given) {
-  auto p = given.C == 1 || (given.b_c != 1 && given.b_m == 1) ? transposed(given) : given;
-  if (p.b_t == 1 && p.h_t == 1 && p.a_t <= 1) {  // every sequence is a row; rows of one m after those of another
+void compute(const LinearScan<T>& given) {
+  auto p = given.C == 1 || (given.b.strides[2] != 1 && given.b.strides[0] == 1) ? transposed(given) : given;
+  if (p.b.strides[1] == 1 && p.h.strides[1] == 1 &&
+      p.a.strides[1] <= 1) {  // every sequence is a row; rows of one m after those of another
     for (Index m = 0; m < p.M; ++m) {
       auto one = p;
-      one.a += m * p.a_m;
-      one.b += m * p.b_m;
-      one.h += m * p.h_m;
-      if (p.h0) one.h0 += m * p.h0_m;
+      one.a.data = p.a.at(m);
+      one.b.data = p.b.at(m);
+      one.h.data = p.h.at(m);
+      one.h0.data = p.h0.at(m);
       one.M = 1;
       run_rows(transposed(one));
     }
@@ -568,11 +571,16 @@ void run(const LinearScan<T>& given) {
   }
 }
 
+template <class T>
+Cost cost_of(const LinearScan<T>& p) {
+  const Index elements = p.M * p.T_len * p.C;
+  return {double(elements), elements};
+}
+
 }  // namespace
 
-void linear_scan(const LinearScan<float>& p) { run(p); }
-void linear_scan(const LinearScan<double>& p) { run(p); }
-void linear_scan(const LinearScan<Complex<float>>& p) { run(p); }
-void linear_scan(const LinearScan<Complex<double>>& p) { run(p); }
+SSM_FAST_DEFINE_REAL(LinearScan)
+SSM_FAST_DEFINE_OP(LinearScan<Complex<float>>)
+SSM_FAST_DEFINE_OP(LinearScan<Complex<double>>)
 
 }  // namespace ssm_fast::SSM_FAST_ISA

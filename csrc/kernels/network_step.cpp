@@ -217,7 +217,7 @@ void step_block(const NetworkStep<T>& p, const T* const* weights, Index b, int r
 }
 
 template <class T>
-void run(const NetworkStep<T>& p) {
+void compute(const NetworkStep<T>& p) {
   constexpr int R = kBlockRows<T>;
   const Index blocks_of_group = (p.B + R - 1) / R, blocks = p.G * blocks_of_group;
   const Index elements = scratch_elements<T>(p.features, p.registers);
@@ -237,12 +237,16 @@ void run(const NetworkStep<T>& p) {
   }
 }
 
+constexpr Index kParallelRows = 16;  // rows that are worth a thread
+
+template <class T>
+Cost cost_of(const NetworkStep<T>& p) {
+  const Index rows = p.G * p.B;
+  return {double(rows) * double(p.parameters), rows / kParallelRows, scratch_elements<T>(p.features, p.registers)};
+}
+
 }  // namespace
 
-Index network_step_scratch(const Index* features, int registers, bool is_double) {
-  return is_double ? scratch_elements<double>(features, registers) : scratch_elements<float>(features, registers);
-}
-void network_step(const NetworkStep<float>& p) { run(p); }
-void network_step(const NetworkStep<double>& p) { run(p); }
+SSM_FAST_DEFINE_REAL(NetworkStep)
 
 }  // namespace ssm_fast::SSM_FAST_ISA

@@ -128,6 +128,17 @@ struct Scratch {
   Index stride;
 };
 
+template <class T>
+Index scratch_elements(Index N) {
+  return round_up((N + 3 + kMaxRows) * round_up(N, kWidth<T>), 64 / Index(sizeof(T)));
+}
+
+// The sums over time of a row, [2, stride]; they lie behind the scratch memory of the threads.
+template <class T>
+T* row_sums(const NormScan<T>& p, Index row) {
+  return p.scratch + p.threads * scratch_elements<T>(p.N) + row * 2 * round_up(p.N, kWidth<T>);
+}
+
 // All of time for R consecutive rows of one group. The state of a row is read where the step before
 // stored it.
 template <class T, int R, int kSums, Sweep kSweep>
@@ -140,32 +151,31 @@ void scan_rows(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch
   const Index first = reverse ? p.T_len - 1 : 0;
   for (int r = 0; r < R; ++r) {
     const Index i = b + r;
-    u[r] = p.u + g * p.u_g + i * p.u_b + first * p.u_t;
-    h[r] = p.s0 ? p.s0 + g * p.s0_g + i * p.s0_b : scratch.zeros;
+    u[r] = p.u.at(g, i, first);
+    h[r] = p.s0 ? p.s0.at(g, i) : scratch.zeros;
     product[r] = scratch.product + r * scratch.stride;
-    if (p.c) row.source[r] = p.c + g * p.c_g + i * p.c_b + first * p.c_t;
-    if (p.n) row.n[r] = p.n + g * p.n_g + i * p.n_b + first * p.n_t;
+    row.source[r] = p.c.at(g, i, first);
+    row.n[r] = p.n.at(g, i, first);
     if (p.rstd) row.rstd[r] = p.rstd + (g * p.B + i) * p.T_len + first;
-    row.first[r] = p.s + g * p.s_g + i * p.s_b + first * p.s_t;
-    if (p.x) row.second[r] = p.x + g * p.s_g + i * p.s_b + first * p.s_t;
-    if (p.sums) {
-      row.weight_grad[r] = p.sums + (g * p.B + i) * 2 * scratch.stride;
+    row.first[r] = p.s.at(g, i, first);
+    row.second[r] = p.x.at(g, i, first);
+    if (p.weight_grad) {
+      row.weight_grad[r] = row_sums(p, g * p.B + i);
       row.bias_grad[r] = row.weight_grad[r] + scratch.stride;
       std::memset(row.weight_grad[r], 0, std::size_t(2 * scratch.stride) * sizeof(T));
     }
   }
-  const std::uint8_t* reset = p.reset ? p.reset + g * p.reset_g + b * p.reset_b : nullptr;
   for (Index i = 0, t = first; i < p.T_len; ++i, t += step) {
     const Index gate = reverse ? t + 1 : t;  // the step whose reset cuts the incoming state
-    if (reset && gate < p.T_len) {
+    if (p.reset && gate < p.T_len) {
       for (int r = 0; r < R; ++r) {
-        if (reset[r * p.reset_b + gate * p.reset_t]) h[r] = scratch.zeros;
+        if (*p.reset.at(g, b + r, gate)) h[r] = scratch.zeros;
       }
     }
     if (i + kAhead < p.T_len) {
-      prefetch<T>(u, R, kAhead * step * p.u_t, p.N);
-      if (kSweep != Sweep::forward) prefetch<T>(row.n, R, kAhead * step * p.n_t, p.N);
-      if (kSweep == Sweep::adjoint) prefetch<T>(row.first, R, kAhead * step * p.s_t, p.N);
+      prefetch<T>(u, R, kAhead * step * p.u.strides[2], p.N);
+      if (kSweep != Sweep::forward) prefetch<T>(row.n, R, kAhead * step * p.n.strides[2], p.N);
+      if (kSweep == Sweep::adjoint) prefetch<T>(row.first, R, kAhead * step * p.s.strides[2], p.N);
     }
     multiply_rows<T, R, kSums>(u, h, product, scratch.W, p.N, p.N);
     if constexpr (kSweep == Sweep::forward) {
@@ -177,12 +187,12 @@ void scan_rows(const NormScan<T>& p, Index g, Index b, const Scratch<T>& scratch
     }
     for (int r = 0; r < R; ++r) {
       h[r] = row.first[r];
-      u[r] += step * p.u_t;
-      if (row.source[r]) row.source[r] += step * p.c_t;
-      if (row.n[r]) row.n[r] += step * p.n_t;
+      u[r] += step * p.u.strides[2];
+      if (row.source[r]) row.source[r] += step * p.c.strides[2];
+      if (row.n[r]) row.n[r] += step * p.n.strides[2];
       if (row.rstd[r]) row.rstd[r] += step;
-      row.first[r] += step * p.s_t;
-      if (row.second[r]) row.second[r] += step * p.s_t;
+      row.first[r] += step * p.s.strides[2];
+      if (row.second[r]) row.second[r] += step * p.x.strides[2];
     }
   }
 }
@@ -209,19 +219,14 @@ void add_rows(const NormScan<T>& p, Index stride) {
   std::memset(p.weight_grad, 0, std::size_t(p.G * p.N) * sizeof(T));
   std::memset(p.bias_grad, 0, std::size_t(p.G * p.N) * sizeof(T));
   for (Index row = 0; row < p.G * p.B; ++row) {
-    const T* sums = p.sums + row * 2 * stride;
+    const T* sums = row_sums(p, row);
     add(p.weight_grad + row / p.B * p.N, sums, p.N);
     add(p.bias_grad + row / p.B * p.N, sums + stride, p.N);
   }
 }
 
 template <class T>
-Index scratch_elements(Index N) {
-  return round_up((N + 3 + kMaxRows) * round_up(N, kWidth<T>), 64 / Index(sizeof(T)));
-}
-
-template <class T>
-void run(const NormScan<T>& p) {
+void compute(const NormScan<T>& p) {
   const Index stride = round_up(p.N, kWidth<T>);
 #pragma omp parallel for schedule(static) num_threads(p.threads)
   for (int thread = 0; thread < p.threads; ++thread) {
@@ -230,9 +235,9 @@ void run(const NormScan<T>& p) {
     const Scratch<T> scratch{weight, bias, zeros, product, product + kMaxRows * stride, stride};
     std::memset(weight, 0, std::size_t((3 + kMaxRows) * stride) * sizeof(T));
     const auto enter = [&](Index g) {
-      pack(p.A + g * p.A_g, p.A_row, p.A_col, p.N, p.N, scratch.W);
-      std::memcpy(weight, p.weight + g * p.weight_g, std::size_t(p.N) * sizeof(T));
-      if (p.bias) std::memcpy(bias, p.bias + g * p.bias_g, std::size_t(p.N) * sizeof(T));
+      pack(p.A, g, p.N, p.N, scratch.W);
+      std::memcpy(weight, p.weight.at(g), std::size_t(p.N) * sizeof(T));
+      if (p.bias) std::memcpy(bias, p.bias.at(g), std::size_t(p.N) * sizeof(T));
     };
     for_row_blocks(p.G, p.B, thread, p.threads, kMaxRows, enter, [&](Index g, Index b, int rows) {
       if (p.B == 1) return scan_block<T, 1, kLoneSums>(p, g, b, scratch);
@@ -246,18 +251,17 @@ void run(const NormScan<T>& p) {
       }
     });
   }
-  if (p.sums) add_rows(p, stride);
+  if (p.weight_grad) add_rows(p, stride);
+}
+
+template <class T>
+Cost cost_of(const NormScan<T>& p) {
+  return {double(p.G * p.B * p.T_len) * double(p.N * p.N), p.G * p.B, scratch_elements<T>(p.N),
+          p.weight_grad ? p.G * p.B * 2 * round_up(p.N, kWidth<T>) : 0};
 }
 
 }  // namespace
 
-Index norm_scan_scratch(Index N, bool is_double) {
-  return is_double ? scratch_elements<double>(N) : scratch_elements<float>(N);
-}
-Index norm_scan_sums(Index G, Index B, Index N, bool is_double) {
-  return G * B * 2 * (is_double ? round_up(N, kWidth<double>) : round_up(N, kWidth<float>));
-}
-void norm_scan(const NormScan<float>& p) { run(p); }
-void norm_scan(const NormScan<double>& p) { run(p); }
+SSM_FAST_DEFINE_REAL(NormScan)
 
 }  // namespace ssm_fast::SSM_FAST_ISA

@@ -12,10 +12,8 @@ constexpr Index kChunkRows = 64;  // rows of a partial sum, whatever the number 
 // y = [residual +] [tanh] (n w + b) with n = (z - mean) rstd, or without the norm (w null) of z itself.
 template <class T>
 void forward_row(const OutputNorm<T>& p, Index g, Index m) {
-  const T* z = p.z + g * p.z_g + m * p.z_m;
-  const T* residual = p.residual ? p.residual + g * p.residual_g + m * p.residual_m : nullptr;
-  const T* weight = p.weight ? p.weight + g * p.weight_g : nullptr;
-  const T* bias = p.weight ? p.bias + g * p.bias_g : nullptr;
+  const T* z = p.z.at(g, m);
+  const T *residual = p.residual.at(g, m), *weight = p.weight.at(g), *bias = p.bias.at(g);
   T* y = p.y + (g * p.M + m) * p.H;
   Moments<T> row{T(0), T(1)};
   if (weight) row = moments(z, p.H, p.eps);
@@ -36,8 +34,8 @@ void forward_row(const OutputNorm<T>& p, Index g, Index m) {
 // and ga go to `partial`, [2, stride]. `row` holds p and n, [2, stride].
 template <class T>
 void backward_row(const OutputNormGrad<T>& p, Index g, Index m, T* row, T* partial, Index stride) {
-  const T* z = p.z + g * p.z_g + m * p.z_m;
-  const T* grad_y = p.grad_y + g * p.grad_g + m * p.grad_m;
+  const T* z = p.z.at(g, m);
+  const T* grad_y = p.grad_y.at(g, m);
   T* grad_z = p.grad_z + (g * p.M + m) * p.H;
   if (!p.weight) {
     for (Index c = 0; c < p.H; c += kWidth<T>) {
@@ -50,7 +48,7 @@ void backward_row(const OutputNormGrad<T>& p, Index g, Index m, T* row, T* parti
     }
     return;
   }
-  const T *weight = p.weight + g * p.weight_g, *bias = p.bias + g * p.bias_g;
+  const T *weight = p.weight.at(g), *bias = p.bias.at(g);
   const T mean = p.mean[g * p.M + m], rstd = p.rstd[g * p.M + m];
   Vector<T> plain{}, weighted{};
   for (Index c = 0; c < p.H; c += kWidth<T>) {
@@ -174,7 +172,7 @@ void backward_tangent_row(const OutputNormGradTangent<T>& p, Index m, T* row, T*
 }
 
 template <class T>
-void run(const OutputNorm<T>& p) {
+void compute(const OutputNorm<T>& p) {
 #pragma omp parallel for collapse(2) schedule(static) num_threads(p.threads)
   for (Index g = 0; g < p.G; ++g) {
     for (Index m = 0; m < p.M; ++m) forward_row(p, g, m);
@@ -182,10 +180,12 @@ void run(const OutputNorm<T>& p) {
 }
 
 template <class T>
-void run(const OutputNormTangent<T>& p) {
+void compute(const OutputNormTangent<T>& p) {
 #pragma omp parallel for schedule(static) num_threads(p.threads)
   for (Index m = 0; m < p.M; ++m) tangent_row(p, m);
 }
+
+Cost row_cost(Index rows, Index H, Index scratch = 0) { return {double(rows) * double(H) / 4, rows, 0, scratch}; }
 
 Index chunks_of(Index M) { return (M + kChunkRows - 1) / kChunkRows; }
 
@@ -203,7 +203,7 @@ void add_partials(const T* partial, Index chunks, Index size, Index stride, Inde
 }
 
 template <class T>
-void run(const OutputNormGradTangent<T>& p) {
+void compute(const OutputNormGradTangent<T>& p) {
   const Index stride = round_up(p.H, kWidth<T>), size = 6 * stride, chunks = chunks_of(p.M);
 #pragma omp parallel for schedule(static) num_threads(p.threads)
   for (Index chunk = 0; chunk < chunks; ++chunk) {
@@ -218,7 +218,7 @@ void run(const OutputNormGradTangent<T>& p) {
 }
 
 template <class T>
-void run(const OutputNormGrad<T>& p) {
+void compute(const OutputNormGrad<T>& p) {
   const Index stride = round_up(p.H, kWidth<T>), chunks = chunks_of(p.M);
 #pragma omp parallel for collapse(2) schedule(static) num_threads(p.threads)
   for (Index g = 0; g < p.G; ++g) {
@@ -238,22 +238,28 @@ void run(const OutputNormGrad<T>& p) {
   }
 }
 
+template <class T>
+Cost cost_of(const OutputNorm<T>& p) {
+  return row_cost(p.G * p.M, p.H);
+}
+template <class T>
+Cost cost_of(const OutputNormGrad<T>& p) {
+  return row_cost(p.G * p.M, p.H, p.G * chunks_of(p.M) * 4 * round_up(p.H, kWidth<T>));
+}
+template <class T>
+Cost cost_of(const OutputNormTangent<T>& p) {
+  return row_cost(p.M, p.H);
+}
+template <class T>
+Cost cost_of(const OutputNormGradTangent<T>& p) {
+  return row_cost(p.M, p.H, chunks_of(p.M) * 6 * round_up(p.H, kWidth<T>));
+}
+
 }  // namespace
 
-Index output_norm_scratch(Index G, Index M, Index H, bool is_double) {
-  const Index stride = is_double ? round_up(H, kWidth<double>) : round_up(H, kWidth<float>);
-  return G * chunks_of(M) * 4 * stride;
-}
-Index output_norm_tangent_scratch(Index M, Index H, bool is_double) {
-  return chunks_of(M) * 6 * (is_double ? round_up(H, kWidth<double>) : round_up(H, kWidth<float>));
-}
-void output_norm(const OutputNorm<float>& p) { run(p); }
-void output_norm(const OutputNorm<double>& p) { run(p); }
-void output_norm_grad(const OutputNormGrad<float>& p) { run(p); }
-void output_norm_grad(const OutputNormGrad<double>& p) { run(p); }
-void output_norm_tangent(const OutputNormTangent<float>& p) { run(p); }
-void output_norm_tangent(const OutputNormTangent<double>& p) { run(p); }
-void output_norm_grad_tangent(const OutputNormGradTangent<float>& p) { run(p); }
-void output_norm_grad_tangent(const OutputNormGradTangent<double>& p) { run(p); }
+SSM_FAST_DEFINE_REAL(OutputNorm)
+SSM_FAST_DEFINE_REAL(OutputNormGrad)
+SSM_FAST_DEFINE_REAL(OutputNormTangent)
+SSM_FAST_DEFINE_REAL(OutputNormGradTangent)
 
 }  // namespace ssm_fast::SSM_FAST_ISA

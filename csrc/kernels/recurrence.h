@@ -132,6 +132,12 @@ inline void multiply_columns(const T* const* u, const T* const* h, T* const* out
   }
 }
 
+// Group g of A [G, N, K].
+template <class T>
+inline void pack(const View<const T, 3>& A, Index g, Index K, Index N, T* W) {
+  pack(A.at(g), A.strides[1], A.strides[2], K, N, W);
+}
+
 // R rows, all N columns: out = h A^T + u.
 template <class T, int R, int kSums = kTileVectors>
 inline void multiply_rows(const T* const* u, const T* const* h, T* const* out, const T* W, Index K, Index N) {

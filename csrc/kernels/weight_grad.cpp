@@ -12,23 +12,24 @@ template <class T>
 inline const T* incoming(const WeightGrad<T>& p, Index g, Index b, Index t) {
   const Index gate = p.reverse ? t + 1 : t;
   if (p.reverse && gate == p.T_len) return nullptr;
-  if (p.reset && p.reset[g * p.reset_g + b * p.reset_b + gate * p.reset_t]) return nullptr;
-  if (p.reverse) return p.s + g * p.s_g + b * p.s_b + gate * p.s_t;
-  if (t > 0) return p.s + g * p.s_g + b * p.s_b + (t - 1) * p.s_t;
-  return p.s0 ? p.s0 + g * p.s0_g + b * p.s0_b : nullptr;
+  if (p.reset && *p.reset.at(g, b, gate)) return nullptr;
+  if (p.reverse) return p.s.at(g, b, gate);
+  if (t > 0) return p.s.at(g, b, t - 1);
+  return p.s0.at(g, b);
 }
 
 template <class T>
 void sum_chunk(const WeightGrad<T>& p, Index g, Index first, Index end, T* C, Index stride) {
   const T *x[kBlock], *h[kBlock];
   std::memset(C, 0, std::size_t(p.N * stride) * sizeof(T));
+  const bool time_major = p.s.strides[2] > p.s.strides[1];  // the order in which rows lie in memory
   Index rows = 0;
   for (Index row = first; row < end; ++row) {
-    const Index b = p.time_major ? row % p.B : row / p.T_len;
-    const Index t = p.time_major ? row / p.B : row % p.T_len;
+    const Index b = time_major ? row % p.B : row / p.T_len;
+    const Index t = time_major ? row / p.B : row % p.T_len;
     h[rows] = incoming(p, g, b, t);
     if (h[rows]) {
-      x[rows] = p.x + g * p.x_g + b * p.x_b + t * p.x_t;
+      x[rows] = p.x.at(g, b, t);
       ++rows;
     }
     if (rows == kBlock || row + 1 == end) {
@@ -39,7 +40,7 @@ void sum_chunk(const WeightGrad<T>& p, Index g, Index first, Index end, T* C, In
 }
 
 template <class T>
-void run(const WeightGrad<T>& p) {
+void compute(const WeightGrad<T>& p) {
   const Index stride = round_up(p.N, kWidth<T>);
   const Index chunks = chunks_of<T>(p.G, p.B * p.T_len, p.N, p.N);
   const Index rows = p.B * p.T_len;
@@ -53,13 +54,15 @@ void run(const WeightGrad<T>& p) {
   add_chunks(p.G, p.N, p.N, chunks, p.scratch, stride, p.grad, p.threads);
 }
 
+template <class T>
+Cost cost_of(const WeightGrad<T>& p) {
+  const Index rows = p.G * p.B * p.T_len;
+  return {double(rows) * double(p.N * p.N), rows, 0,
+          p.G * chunks_of<T>(p.G, p.B * p.T_len, p.N, p.N) * p.N * round_up(p.N, kWidth<T>)};
+}
+
 }  // namespace
 
-Index weight_grad_scratch(Index G, Index B, Index T_len, Index N, bool is_double) {
-  return is_double ? G * chunks_of<double>(G, B * T_len, N, N) * N * round_up(N, kWidth<double>)
-                   : G * chunks_of<float>(G, B * T_len, N, N) * N * round_up(N, kWidth<float>);
-}
-void weight_grad(const WeightGrad<float>& p) { run(p); }
-void weight_grad(const WeightGrad<double>& p) { run(p); }
+SSM_FAST_DEFINE_REAL(WeightGrad)
 
 }  // namespace ssm_fast::SSM_FAST_ISA

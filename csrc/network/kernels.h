@@ -1,10 +1,9 @@
-// The kernels on contiguous rows of one group, with threads and scratch memory of their own choice.
+// The kernels on contiguous rows of one group.
 #pragma once
 
 #include <cstdint>
-#include <memory>
 
-#include "../calls.h"
+#include "../launch.h"
 
 namespace ssm_fast {
 
@@ -19,7 +18,7 @@ class Kernels {
   void linear_grad(const T* grad, const T* y, const T* x, const T* W, T* grad_x, T* grad_W, T* grad_bias, Index M,
                    Index I, Index O);
   void linear_tangent(const T* x_t, const T* W_t, const T* bias_t, const T* x, const T* W, const T* y, const T* grad,
-                      T* y_t, T* turn, Index M, Index I, Index O);
+                      T* y_t, T* curvature, Index M, Index I, Index O);
   // dense_scan, or with `adjoint` its adjoint: in reverse, with the matrix transposed.
   void sweep(const T* u, const T* A, bool adjoint, const T* s0, const std::uint8_t* reset, T* s, Index B, Index T_len,
              Index N);
@@ -47,12 +46,9 @@ class Kernels {
   void output_norm_grad_tangent(const T* grad_y, const T* grad_y_t, const T* z, const T* z_t, const Norm& norm,
                                 const T* weight_t, const T* bias_t, T* grad_z_t, T* grad_weight_t, T* grad_bias_t,
                                 Index M, Index H);
-  // Room for as many elements, until the next call.
-  T* scratch(Index elements);
 
  private:
-  std::unique_ptr<void, AlignedDelete> memory_;
-  Index elements_ = 0;
+  Scratch scratch_;
 };
 
 extern template class Kernels<float>;

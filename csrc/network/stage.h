@@ -43,6 +43,15 @@ class Layout {
   Index used_ = 0;
 };
 
+// Calls place(layout) twice: to count what it takes, and to give out as much of `memory`.
+template <class T, class F>
+void lay_out(Scratch& memory, F place) {
+  Layout<T> counted;
+  place(counted);
+  Layout<T> layout(memory.get<T>(counted.used()));
+  place(layout);
+}
+
 constexpr int kAbsent = -1;  // the number of a parameter that a module does not have
 
 // What a call of a stage reads and writes. Every array is contiguous. Parameters are numbered as in

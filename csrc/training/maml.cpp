@@ -6,34 +6,21 @@
 namespace ssm_fast {
 namespace {
 
-constexpr Index kTileRows = 512;   // rows whose activations stay in a core's cache from stage to stage
-constexpr Index kTileScans = 6;    // sequences that a scan advances together: no tile has fewer
-constexpr Index kLoneRows = 8192;  // of a task that is alone and shared by all threads
-
-// An array that grows.
-template <class T>
-class Block {
- public:
-  T* of(Index elements) {
-    if (elements > elements_) {
-      memory_ = scratch_block<T>(elements);
-      elements_ = elements;
-    }
-    return static_cast<T*>(memory_.get());
-  }
-
- private:
-  std::unique_ptr<void, AlignedDelete> memory_;
-  Index elements_ = 0;
-};
+constexpr Index kTileRows = 512;     // rows whose activations stay in a core's cache from stage to stage
+constexpr Index kTileScans = 6;      // sequences that a scan advances together: no tile has fewer
+constexpr Index kSharedRows = 8192;  // of the only task, which all threads share
 
 // The gradient of the mean loss of examples at some weights, and the product of its Hessian with a direction.
 template <class T>
 class Differentiator {
  public:
   Differentiator(const Network<T>& network, const TaskGradients<T>& p)
-      : network_(network), P_(network.elements()), log_std_(p.log_std), alone_(p.G == 1), steps_(std::size_t(p.K)) {
-    T* next = vectors_.of(3 * P_ + 2 * network.outputs(0));
+      : network_(network),
+        P_(network.elements()),
+        log_std_(p.log_std),
+        is_only_task_(p.G == 1),
+        steps_(std::size_t(p.K)) {
+    T* next = vectors_.get<T>(3 * P_ + 2 * network.outputs(0));
     part_ = next, second_ = next + P_;
     precision_ = next + 2 * P_, scratch_ = precision_ + network.outputs(0);
     network_.split(part_, gradients_);
@@ -64,10 +51,8 @@ class Differentiator {
     clear({out, part_, second_});
     for_tiles(e, [&](std::size_t i, Index first, const Tile& tile) {
       const Activations<T>& a = kept_tile(step, i).activations;
-      Layout<T> counted;
-      network_.tangents(counted, tile);
-      Layout<T> layout(tangents_.of(counted.used()));
-      const Tangents<T> t = network_.tangents(layout, tile);
+      Tangents<T> t;
+      lay_out<T>(tangents_, [&](Layout<T>& layout) { t = network_.tangents(layout, tile); });
       Call<T> call = call_of(e, first, tile, direction_.data());
       network_.tangent(call, {e.s0, e.B, first}, a, t);
       const bool gaussian = e.actions && log_std_ >= 0;
@@ -82,7 +67,7 @@ class Differentiator {
 
  private:
   struct Kept {
-    Block<T> block;
+    Scratch memory;
     Activations<T> activations;
     Index B = 0, T_len = 0;
   };
@@ -95,16 +80,13 @@ class Differentiator {
 
   void fit(Kept& kept, const Tile& tile) {
     if (kept.B == tile.B && kept.T_len == tile.T_len) return;
-    Layout<T> counted;
-    network_.activations(counted, tile);
-    Layout<T> layout(kept.block.of(counted.used()));
-    kept.activations = network_.activations(layout, tile);
+    lay_out<T>(kept.memory, [&](Layout<T>& layout) { kept.activations = network_.activations(layout, tile); });
     kept.B = tile.B, kept.T_len = tile.T_len;
   }
 
   template <class F>
   void for_tiles(const Examples<T>& e, F f) {
-    const Index by_rows = (alone_ ? kLoneRows : kTileRows) / e.T_len;
+    const Index by_rows = (is_only_task_ ? kSharedRows : kTileRows) / e.T_len;
     const Index most = by_rows > kTileScans ? by_rows : kTileScans, tiles = (e.B + most - 1) / most;
     const Index of_tile = (e.B + tiles - 1) / tiles;
     std::size_t i = 0;
@@ -122,7 +104,7 @@ class Differentiator {
             gradients_.data(),
             direction,
             seconds_.data(),
-            work_.of(network_.work(tile))};
+            work_.get<T>(network_.work(tile))};
   }
 
   ExamplesLoss<T> loss(const Examples<T>& e, Index first, const Tile& tile) {
@@ -141,9 +123,9 @@ class Differentiator {
   const Network<T>& network_;
   const Index P_;
   const int log_std_;
-  const bool alone_;
+  const bool is_only_task_;
   Kernels<T> kernels_;
-  Block<T> vectors_, work_, tangents_;
+  Scratch vectors_, work_, tangents_;
   T *part_, *second_;        // [P]
   T *precision_, *scratch_;  // [O]
   std::vector<T*> weights_, gradients_, direction_, seconds_;
@@ -157,10 +139,10 @@ class Chain {
  public:
   Chain(const Network<T>& network, const TaskGradients<T>& p)
       : p_(p), P_(network.elements()), at_(network, p), steps_(std::size_t(p.K)) {
-    Layout<T> counted;
-    place(counted);
-    Layout<T> layout(block_.of(counted.used()));
-    place(layout);
+    lay_out<T>(memory_, [&](Layout<T>& layout) {
+      for (Step& step : steps_) step = {layout.array(P_), layout.array(P_)};
+      direction_ = layout.array(P_);
+    });
   }
 
   void run(Index g) {
@@ -195,11 +177,6 @@ class Chain {
     T *weights, *gradient;  // after it, and what it followed, [P]
   };
 
-  void place(Layout<T>& layout) {
-    for (Step& step : steps_) step = {layout.array(P_), layout.array(P_)};
-    direction_ = layout.array(P_);
-  }
-
   void add_outer(Index k, Index g, const T* weights, T* v) {
     const Examples<T>& e = p_.outer[k * p_.G + g];
     p_.outer_losses[k * p_.G + g] = e.x ? at_.gradient(e, weights, -1, direction_) : 0;
@@ -209,7 +186,7 @@ class Chain {
   const TaskGradients<T>& p_;
   const Index P_;
   Differentiator<T> at_;
-  Block<T> block_;
+  Scratch memory_;
   std::vector<Step> steps_;
   T* direction_ = nullptr;  // [P]
 };

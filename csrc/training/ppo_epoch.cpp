@@ -39,11 +39,7 @@ class Learner {
         labels_(rollout.labels ? std::size_t(sequences * rollout.L) : 0) {
     network.split(gradient, gradients_);
     const Tile tile{sequences, rollout.L, nullptr};
-    Layout<T> counted;
-    place(counted, tile);
-    memory_ = scratch_block<T>(counted.used());
-    Layout<T> layout(static_cast<T*>(memory_.get()));
-    place(layout, tile);
+    lay_out<T>(memory_, [&](Layout<T>& layout) { place(layout, tile); });
   }
 
   // Sets the gradient of everything to that of the part's share in the loss.
@@ -142,7 +138,7 @@ class Learner {
   std::vector<std::uint8_t> reset_;
   std::vector<std::int64_t> labels_;
   Kernels<T> kernels_;
-  std::unique_ptr<void, AlignedDelete> memory_;
+  Scratch memory_;
   T *x_, *actions_, *log_probs_, *old_values_, *returns_, *advantages_, *state_, *precision_, *scratch_, *work_;
   Activations<T> activations_;
 };
@@ -167,13 +163,13 @@ class Epoch {
     }
   }
 
-  Index run(const std::int64_t* order, Index count, Index minibatch, double* figures) {
+  Index run(const std::int64_t* order, Index count, Index minibatch, double* metrics) {
     steps_ = 0;
     if (parts_ == 1) {  // outside any region, or the kernels' own would be nested ones, which start threads anew
-      work(order, count, minibatch, figures);
+      work(order, count, minibatch, metrics);
     } else {
 #pragma omp parallel num_threads(parts_)
-      work(order, count, minibatch, figures);
+      work(order, count, minibatch, metrics);
     }
     if (error_) std::rethrow_exception(error_);
     return steps_;
@@ -181,13 +177,13 @@ class Epoch {
 
  private:
   // What one thread does. All of them come to the same decisions, from what they have together.
-  void work(const std::int64_t* order, Index count, Index minibatch, double* figures) {
+  void work(const std::int64_t* order, Index count, Index minibatch, double* metrics) {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const auto each_part = [&](auto function) {
       for (int part = thread; part < parts_; part += threads) function(part);
 #pragma omp barrier
     };
-    for (Index first = 0; first < count; first += minibatch, order += minibatch, figures += kFigures) {
+    for (Index first = 0; first < count; first += minibatch, order += minibatch, metrics += kMetrics) {
       const Index sequences = std::min(minibatch, count - first);
       const Whole whole = whole_of(order, sequences);
       // Where a part begins; the first is never empty.
@@ -203,12 +199,12 @@ class Epoch {
           if (begin(other) < begin(other + 1)) add_to(adam_.gradient + from, gradient_of(other) + from, elements);
         }
         squares_[std::size_t(part)] = SSM_FAST_CALL(squared_norm(adam_.gradient + from, elements));
-        if (part == 0) write_figures(whole.rows, figures);  // before the step changes log_std
+        if (part == 0) write_metrics(whole.rows, metrics);  // before the step changes log_std
       });
       double squares = 0;
       for (const double of_part : squares_) squares += of_part;
       const double norm = std::sqrt(squares);
-      if (thread == 0) figures[kFigures - 1] = norm;
+      if (thread == 0) metrics[kMetrics - 1] = norm;
       if (!std::isfinite(norm)) return;
       const Index step = adam_.steps + first / minibatch + 1;
       each_part([&](int part) { take_step(stretch(part), stretch(part + 1), norm, step); });
@@ -247,24 +243,24 @@ class Epoch {
   }
 
   // All but the norm.
-  void write_figures(Index rows, double* figures) const {
+  void write_metrics(Index rows, double* metrics) const {
     Sums total{};
     for (const Sums& part : sums_) {
       total.policy_loss += part.policy_loss, total.squares += part.squares;
       total.entropy += part.entropy, total.divergence += part.divergence, total.clips += part.clips;
     }
-    figures[0] = total.policy_loss / double(rows);
-    figures[1] = total.squares / double(rows);
-    figures[2] = total.entropy / double(rows);
-    figures[3] = total.divergence / double(rows);
-    figures[4] = double(total.clips) / double(rows);
+    metrics[0] = total.policy_loss / double(rows);
+    metrics[1] = total.squares / double(rows);
+    metrics[2] = total.entropy / double(rows);
+    metrics[3] = total.divergence / double(rows);
+    metrics[4] = double(total.clips) / double(rows);
   }
 
   // The step number `step` of some entries, along the gradient clipped to the largest norm.
   void take_step(Index from, Index to, double norm, Index step) const {
     Adam<T> p{};
     p.w = adam_.vector + from, p.m = adam_.m + from, p.v = adam_.v + from;
-    p.grad = adam_.gradient + from, p.pace = adam_.pace + from;
+    p.grad = adam_.gradient + from, p.rates = adam_.rates + from;
     p.P = to - from;
     p.scale = T(std::min(1.0, adam_.max_norm / (norm + 1e-6)));
     p.beta1 = T(adam_.beta1), p.beta2 = T(adam_.beta2), p.eps = T(adam_.eps);
@@ -300,9 +296,9 @@ class Epoch {
 
 template <class T>
 Index ppo_epoch(const Network<T>& network, int log_std, const RolloutSequences<T>& rollout, const std::int64_t* order,
-                Index count, Index minibatch, const PpoLoss& loss, const AdamState<T>& adam, double* figures) {
+                Index count, Index minibatch, const PpoLoss& loss, const AdamState<T>& adam, double* metrics) {
   Epoch<T> epoch(network, log_std, rollout, std::min(minibatch, count), loss, adam);
-  return epoch.run(order, count, minibatch, figures);
+  return epoch.run(order, count, minibatch, metrics);
 }
 
 template Index ppo_epoch(const Network<float>&, int, const RolloutSequences<float>&, const std::int64_t*, Index, Index,

@@ -27,7 +27,7 @@ from ssm_fast.ops import (
     norm_scan,
     output_norm,
 )
-from ssm_fast.ops.backend import Impl
+from ssm_fast.ops.dispatch import Impl
 
 OPS: tuple[Op, ...] = get_args(Op)
 _LARGEST_LOOP = 1 << 20  # elements of a scan; beyond, an eager loop only takes time

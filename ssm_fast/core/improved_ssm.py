@@ -18,7 +18,6 @@ from ssm_fast.nn.running_norm import RunningNorm
 from ssm_fast.nn.ssm_layer import (
     Norm,
     SSMLayer,
-    check_dtype,
     linear_layer,
     orthogonal_,
     run_layer,
@@ -36,6 +35,7 @@ from ssm_fast.nn.stages import (
     running_norm,
 )
 from ssm_fast.ops.output_norm import fused_output
+from ssm_fast.ops.validation import check_dtype
 
 NORM_EPS = 1e-5  # nn.LayerNorm's own
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from ssm_fast.checks import check_count
 from ssm_fast.nn.ssm_layer import (
     SPECTRAL_RADIUS,
-    check_dtype,
-    in_autocast,
     is_untouched,
     last_state,
     orthogonal_,
@@ -24,6 +22,7 @@ from ssm_fast.nn.ssm_layer import (
 from ssm_fast.nn.stages import NetworkStages, Stage, Unplanned, linear_stage, overrides
 from ssm_fast.ops import dense_scan
 from ssm_fast.ops.linear import linear
+from ssm_fast.ops.validation import check_dtype, in_autocast
 
 
 class OutputNetwork(nn.Sequential):

@@ -17,7 +17,7 @@ from ssm_fast.core.improved_ssm import (
     gaussian_log_prob,
 )
 from ssm_fast.native.step import PolicyStep, step_plan
-from ssm_fast.nn.ssm_layer import check_dtype
+from ssm_fast.ops.validation import check_dtype
 
 
 class TaskPolicies:

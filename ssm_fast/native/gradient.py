@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssm_fast.native.plan import Plan, Reason
 from ssm_fast.native.step import step_plan
-from ssm_fast.ops.backend import native_kernel
+from ssm_fast.ops.dispatch import native_kernel
 
 Loss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Sequence[Tensor]]]
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssm_fast._torch import has_global_hooks, has_gradient_hooks, is_plain, is_watched, registries
 from ssm_fast.nn.ssm_layer import is_untouched
 from ssm_fast.nn.stages import NetworkStages, Stage, Unplanned
-from ssm_fast.ops.backend import is_interpreting, native_kernel, needs_autograd
+from ssm_fast.ops.dispatch import is_interpreting, native_kernel, needs_autograd
 
 _DTYPES = (torch.float32, torch.float64)
 _ABSENT = -1

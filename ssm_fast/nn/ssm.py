@@ -16,12 +16,12 @@ from ssm_fast.nn.ssm_layer import (
     SPECTRAL_RADIUS,
     Norm,
     SSMLayer,
-    check_dtype,
     check_norm,
     is_called,
     run_layer,
     step_layer,
 )
+from ssm_fast.ops.validation import check_dtype
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

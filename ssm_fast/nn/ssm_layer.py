@@ -14,9 +14,11 @@ from ssm_fast._torch import is_hooked
 from ssm_fast.checks import check_count, is_replaced
 from ssm_fast.nn.stages import Stage, check_methods, layer_norm_parameters
 from ssm_fast.ops import dense_scan, norm_scan
-from ssm_fast.ops.backend import needs_autograd, normalised
+from ssm_fast.ops.dispatch import needs_autograd
+from ssm_fast.ops.layer_norm import normalised
 from ssm_fast.ops.linear import linear
 from ssm_fast.ops.output_norm import fused_output
+from ssm_fast.ops.validation import check_dtype, in_autocast
 
 Norm = Literal["output", "state"]
 
@@ -436,12 +438,6 @@ def step_layer(layer: SSMLayer, x: Tensor, s: Tensor | None) -> tuple[Tensor, Te
     return y.squeeze(1), s
 
 
-def in_autocast(x: Tensor) -> bool:
-    """Whether autocast chooses the dtypes of operations on a tensor."""
-    kind = x.device.type
-    return kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
-
-
 def last_state(s: Tensor, s0: Tensor | None) -> Tensor:
     """The state after a sequence of states ``[B, T, N]``: ``s0`` where ``T`` is 0."""
     if s.shape[1] > 0:
@@ -478,14 +474,3 @@ def check_radius(spectral_radius: float) -> float:
     if not 0.0 <= spectral_radius < 1.0:
         raise ValueError(f"spectral_radius must be in [0, 1), got {spectral_radius}")
     return float(spectral_radius)
-
-
-def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
-    """Raise unless ``x`` has the dtype of the parameters, or autocast chooses the dtypes."""
-    if x.dtype != weight.dtype and not (
-        x.dtype in (torch.float16, torch.bfloat16) and in_autocast(x)
-    ):
-        raise TypeError(
-            f"{name} must have the parameters' dtype {weight.dtype}, got {x.dtype}: convert it, or use "
-            "torch.autocast"
-        )

@@ -8,22 +8,9 @@ import torch
 from torch import Tensor
 
 from ssm_fast._torch import direct_apply
-from ssm_fast.ops.backend import (
-    LIBRARY,
-    Impl,
-    check_dtype,
-    check_reset,
-    check_shape,
-    check_tensors,
-    choose,
-    cpu_kernel,
-    empty_states,
-    fold,
-    last_contiguous,
-    native_kernel,
-    needs_autograd,
-    promoted,
-)
+from ssm_fast.ops.dispatch import LIBRARY, Impl, choose, cpu_kernel, native_kernel, needs_autograd
+from ssm_fast.ops.layout import empty_states, fold, last_contiguous
+from ssm_fast.ops.validation import check_dtypes, check_reset, check_shape, check_tensors, promoted
 from ssm_fast.ops.weight_grad import incoming, weight_grad
 
 
@@ -59,20 +46,7 @@ def _op(u: Tensor, A: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: 
         return s
     u = last_contiguous(u)
     s0 = None if s0 is None else last_contiguous(s0)
-    native_kernel("dense_scan", u.dtype)(
-        u.data_ptr(),
-        u.stride()[:3],
-        A.data_ptr(),
-        A.stride(),
-        0 if s0 is None else s0.data_ptr(),
-        (0, 0) if s0 is None else s0.stride()[:2],
-        0 if reset is None else reset.data_ptr(),
-        (0, 0, 0) if reset is None else reset.stride(),
-        s.data_ptr(),
-        s.stride()[:3],
-        u.shape,
-        reverse,
-    )
+    native_kernel("dense_scan", u.dtype)(u, A, s0, reset, s, u.shape, reverse)
     return s
 
 
@@ -209,7 +183,7 @@ def dense_scan(
     if u.dim() not in (3, 4):
         raise ValueError(f"u must have shape [B, T, N] or [G, B, T, N], got {list(u.shape)}")
     chosen = choose("dense_scan", impl, u.device)
-    check_dtype("dense_scan", {"u": u, "A": A, "s0": s0})
+    check_dtypes("dense_scan", {"u": u, "A": A, "s0": s0})
     grouped = u.dim() == 4
     *G, B, T, N = u.shape
     group, g = ("G, ", G) if grouped else ("", [])

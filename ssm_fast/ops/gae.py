@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssm_fast.ops.backend import (
-    LIBRARY,
-    Impl,
-    check_dtype,
-    check_shape,
-    check_tensors,
-    choose,
-    cpu_kernel,
-    native_kernel,
-)
+from ssm_fast.ops.dispatch import LIBRARY, Impl, choose, cpu_kernel, native_kernel
+from ssm_fast.ops.validation import check_dtypes, check_shape, check_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,9 +96,7 @@ def _run(op: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], *discount
         tensors = [x.transpose(0, 2) for x in tensors]
     tensors = [x.contiguous() for x in tensors]
     if tensors[0].numel():
-        native_kernel(op, tensors[0].dtype)(
-            *(x.data_ptr() for x in tensors), tensors[0].shape, *discounts
-        )
+        native_kernel(op, tensors[0].dtype)(*tensors, tensors[0].shape, *discounts)
 
 
 def _time_major(rewards: Tensor) -> bool:
@@ -130,7 +120,7 @@ def _validate(
 ) -> Callable[[Tensor], Tensor]:
     """Check the arguments of one op; return what brings each tensor to [M, T, C]."""
     check_tensors(**reals, **flags)
-    check_dtype(op, reals)
+    check_dtypes(op, reals)
     rewards = reals["rewards"]
     if not -rewards.dim() <= dim < rewards.dim():
         raise ValueError(f"dim must be a dimension of rewards, {list(rewards.shape)}, got {dim}")

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from ssm_fast._torch import direct_apply
-from ssm_fast.ops.backend import (
+from ssm_fast.ops.dispatch import (
     LIBRARY,
     cpu_kernel,
-    fold,
-    last_contiguous,
     native_kernel,
     needs_autograd,
     needs_reference,
-    promoted,
-    row_address,
 )
+from ssm_fast.ops.layout import fold, last_contiguous
+from ssm_fast.ops.validation import promoted
 
 
 def reference(
@@ -71,8 +69,8 @@ def composed_tangent(
         z_t = z_t + x @ weight_t.mT
     if bias_t is not None:
         z_t = z_t + bias_t.unsqueeze(1)
-    turn = x.new_empty(0) if grad is None or y is None else -2 * y * grad * z_t
-    return through_tanh(z_t, y), turn
+    curvature = x.new_empty(0) if grad is None or y is None else -2 * y * grad * z_t
+    return through_tanh(z_t, y), curvature
 
 
 # x is [G, M, I], weight [G, O, I], bias [G, O] and add [G, M, O], without a bias or tanh. y, if given, is
@@ -96,15 +94,7 @@ for _op, _composed in (
     torch.library.register_fake(f"ssm_fast::{_op}", _composed)
 
 
-def _matrices(x: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    return (0, (0, 0, 0)) if x is None else (x.data_ptr(), x.stride())
-
-
-def _biases(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
-
-
-def _side_by_side(x: Tensor | None) -> Tensor | None:
+def _last_contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else last_contiguous(x)
 
 
@@ -117,16 +107,8 @@ def run_linear(
     y = x.new_empty(G, M, weight.shape[1])
     if y.numel() == 0 or I == 0:
         return reference(x, weight, bias, add, tanh)
-    x, bias, add = last_contiguous(x), _side_by_side(bias), _side_by_side(add)
-    native_kernel("linear", x.dtype)(
-        *row_address(x),
-        *_matrices(weight),
-        *_biases(bias),
-        *row_address(add),
-        y.data_ptr(),
-        (*x.shape, y.shape[2]),
-        tanh,
-    )
+    x, bias, add = last_contiguous(x), _last_contiguous(bias), _last_contiguous(add)
+    native_kernel("linear", x.dtype)(x, weight, bias, add, y, (*x.shape, y.shape[2]), tanh)
     return y
 
 
@@ -146,16 +128,9 @@ def run_linear_grad(
     grad_x = x.new_empty(x.shape if for_x else (0,))
     grad_weight = x.new_empty(weight.shape if for_weight else (0,))
     grad_bias = x.new_empty(weight.shape[:2] if for_bias else (0,))
-    grad, y, x = last_contiguous(grad), _side_by_side(y), last_contiguous(x)
+    grad, y, x = last_contiguous(grad), _last_contiguous(y), last_contiguous(x)
     native_kernel("linear_grad", x.dtype)(
-        *row_address(grad),
-        *row_address(y),
-        *row_address(x),
-        *_matrices(weight),
-        grad_x.data_ptr(),  # 0 where nothing is wanted
-        grad_weight.data_ptr(),
-        grad_bias.data_ptr(),
-        (*x.shape, weight.shape[1]),
+        grad, y, x, weight, grad_x, grad_weight, grad_bias, (*x.shape, weight.shape[1])
     )
     return grad_x, grad_weight, grad_bias
 
@@ -170,30 +145,21 @@ def run_linear_tangent(
     y: Tensor | None,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The tangent of ``y`` by those of the arguments; with ``grad``, a gradient of y, how it turns.
+    """The tangent of ``y`` by those of the arguments; with ``grad``, a gradient of y, a curvature term.
 
     Internal. The second result is the derivative of ``grad (1 - y²)`` by y, times the tangent before
     the tanh.
     """
-    shape, turns = (*x.shape[:-1], weight.shape[1]), grad is not None and y is not None
-    y_t, turn = x.new_empty(shape), x.new_empty(shape if turns else (0,))
+    shape, wants_curvature = (*x.shape[:-1], weight.shape[1]), grad is not None and y is not None
+    y_t, curvature = x.new_empty(shape), x.new_empty(shape if wants_curvature else (0,))
     if y_t.numel() == 0 or x.numel() == 0:
         return composed_tangent(x, weight, x_t, weight_t, bias_t, y, grad)
-    x, y, grad = last_contiguous(x), _side_by_side(y), _side_by_side(grad)
-    x_t, bias_t = _side_by_side(x_t), _side_by_side(bias_t)
+    x, y, grad = last_contiguous(x), _last_contiguous(y), _last_contiguous(grad)
+    x_t, bias_t = _last_contiguous(x_t), _last_contiguous(bias_t)
     native_kernel("linear_tangent", x.dtype)(
-        *row_address(x_t),
-        *_matrices(weight_t),
-        *_biases(bias_t),
-        *row_address(x),
-        *_matrices(weight),
-        *row_address(y),
-        *row_address(grad),
-        y_t.data_ptr(),
-        turn.data_ptr(),
-        (*x.shape, shape[2]),
+        x_t, weight_t, bias_t, x, weight, y, grad, y_t, curvature, (*x.shape, shape[2])
     )
-    return y_t, turn
+    return y_t, curvature
 
 
 def _folded(
@@ -284,7 +250,7 @@ class LinearGrad(torch.autograd.Function):
         again = needs_autograd(*tensors)  # a third time: by torch's own formulas
         tangent = composed_tangent if again else run_linear_tangent
         gradients = composed_gradients if again else run_linear_grad
-        grad_of_grad, turn = tangent(x, weight, u, V, v, y, None if y is None else grad)
+        grad_of_grad, curvature = tangent(x, weight, u, V, v, y, None if y is None else grad)
         grad_x = grad_weight = None
         if for_x or for_weight:
             rows = x if u is None else u
@@ -292,7 +258,7 @@ class LinearGrad(torch.autograd.Function):
             grad_x, grad_weight, _ = gradients(grad, y, rows, matrix, for_x, for_weight, False)
         return (
             grad_of_grad if for_grad else None,
-            turn if for_y else None,
+            curvature if for_y else None,
             grad_x if for_x else None,
             grad_weight if for_weight else None,
             *(None,) * 3,

@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 
 from ssm_fast._torch import direct_apply
-from ssm_fast.ops.backend import (
-    LIBRARY,
-    Impl,
-    check_dtype,
-    check_shape,
-    check_tensors,
-    choose,
-    cpu_kernel,
-    native_kernel,
-    needs_autograd,
-    promoted,
-)
+from ssm_fast.ops.dispatch import LIBRARY, Impl, choose, cpu_kernel, native_kernel, needs_autograd
+from ssm_fast.ops.validation import check_dtypes, check_shape, check_tensors, promoted
 
 
 def reference(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool) -> Tensor:
@@ -63,19 +53,7 @@ def _op(a: Tensor, b: Tensor, h0: Tensor | None, reverse: bool, shift: bool) -> 
         b = torch.empty_like(h).copy_(b)
     if a.stride(side_by_side) > 1:
         a = torch.empty_like(h).copy_(a)
-    native_kernel("linear_scan", b.dtype)(
-        a.data_ptr(),
-        a.stride(),
-        b.data_ptr(),
-        b.stride(),
-        0 if h0 is None else h0.data_ptr(),
-        (0, 0) if h0 is None else h0.stride(),
-        h.data_ptr(),
-        h.stride(),
-        h.shape,
-        reverse,
-        shift,
-    )
+    native_kernel("linear_scan", b.dtype)(a, b, h0, h, h.shape, reverse, shift)
     return h
 
 
@@ -208,7 +186,7 @@ def linear_scan(
     check_tensors(a=a, b=b, h0=h0)
     a, b, h0 = promoted(a, b, h0)
     chosen = choose("linear_scan", impl, b.device)
-    check_dtype("linear_scan", {"b": b, "a": a, "h0": h0}, complex_too=True)
+    check_dtypes("linear_scan", {"b": b, "a": a, "h0": h0}, complex_too=True)
     if not -b.dim() <= dim < b.dim():
         raise ValueError(f"dim must be a dimension of b, {list(b.shape)}, got {dim}")
     dim %= b.dim()

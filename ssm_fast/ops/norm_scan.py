@@ -9,24 +9,10 @@ from torch import Tensor
 
 from ssm_fast._native import Sweep
 from ssm_fast._torch import direct_apply
-from ssm_fast.ops.backend import (
-    LIBRARY,
-    Impl,
-    check_dtype,
-    check_reset,
-    check_shape,
-    check_tensors,
-    choose,
-    cpu_kernel,
-    empty_states,
-    fold,
-    last_contiguous,
-    native_kernel,
-    needs_autograd,
-    normalised,
-    project_norm,
-    promoted,
-)
+from ssm_fast.ops.dispatch import LIBRARY, Impl, choose, cpu_kernel, native_kernel, needs_autograd
+from ssm_fast.ops.layer_norm import normalised, project_norm
+from ssm_fast.ops.layout import empty_states, fold, last_contiguous
+from ssm_fast.ops.validation import check_dtypes, check_reset, check_shape, check_tensors, promoted
 from ssm_fast.ops.weight_grad import incoming, weight_grad
 
 
@@ -133,31 +119,7 @@ def _sweep(
     weight = last_contiguous(weight)
     bias = None if bias is None else last_contiguous(bias)
     native_kernel("norm_scan", u.dtype)(
-        sweep,
-        u.data_ptr(),
-        u.stride()[:3],
-        0 if c is None else c.data_ptr(),
-        (0, 0, 0) if c is None else c.stride()[:3],
-        A.data_ptr(),
-        A.stride(),
-        weight.data_ptr(),
-        weight.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else bias.stride(0),
-        0 if n is None else n.data_ptr(),
-        (0, 0, 0) if n is None else n.stride()[:3],
-        0 if rstd is None else rstd.data_ptr(),
-        0 if s0 is None else s0.data_ptr(),
-        (0, 0) if s0 is None else s0.stride()[:2],
-        0 if reset is None else reset.data_ptr(),
-        (0, 0, 0) if reset is None else reset.stride(),
-        s.data_ptr(),
-        0 if x is None else x.data_ptr(),
-        s.stride()[:3],
-        u.shape,
-        eps,
-        0 if grad_weight is None else grad_weight.data_ptr(),
-        0 if grad_bias is None else grad_bias.data_ptr(),
+        sweep, u, c, A, weight, bias, n, rstd, s0, reset, s, x, u.shape, eps, grad_weight, grad_bias
     )
 
 
@@ -578,7 +540,7 @@ def norm_scan(
     if u.dim() not in (3, 4):
         raise ValueError(f"u must have shape [B, T, N] or [G, B, T, N], got {list(u.shape)}")
     chosen = choose("norm_scan", impl, u.device)
-    check_dtype("norm_scan", {"u": u, "A": A, "weight": weight, "bias": bias, "s0": s0})
+    check_dtypes("norm_scan", {"u": u, "A": A, "weight": weight, "bias": bias, "s0": s0})
     if not eps > 0:
         raise ValueError(f"eps must be positive, got {eps}")
     grouped = u.dim() == 4

@@ -8,23 +8,18 @@ import torch
 from torch import Tensor
 
 from ssm_fast._torch import direct_apply
-from ssm_fast.ops.backend import (
+from ssm_fast.ops.dispatch import (
     LIBRARY,
     Impl,
-    check_dtype,
-    check_shape,
-    check_tensors,
     choose,
     cpu_kernel,
-    last_contiguous,
     native_kernel,
     needs_autograd,
     needs_reference,
-    normalised,
-    project_norm,
-    promoted,
-    row_address,
 )
+from ssm_fast.ops.layer_norm import normalised, project_norm
+from ssm_fast.ops.layout import last_contiguous
+from ssm_fast.ops.validation import check_dtypes, check_shape, check_tensors, promoted
 
 
 def reference(
@@ -103,10 +98,6 @@ def _(
     return z.new_empty(z.shape), z.new_empty(weights), z.new_empty(weights)
 
 
-def _weights(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0) if x.dim() == 2 else 0)
-
-
 def _grouped(x: Tensor | None, weight: Tensor | None) -> Tensor | None:
     """``x`` as [G, M, H] with its last dimension contiguous."""
     if x is None:
@@ -152,13 +143,13 @@ def run_output_norm(
     weight = None if weight is None else last_contiguous(weight)
     bias = None if bias is None else last_contiguous(bias)
     native_kernel("output_norm", z.dtype)(
-        *row_address(rows),
-        *_weights(weight),
-        *_weights(bias),
-        *row_address(added),
-        y.data_ptr(),
-        mean.data_ptr(),  # 0 where nothing is saved
-        rstd.data_ptr(),
+        rows,
+        weight,
+        bias,
+        added,
+        y,
+        mean,
+        rstd,
         rows.shape,
         eps,
         tanh,
@@ -184,22 +175,19 @@ def run_output_norm_grad(
         return grad_z, grad_weight.zero_(), grad_bias.zero_()
     grads, rows = _grouped(grad, weight), _grouped(z, weight)
     assert rows is not None
+    mean, rstd = mean.contiguous(), rstd.contiguous()  # hooks on saved tensors may change them
     weight = None if weight is None else last_contiguous(weight)
     bias = None if bias is None else last_contiguous(bias)
-    mean, rstd = (
-        mean.contiguous(),
-        rstd.contiguous(),
-    )  # as hooks on saved tensors may not leave them
     native_kernel("output_norm_grad", z.dtype)(
-        *row_address(grads),
-        *row_address(rows),
-        *_weights(weight),
-        *_weights(bias),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        grad_z.data_ptr(),
-        grad_weight.data_ptr(),
-        grad_bias.data_ptr(),
+        grads,
+        rows,
+        weight,
+        bias,
+        mean,
+        rstd,
+        grad_z,
+        grad_weight,
+        grad_bias,
         rows.shape,
         tanh,
     )
@@ -360,7 +348,7 @@ def output_norm(
     z, weight, bias, residual = promoted(z, weight, bias, residual)
     tensors = {"z": z, "weight": weight, "bias": bias, "residual": residual}
     chosen = choose("output_norm", impl, z.device)
-    check_dtype("output_norm", tensors)
+    check_dtypes("output_norm", tensors)
     if z.dim() < 1:
         raise ValueError(f"z must have shape [..., H], got {list(z.shape)}")
     if (weight is None) != (bias is None):

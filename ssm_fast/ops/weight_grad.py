@@ -8,14 +8,8 @@ import torch
 from torch import Tensor
 
 from ssm_fast._torch import direct_apply
-from ssm_fast.ops.backend import (
-    LIBRARY,
-    cpu_kernel,
-    fold,
-    last_contiguous,
-    native_kernel,
-    needs_autograd,
-)
+from ssm_fast.ops.dispatch import LIBRARY, cpu_kernel, native_kernel, needs_autograd
+from ssm_fast.ops.layout import fold, last_contiguous
 from ssm_fast.ops.linear import grouped_linear
 
 
@@ -60,19 +54,7 @@ def _op(x: Tensor, s: Tensor, s0: Tensor | None, reset: Tensor | None, reverse: 
     grad = x.new_empty(G, N, N)
     x, s = last_contiguous(x), last_contiguous(s)
     s0 = None if s0 is None else last_contiguous(s0)
-    native_kernel("weight_grad", x.dtype)(
-        x.data_ptr(),
-        x.stride()[:3],
-        s.data_ptr(),
-        s.stride()[:3],
-        0 if s0 is None else s0.data_ptr(),
-        (0, 0) if s0 is None else s0.stride()[:2],
-        0 if reset is None else reset.data_ptr(),
-        (0, 0, 0) if reset is None else reset.stride(),
-        grad.data_ptr(),
-        x.shape,
-        reverse,
-    )
+    native_kernel("weight_grad", x.dtype)(x, s, s0, reset, grad, x.shape, reverse)
     return grad
 
 

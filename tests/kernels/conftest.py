@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from ssm_fast.ops import backend as ops_backend
+from ssm_fast.ops import dispatch
 
 OPS = ("dense_scan", "norm_scan", "linear_scan", "output_norm", "gae")
 
@@ -19,7 +19,7 @@ def device():
     if torch.cuda.is_available():
         yield torch.device("cuda")
         return
-    with ops_backend.interpreter():
+    with dispatch.interpreter():
         yield torch.device("cpu")
 
 
@@ -28,7 +28,7 @@ def backend(request, monkeypatch):
     """A device for each backend in turn, on which the ops run through it."""
     if request.param == "triton":
         return request.getfixturevalue("device")
-    assert not ops_backend._interpreting
+    assert not dispatch._interpreting
     if request.param == "native":
         return torch.device("cpu")
     for op in OPS:

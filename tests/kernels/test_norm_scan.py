@@ -68,7 +68,7 @@ def sweeps(arguments, second):
 @pytest.mark.parametrize("product", ["sum", "stream", "ieee"])
 @pytest.mark.parametrize(("B", "T", "N"), [(1, 1, 2), (3, 2, 9), (5, 4, 33)])
 def test_sweeps_equal_native(canaries, device, monkeypatch, product, B, T, N):
-    from ssm_fast.ops import backend
+    from ssm_fast.ops import dispatch
 
     monkeypatch.setattr(
         kernels, "plan", lambda *_: Plan(64, 16 if product == "ieee" else 2, product, 4)
@@ -77,7 +77,7 @@ def test_sweeps_equal_native(canaries, device, monkeypatch, product, B, T, N):
     second = torch.randn(B, T, N, dtype=torch.float64)
     actual = sweeps([x.to(device) for x in arguments], second.to(device))
     with monkeypatch.context() as native:
-        native.setattr(backend, "_interpreting", False)
+        native.setattr(dispatch, "_interpreting", False)
         expected = sweeps(arguments, second)
     for name, outputs in expected.items():
         for x, y in zip(actual[name], outputs, strict=True):

@@ -132,6 +132,13 @@ class Tensor {
 
   T* data() const { return memory_ ? reinterpret_cast<T*>(memory_->data()) : nullptr; }
   Index stride(std::size_t dim) const { return memory_ ? strides_[dim] : 0; }
+
+  template <class U, std::size_t N>
+  operator View<U, N>() const {
+    View<U, N> view{data(), {}};
+    for (std::size_t i = 0; i < N; ++i) view.strides[i] = stride(i);
+    return view;
+  }
   std::vector<char> bytes() const { return memory_ ? memory_->copy() : std::vector<char>{}; }
 
   void poison() const {
@@ -227,14 +234,18 @@ void check(Random& random, Index most_threads, Kernel kernel, const std::tuple<I
   }
 }
 
-// Scratch memory as the bindings allocate it, with content that changes from call to call.
-template <class T>
-T* fresh_scratch(Random& random, Index elements, std::unique_ptr<Memory>& memory) {
-  const std::size_t bytes = std::size_t(elements) * sizeof(T);
-  memory = std::make_unique<Memory>(random, bytes, 64);
-  T* const scratch = reinterpret_cast<T*>(memory->data());
-  std::fill_n(scratch, elements, random.chance(0.5) ? std::numeric_limits<T>::quiet_NaN() : T(1));
-  return scratch;
+// Calls a kernel as `launch` does, with scratch memory whose content changes from call to call.
+template <class K, template <class> class Op, class T>
+void run(Random& random, Op<T> p, int threads) {
+  p.threads = threads;
+  const Cost cost = K::cost(p);
+  const Index elements = cost.per_thread * threads + cost.shared;
+  const Memory memory(random, std::size_t(elements) * sizeof(T), 64);
+  p.scratch = reinterpret_cast<T*>(memory.data());
+  if constexpr (std::is_floating_point_v<T>) {
+    std::fill_n(p.scratch, elements, random.chance(0.5) ? std::numeric_limits<T>::quiet_NaN() : T(1));
+  }
+  K::run(p);
 }
 
 struct Sizes {
@@ -260,20 +271,8 @@ void exercise_dense_scan(Random& random) {
   const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), sizes.rows(), 1);
   const Tensor<T> s(random, kOutput<T>, sizes.rows(), N);
   A.scale(random.chance(0.9) ? 0.9 / double(N) : 1e3);  // states that grow without bound are legal, too
-  DenseScan<T> p{};
-  p.u = u.data(), p.u_g = u.stride(0), p.u_b = u.stride(1), p.u_t = u.stride(2);
-  p.A = A.data(), p.A_g = A.stride(0), p.A_row = A.stride(1), p.A_col = A.stride(2);
-  p.s0 = s0.data(), p.s0_g = s0.stride(0), p.s0_b = s0.stride(1);
-  p.reset = reset.data(), p.reset_g = reset.stride(0), p.reset_b = reset.stride(1), p.reset_t = reset.stride(2);
-  p.s = s.data(), p.s_g = s.stride(0), p.s_b = s.stride(1), p.s_t = s.stride(2);
-  p.G = G, p.B = B, p.T_len = T_len, p.N = N;
-  p.reverse = random.chance(0.5);
-  const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory;
-    p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::dense_scan_scratch(G, B, T_len, N, threads, sizeof(T) == 8), memory);
-    K::dense_scan(p);
-  };
+  const DenseScan<T> p{{}, u, A, s0, reset, s, G, B, T_len, N, random.chance(0.5)};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, G * B, kernel, std::tie(u, A, s0, reset), std::tie(s));
 }
 
@@ -295,36 +294,34 @@ void exercise_norm_scan(Random& random) {
   const Tensor<T> s0(random, sweep == Sweep::adjoint ? none : sometimes<T>(random), {G, B}, N);
   const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), sizes.rows(), 1);
   const Tensor<T> s(random, kOutput<T>, sizes.rows(), N);
-  const std::vector<Index> s_strides{s.stride(0), s.stride(1), s.stride(2)};  // x shares them
-  const bool sums = sweep == Sweep::adjoint && random.chance(0.5);            // gradients of weight and bias, then no x
-  const Tensor<T> x(random, forward || sums ? none : kOutput<T>, sizes.rows(), N, s_strides);
+  const bool sums = sweep == Sweep::adjoint && random.chance(0.5);  // gradients of weight and bias, then no x
+  const Tensor<T> x(random, forward || sums ? none : kOutput<T>, sizes.rows(), N);
   const std::vector<Index> dense{N};
   const Tensor<T> weight_grad(random, sums ? kOutput<T> : none, {G}, N, dense);
   const Tensor<T> bias_grad(random, sums ? kOutput<T> : none, {G}, N, dense);
   A.scale(0.9 / double(N));
   if (!forward) rstd.scale(0.3);
-  NormScan<T> p{};
-  p.u = u.data(), p.u_g = u.stride(0), p.u_b = u.stride(1), p.u_t = u.stride(2);
-  p.c = c.data(), p.c_g = c.stride(0), p.c_b = c.stride(1), p.c_t = c.stride(2);
-  p.A = A.data(), p.A_g = A.stride(0), p.A_row = A.stride(1), p.A_col = A.stride(2);
-  p.weight = weight.data(), p.weight_g = weight.stride(0);
-  p.bias = bias.data(), p.bias_g = bias.stride(0);
-  p.n = n.data(), p.n_g = n.stride(0), p.n_b = n.stride(1), p.n_t = n.stride(2);
-  p.rstd = rstd.data();
-  p.s0 = s0.data(), p.s0_g = s0.stride(0), p.s0_b = s0.stride(1);
-  p.reset = reset.data(), p.reset_g = reset.stride(0), p.reset_b = reset.stride(1), p.reset_t = reset.stride(2);
-  p.s = s.data(), p.x = x.data(), p.s_g = s.stride(0), p.s_b = s.stride(1), p.s_t = s.stride(2);
-  p.G = G, p.B = B, p.T_len = T_len, p.N = N;
-  p.eps = T(1e-5);
-  p.sweep = sweep;
-  p.weight_grad = weight_grad.data(), p.bias_grad = bias_grad.data();
-  const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory, rows;
-    p.threads = threads;
-    if (sums) p.sums = fresh_scratch<T>(random, K::norm_scan_sums(G, B, N, sizeof(T) == 8), rows);
-    p.scratch = fresh_scratch<T>(random, K::norm_scan_scratch(N, sizeof(T) == 8) * threads, memory);
-    K::norm_scan(p);
-  };
+  const NormScan<T> p{{},
+                      u,
+                      c,
+                      A,
+                      weight,
+                      bias,
+                      n,
+                      rstd.data(),
+                      s0,
+                      reset,
+                      s,
+                      x,
+                      G,
+                      B,
+                      T_len,
+                      N,
+                      T(1e-5),
+                      sweep,
+                      weight_grad.data(),
+                      bias_grad.data()};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   if (forward) {
     check(random, G * B, kernel, std::tie(u, A, weight, bias, s0, reset), std::tie(s, n, rstd));
   } else {
@@ -341,21 +338,8 @@ void exercise_weight_grad(Random& random) {
   const Tensor<T> s0(random, sometimes<T>(random), {G, B}, N);
   const Tensor<std::uint8_t> reset(random, sometimes<std::uint8_t>(random), sizes.rows(), 1);
   const Tensor<T> grad(random, kOutput<T>, {G, N}, N, {N * N, N});
-  WeightGrad<T> p{};
-  p.x = x.data(), p.x_g = x.stride(0), p.x_b = x.stride(1), p.x_t = x.stride(2);
-  p.s = s.data(), p.s_g = s.stride(0), p.s_b = s.stride(1), p.s_t = s.stride(2);
-  p.s0 = s0.data(), p.s0_g = s0.stride(0), p.s0_b = s0.stride(1);
-  p.reset = reset.data(), p.reset_g = reset.stride(0), p.reset_b = reset.stride(1), p.reset_t = reset.stride(2);
-  p.grad = grad.data();
-  p.G = G, p.B = B, p.T_len = T_len, p.N = N;
-  p.reverse = random.chance(0.5);
-  p.time_major = random.chance(0.5);
-  const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory;
-    p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::weight_grad_scratch(G, B, T_len, N, sizeof(T) == 8), memory);
-    K::weight_grad(p);
-  };
+  const WeightGrad<T> p{{}, x, s, s0, reset, grad.data(), G, B, T_len, N, random.chance(0.5)};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, G * B * T_len, kernel, std::tie(x, s, s0, reset), std::tie(grad));
 }
 
@@ -384,6 +368,8 @@ struct Scanned {
     strides[axis] = broadcast ? 0 : 1;
     for (const std::size_t i : {std::size_t(0), std::size_t(1)}) strides[(axis + 1 + i) % 3] = tensor.stride(i);
   }
+  View<const T, 3> input() const { return {tensor.data(), {strides[0], strides[1], strides[2]}}; }
+  View<T, 3> view() const { return {tensor.data(), {strides[0], strides[1], strides[2]}}; }
 };
 
 template <class K, class T>
@@ -396,18 +382,8 @@ void exercise_linear_scan(Random& random) {
   const Scanned<T> a(random, kInput<T>, sizes, axis, random.chance(0.3)), b(random, kInput<T>, sizes, axis, false);
   const Scanned<T> h(random, kOutput<T>, sizes, axis, false);
   const Tensor<T> h0(random, sometimes<T>(random), {M, C}, 1);
-  LinearScan<T> p{};
-  p.a = a.tensor.data(), std::tie(p.a_m, p.a_t, p.a_c) = std::tuple_cat(a.strides);
-  p.b = b.tensor.data(), std::tie(p.b_m, p.b_t, p.b_c) = std::tuple_cat(b.strides);
-  p.h = h.tensor.data(), std::tie(p.h_m, p.h_t, p.h_c) = std::tuple_cat(h.strides);
-  p.h0 = h0.data(), p.h0_m = h0.stride(0), p.h0_c = h0.stride(1);
-  p.M = M, p.T_len = T_len, p.C = C;
-  p.reverse = random.chance(0.5);
-  p.shift = random.chance(0.5);
-  const auto kernel = [&](int threads) {
-    p.threads = threads;
-    K::linear_scan(p);
-  };
+  const LinearScan<T> p{{}, a.input(), b.input(), h0, h.view(), M, T_len, C, random.chance(0.5), random.chance(0.5)};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, M * C, kernel, std::tie(a.tensor, b.tensor, h0), std::tie(h.tensor));
 }
 
@@ -422,16 +398,20 @@ void exercise_gae(Random& random) {
       truncated(random, kInput<Flag>, outer, C, contiguous);
   const Tensor<T> advantages(random, kOutput<T>, outer, C, contiguous),
       returns(random, kOutput<T>, outer, C, contiguous);
-  Gae<T> p{};
-  p.rewards = rewards.data(), p.values = values.data(), p.next_values = next_values.data();
-  p.terminated = terminated.data(), p.truncated = truncated.data();
-  p.advantages = advantages.data(), p.returns = returns.data();
-  p.M = M, p.T_len = T_len, p.C = C;
-  p.gamma = T(0.99), p.gae_lambda = T(0.95);
-  const auto kernel = [&](int threads) {
-    p.threads = threads;
-    K::gae(p);
-  };
+  const Gae<T> p{{},
+                 rewards.data(),
+                 values.data(),
+                 next_values.data(),
+                 terminated.data(),
+                 truncated.data(),
+                 advantages.data(),
+                 returns.data(),
+                 M,
+                 T_len,
+                 C,
+                 T(0.99),
+                 T(0.95)};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, M * C, kernel, std::tie(rewards, values, next_values, terminated, truncated),
         std::tie(advantages, returns));
 }
@@ -446,16 +426,10 @@ void exercise_discounted_returns(Random& random) {
   const Tensor<Flag> terminated(random, kInput<Flag>, outer, C, contiguous),
       truncated(random, kInput<Flag>, outer, C, contiguous);
   const Tensor<T> returns(random, kOutput<T>, outer, C, contiguous);
-  DiscountedReturns<T> p{};
-  p.rewards = rewards.data(), p.next_values = next_values.data();
-  p.terminated = terminated.data(), p.truncated = truncated.data();
-  p.returns = returns.data();
-  p.M = M, p.T_len = T_len, p.C = C;
-  p.gamma = T(0.99);
-  const auto kernel = [&](int threads) {
-    p.threads = threads;
-    K::discounted_returns(p);
-  };
+  const DiscountedReturns<T> p{
+      {}, rewards.data(), next_values.data(), terminated.data(), truncated.data(), returns.data(), M, T_len,
+      C,  T(0.99)};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, M * C, kernel, std::tie(rewards, next_values, terminated, truncated), std::tie(returns));
 }
 
@@ -472,19 +446,9 @@ void exercise_output_norm(Random& random) {
   const Tensor<T> y(random, kOutput<T>, rows, H, contiguous);
   const auto saved = saves ? kOutput<T> : none;
   const Tensor<T> mean(random, saved, rows, 1, single), rstd(random, saved, rows, 1, single);
-  OutputNorm<T> p{};
-  p.z = z.data(), p.z_g = z.stride(0), p.z_m = z.stride(1);
-  p.weight = weight.data(), p.weight_g = weight.stride(0);
-  p.bias = bias.data(), p.bias_g = bias.stride(0);
-  p.residual = residual.data(), p.residual_g = residual.stride(0), p.residual_m = residual.stride(1);
-  p.y = y.data(), p.mean = mean.data(), p.rstd = rstd.data();
-  p.G = G, p.M = M, p.H = H;
-  p.eps = T(1e-5);
-  p.tanh = random.chance(0.5);
-  const auto kernel = [&](int threads) {
-    p.threads = threads;
-    K::output_norm(p);
-  };
+  const OutputNorm<T> p{{},          z, weight, bias, residual, y.data(),          mean.data(),
+                        rstd.data(), G, M,      H,    T(1e-5),  random.chance(0.5)};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, G * M, kernel, std::tie(z, weight, bias, residual), std::tie(y, mean, rstd));
 }
 
@@ -501,21 +465,21 @@ void exercise_output_norm_grad(Random& random) {
   const Tensor<T> grad_z(random, kOutput<T>, rows, H, {M * H, H});
   const std::vector<Index> sums{H};
   const Tensor<T> grad_weight(random, output, {G}, H, sums), grad_bias(random, output, {G}, H, sums);
-  OutputNormGrad<T> p{};
-  p.grad_y = grad_y.data(), p.grad_g = grad_y.stride(0), p.grad_m = grad_y.stride(1);
-  p.z = z.data(), p.z_g = z.stride(0), p.z_m = z.stride(1);
-  p.weight = weight.data(), p.weight_g = weight.stride(0);
-  p.bias = bias.data(), p.bias_g = bias.stride(0);
-  p.mean = mean.data(), p.rstd = rstd.data();
-  p.grad_z = grad_z.data(), p.grad_weight = grad_weight.data(), p.grad_bias = grad_bias.data();
-  p.G = G, p.M = M, p.H = H;
-  p.tanh = random.chance(0.5);
-  const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory;
-    p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::output_norm_scratch(G, M, H, sizeof(T) == 8), memory);
-    K::output_norm_grad(p);
-  };
+  const OutputNormGrad<T> p{{},
+                            grad_y,
+                            z,
+                            weight,
+                            bias,
+                            mean.data(),
+                            rstd.data(),
+                            grad_z.data(),
+                            grad_weight.data(),
+                            grad_bias.data(),
+                            G,
+                            M,
+                            H,
+                            random.chance(0.5)};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, G * M, kernel, std::tie(grad_y, z, weight, bias, mean, rstd), std::tie(grad_z, grad_weight, grad_bias));
 }
 
@@ -548,27 +512,41 @@ void exercise_output_norm_tangents(Random& random) {
   const auto sums = has_norm ? kOutput<T> : Tensor<T>::Use::left_out;
   const Tensor<T> y_t(random, kOutput<T>, rows, H, contiguous), grad_z_t(random, kOutput<T>, rows, H, contiguous),
       grad_weight_t(random, sums, one, H, contiguous), grad_bias_t(random, sums, one, H, contiguous);
-  OutputNormTangent<T> p{};
-  p.z = z.data(), p.z_t = z_t.data();
-  p.weight = weight.data(), p.weight_t = weight_t.data(), p.bias = bias.data(), p.bias_t = bias_t.data();
-  p.mean = mean.data(), p.rstd = rstd.data();
-  p.residual_t = residual.data();
-  p.y_t = y_t.data();
-  p.M = M, p.H = H;
-  p.tanh = random.chance(0.7);
-  OutputNormGradTangent<T> q{};
-  q.grad_y = grad.data(), q.grad_y_t = grad_t.data(), q.z = p.z, q.z_t = p.z_t;
-  q.weight = p.weight, q.weight_t = p.weight_t, q.bias = p.bias, q.bias_t = p.bias_t;
-  q.mean = p.mean, q.rstd = p.rstd;
-  q.grad_z_t = grad_z_t.data(), q.grad_weight_t = grad_weight_t.data(), q.grad_bias_t = grad_bias_t.data();
-  q.M = M, q.H = H;
-  q.tanh = p.tanh;
+  const bool tanh = random.chance(0.7);
+  const OutputNormTangent<T> p{{},
+                               z.data(),
+                               z_t.data(),
+                               weight.data(),
+                               weight_t.data(),
+                               bias.data(),
+                               bias_t.data(),
+                               mean.data(),
+                               rstd.data(),
+                               residual.data(),
+                               y_t.data(),
+                               M,
+                               H,
+                               tanh};
+  const OutputNormGradTangent<T> q{{},
+                                   grad.data(),
+                                   grad_t.data(),
+                                   z.data(),
+                                   z_t.data(),
+                                   weight.data(),
+                                   weight_t.data(),
+                                   bias.data(),
+                                   bias_t.data(),
+                                   mean.data(),
+                                   rstd.data(),
+                                   grad_z_t.data(),
+                                   grad_weight_t.data(),
+                                   grad_bias_t.data(),
+                                   M,
+                                   H,
+                                   tanh};
   const auto kernel = [&](int threads) {
-    p.threads = q.threads = threads;
-    std::unique_ptr<Memory> memory;
-    q.scratch = fresh_scratch<T>(random, K::output_norm_tangent_scratch(M, H, sizeof(T) == 8), memory);
-    K::output_norm_tangent(p);
-    K::output_norm_grad_tangent(q);
+    run<K>(random, p, threads);
+    run<K>(random, q, threads);
   };
   check(random, M, kernel, std::tie(z, z_t, grad, grad_t, residual, weight, weight_t, bias, bias_t, mean, rstd),
         std::tie(y_t, grad_z_t, grad_weight_t, grad_bias_t));
@@ -583,20 +561,8 @@ void exercise_linear(Random& random) {
   const Tensor<T> bias(random, add_use == none ? sometimes<T>(random) : none, {G}, O),
       add(random, add_use, sizes.rows(), O);
   const Tensor<T> y(random, kOutput<T>, sizes.rows(), O, {M * O, O});
-  Linear<T> p{};
-  p.x = x.data(), p.x_g = x.stride(0), p.x_m = x.stride(1);
-  p.W = W.data(), p.W_g = W.stride(0), p.W_o = W.stride(1), p.W_i = W.stride(2);
-  p.bias = bias.data(), p.bias_g = bias.stride(0);
-  p.add = add.data(), p.add_g = add.stride(0), p.add_m = add.stride(1);
-  p.y = y.data();
-  p.G = G, p.M = M, p.I = I, p.O = O;
-  p.tanh = random.chance(0.5);
-  const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory;
-    p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::linear_scratch(I, O, sizeof(T) == 8) * threads, memory);
-    K::linear(p);
-  };
+  const Linear<T> p{{}, x, W, bias, add, y.data(), G, M, I, O, random.chance(0.5)};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, G * M, kernel, std::tie(x, W, bias, add), std::tie(y));
 }
 
@@ -611,19 +577,8 @@ void exercise_linear_grad(Random& random) {
   const Tensor<T> grad_x(random, wanted(), sizes.rows(), I, {M * I, I});
   const Tensor<T> grad_W(random, wanted(), {G, O}, I, {O * I, I});
   const Tensor<T> grad_bias(random, wanted(), {G}, O, std::vector<Index>{O});
-  LinearGrad<T> p{};
-  p.grad_y = grad_y.data(), p.grad_g = grad_y.stride(0), p.grad_m = grad_y.stride(1);
-  p.y = y.data(), p.y_g = y.stride(0), p.y_m = y.stride(1);
-  p.x = x.data(), p.x_g = x.stride(0), p.x_m = x.stride(1);
-  p.W = W.data(), p.W_g = W.stride(0), p.W_o = W.stride(1), p.W_i = W.stride(2);
-  p.grad_x = grad_x.data(), p.grad_W = grad_W.data(), p.grad_bias = grad_bias.data();
-  p.G = G, p.M = M, p.I = I, p.O = O;
-  const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory;
-    p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::linear_grad_scratch(G, M, I, O, threads, sizeof(T) == 8), memory);
-    K::linear_grad(p);
-  };
+  const LinearGrad<T> p{{}, grad_y, y, x, W, grad_x.data(), grad_W.data(), grad_bias.data(), G, M, I, O};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, G * M, kernel, std::tie(grad_y, y, x, W), std::tie(grad_x, grad_W, grad_bias));
 }
 
@@ -633,31 +588,17 @@ void exercise_linear_tangent(Random& random) {
   const auto [G, M, I, O] = sizes;
   const auto none = Tensor<T>::Use::left_out;
   const auto through_tanh = random.chance(0.7) ? kInput<T> : none;
-  const bool turns = through_tanh == kInput<T> && random.chance(0.7);
+  const bool is_curved = through_tanh == kInput<T> && random.chance(0.7);
   const std::vector<Index> contiguous{M * O, O};
   const Tensor<T> x_t(random, sometimes<T>(random), sizes.rows(), I), x(random, kInput<T>, sizes.rows(), I);
   const Tensor<T> W_t(random, sometimes<T>(random), sizes.matrices(), 1), W(random, kInput<T>, sizes.matrices(), 1);
   const Tensor<T> bias_t(random, sometimes<T>(random), {G}, O), y(random, through_tanh, sizes.rows(), O);
-  const Tensor<T> grad_y(random, turns ? kInput<T> : none, sizes.rows(), O);
+  const Tensor<T> grad_y(random, is_curved ? kInput<T> : none, sizes.rows(), O);
   const Tensor<T> y_t(random, kOutput<T>, sizes.rows(), O, contiguous);
-  const Tensor<T> turn(random, turns ? kOutput<T> : none, sizes.rows(), O, contiguous);
-  LinearTangent<T> p{};
-  p.x_t = x_t.data(), p.xt_g = x_t.stride(0), p.xt_m = x_t.stride(1);
-  p.W_t = W_t.data(), p.Wt_g = W_t.stride(0), p.Wt_o = W_t.stride(1), p.Wt_i = W_t.stride(2);
-  p.bias_t = bias_t.data(), p.bias_g = bias_t.stride(0);
-  p.x = x.data(), p.x_g = x.stride(0), p.x_m = x.stride(1);
-  p.W = W.data(), p.W_g = W.stride(0), p.W_o = W.stride(1), p.W_i = W.stride(2);
-  p.y = y.data(), p.y_g = y.stride(0), p.y_m = y.stride(1);
-  p.grad_y = grad_y.data(), p.grad_g = grad_y.stride(0), p.grad_m = grad_y.stride(1);
-  p.y_t = y_t.data(), p.turn = turn.data();
-  p.G = G, p.M = M, p.I = I, p.O = O;
-  const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory;
-    p.threads = threads;
-    p.scratch = fresh_scratch<T>(random, K::linear_scratch(I, O, sizeof(T) == 8) * threads, memory);
-    K::linear_tangent(p);
-  };
-  check(random, G * M, kernel, std::tie(x_t, W_t, bias_t, x, W, y, grad_y), std::tie(y_t, turn));
+  const Tensor<T> curvature(random, is_curved ? kOutput<T> : none, sizes.rows(), O, contiguous);
+  const LinearTangent<T> p{{}, x_t, W_t, bias_t, x, W, y, grad_y, y_t.data(), curvature.data(), G, M, I, O};
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
+  check(random, G * M, kernel, std::tie(x_t, W_t, bias_t, x, W, y, grad_y), std::tie(y_t, curvature));
 }
 
 template <class K, class T>
@@ -666,13 +607,13 @@ void exercise_adam(Random& random) {
   const std::vector<Index> outer{1}, contiguous{P};
   const Tensor<T> w0(random, kInput<T>, outer, P, contiguous), m0(random, kInput<T>, outer, P, contiguous),
       v0(random, kInput<T>, outer, P, contiguous), grad(random, kInput<T>, outer, P, contiguous),
-      pace(random, kInput<T>, outer, P, contiguous);
+      rates(random, kInput<T>, outer, P, contiguous);
   const Tensor<T> w(random, kOutput<T>, outer, P, contiguous), m(random, kOutput<T>, outer, P, contiguous),
       v(random, kOutput<T>, outer, P, contiguous);
   const Tensor<double> squares(random, kOutput<double>, outer, 1, outer);
   Adam<T> p{};
   p.w = w.data(), p.m = m.data(), p.v = v.data();
-  p.grad = grad.data(), p.pace = pace.data();
+  p.grad = grad.data(), p.rates = rates.data();
   p.P = P;
   p.scale = T(0.7), p.rate = T(0.1), p.root = T(0.5), p.beta1 = T(0.9), p.beta2 = T(0.999), p.eps = T(1e-5);
   const auto kernel = [&](int) {
@@ -682,7 +623,7 @@ void exercise_adam(Random& random) {
     K::adam(p);
     squares.data()[0] = K::squared_norm(grad.data(), P);
   };
-  check(random, 1, kernel, std::tie(w0, m0, v0, grad, pace), std::tie(w, m, v, squares));
+  check(random, 1, kernel, std::tie(w0, m0, v0, grad, rates), std::tie(w, m, v, squares));
 }
 
 template <class K, class T>
@@ -803,20 +744,14 @@ void exercise_network_step(Random& random) {
   const int registers = int(program.features().size());
   NetworkStep<T> p{};
   p.program = program.instructions().data(), p.instructions = int(program.instructions().size());
-  p.features = program.features().data(), p.registers = registers;
+  p.features = program.features().data(), p.registers = registers, p.parameters = 1;
   p.x = x.data(), p.state = state.data(), p.reset = reset.data(), p.noise = noise.data();
   p.obs_mean = obs_mean.data(), p.obs_var = obs_var.data(), p.obs_eps = 1e-8, p.obs_clip = 10.0;
   p.weights = weights.data();
   p.action = action.data(), p.log_prob = log_prob.data(), p.value = value.data(), p.next_state = next_state.data();
   p.G = G, p.B = B, p.I = I, p.K = K_, p.P = kWeights;
   p.mean = mean, p.value_register = values, p.log_std = discrete ? -1 : int(kLogStd);
-  const auto kernel = [&](int threads) {
-    std::unique_ptr<Memory> memory;
-    p.threads = threads;
-    const Index elements = K::network_step_scratch(program.features().data(), registers, sizeof(T) == 8);
-    p.scratch = fresh_scratch<T>(random, elements * threads, memory);
-    K::network_step(p);
-  };
+  const auto kernel = [&](int threads) { run<K>(random, p, threads); };
   check(random, G * B, kernel,
         std::tie(x, state, noise, obs_mean, obs_var, reset, encoder_weight, encoder_bias, actor_weight, actor_bias,
                  critic_weight, critic_bias, log_std, value_x, value_h, value_bias, value_hidden, value_hidden_bias, A,
@@ -825,108 +760,24 @@ void exercise_network_step(Random& random) {
 }
 
 // The kernels of one instruction set as a type.
-#define SSM_FAST_KERNELS(isa)                          \
-  struct Kernels_##isa {                               \
-    template <class... P>                              \
-    static Index dense_scan_scratch(P... p) {          \
-      return isa::dense_scan_scratch(p...);            \
-    }                                                  \
-    template <class... P>                              \
-    static Index norm_scan_scratch(P... p) {           \
-      return isa::norm_scan_scratch(p...);             \
-    }                                                  \
-    template <class... P>                              \
-    static Index norm_scan_sums(P... p) {              \
-      return isa::norm_scan_sums(p...);                \
-    }                                                  \
-    template <class... P>                              \
-    static Index weight_grad_scratch(P... p) {         \
-      return isa::weight_grad_scratch(p...);           \
-    }                                                  \
-    template <class... P>                              \
-    static Index output_norm_scratch(P... p) {         \
-      return isa::output_norm_scratch(p...);           \
-    }                                                  \
-    template <class... P>                              \
-    static Index linear_scratch(P... p) {              \
-      return isa::linear_scratch(p...);                \
-    }                                                  \
-    template <class... P>                              \
-    static Index linear_grad_scratch(P... p) {         \
-      return isa::linear_grad_scratch(p...);           \
-    }                                                  \
-    template <class... P>                              \
-    static Index network_step_scratch(P... p) {        \
-      return isa::network_step_scratch(p...);          \
-    }                                                  \
-    template <class P>                                 \
-    static void output_norm(const P& p) {              \
-      isa::output_norm(p);                             \
-    }                                                  \
-    template <class P>                                 \
-    static void output_norm_grad(const P& p) {         \
-      isa::output_norm_grad(p);                        \
-    }                                                  \
-    template <class... P>                              \
-    static Index output_norm_tangent_scratch(P... p) { \
-      return isa::output_norm_tangent_scratch(p...);   \
-    }                                                  \
-    template <class P>                                 \
-    static void output_norm_tangent(const P& p) {      \
-      isa::output_norm_tangent(p);                     \
-    }                                                  \
-    template <class P>                                 \
-    static void output_norm_grad_tangent(const P& p) { \
-      isa::output_norm_grad_tangent(p);                \
-    }                                                  \
-    template <class P>                                 \
-    static void linear(const P& p) {                   \
-      isa::linear(p);                                  \
-    }                                                  \
-    template <class P>                                 \
-    static void linear_grad(const P& p) {              \
-      isa::linear_grad(p);                             \
-    }                                                  \
-    template <class P>                                 \
-    static void linear_tangent(const P& p) {           \
-      isa::linear_tangent(p);                          \
-    }                                                  \
-    template <class P>                                 \
-    static void network_step(const P& p) {             \
-      isa::network_step(p);                            \
-    }                                                  \
-    template <class P>                                 \
-    static void adam(const P& p) {                     \
-      isa::adam(p);                                    \
-    }                                                  \
-    template <class... P>                              \
-    static double squared_norm(P... p) {               \
-      return isa::squared_norm(p...);                  \
-    }                                                  \
-    template <class P>                                 \
-    static void dense_scan(const P& p) {               \
-      isa::dense_scan(p);                              \
-    }                                                  \
-    template <class P>                                 \
-    static void norm_scan(const P& p) {                \
-      isa::norm_scan(p);                               \
-    }                                                  \
-    template <class P>                                 \
-    static void weight_grad(const P& p) {              \
-      isa::weight_grad(p);                             \
-    }                                                  \
-    template <class P>                                 \
-    static void linear_scan(const P& p) {              \
-      isa::linear_scan(p);                             \
-    }                                                  \
-    template <class P>                                 \
-    static void gae(const P& p) {                      \
-      isa::gae(p);                                     \
-    }                                                  \
-    template <class P>                                 \
-    static void discounted_returns(const P& p) {       \
-      isa::discounted_returns(p);                      \
-    }                                                  \
+#define SSM_FAST_KERNELS(isa)            \
+  struct Kernels_##isa {                 \
+    template <class P>                   \
+    static Cost cost(const P& p) {       \
+      return isa::cost(p);               \
+    }                                    \
+    template <class P>                   \
+    static void run(const P& p) {        \
+      isa::run(p);                       \
+    }                                    \
+    template <class P>                   \
+    static void adam(const P& p) {       \
+      isa::adam(p);                      \
+    }                                    \
+    template <class... P>                \
+    static double squared_norm(P... p) { \
+      return isa::squared_norm(p...);    \
+    }                                    \
   };
 SSM_FAST_KERNELS(baseline)
 #if defined(SSM_FAST_HAS_avx2)

@@ -1,4 +1,4 @@
-"""What every op needs from its backends: the compiled module, the choice of one, and validation."""
+"""Which code runs a call: the compiled module, a Triton kernel or torch, through the dispatcher or not."""
 
 from __future__ import annotations
 
@@ -35,18 +35,17 @@ except ModuleNotFoundError as error:
 native.on_new_thread(torch.get_num_threads)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator
 
 Impl = Literal["auto", "native", "triton", "reference"]
 IMPLS = ("auto", "native", "triton", "reference")
 
 LIBRARY = torch.library.Library("ssm_fast", "DEF")
 
-_REAL = {torch.float32: "float32", torch.float64: "float64"}
 _OLDEST_TRITON = "3.5"  # those before do not run every kernel in every dtype
-_HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # the Triton kernels alone
-_COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
-_NAMES = _REAL | _COMPLEX
+REAL = {torch.float32: "float32", torch.float64: "float64"}
+HALF = {torch.float16: "float16", torch.bfloat16: "bfloat16"}  # the Triton kernels alone
+COMPLEX = {torch.complex64: "complex64", torch.complex128: "complex128"}
 
 
 def native_kernel(op: str, dtype: torch.dtype) -> Any:
@@ -55,7 +54,7 @@ def native_kernel(op: str, dtype: torch.dtype) -> Any:
     Raises:
         TypeError: There is none.
     """
-    kernel = getattr(native, f"{op}_{_NAMES.get(dtype)}", None)
+    kernel = getattr(native, f"{op}_{(REAL | COMPLEX).get(dtype)}", None)
     if kernel is None:
         raise TypeError(f"{op} has no kernel for {dtype}")
     return kernel
@@ -142,79 +141,6 @@ def choose(op: str, impl: str, device: torch.device, *, triton: bool = True) -> 
     return wanted
 
 
-def check_shape(name: str, tensor: Tensor, symbols: str, shape: Sequence[int]) -> None:
-    """Raise ValueError unless ``tensor`` has ``shape``, spelled ``symbols`` in the message."""
-    if tensor.shape != torch.Size(shape):
-        raise ValueError(
-            f"{name} must have shape {symbols} = {list(shape)}, got {list(tensor.shape)}"
-        )
-
-
-def check_dtype(
-    op: str, tensors: Mapping[str, Tensor | None], *, complex_too: bool = False
-) -> None:
-    """Raise TypeError unless all tensors share one floating dtype and ValueError unless one device.
-
-    The first tensor, which must be there, sets what the others must be.
-    """
-    first_name = next(iter(tensors))
-    first = tensors[first_name]
-    assert first is not None
-    allowed = _REAL | _COMPLEX if complex_too else _REAL
-    if first.is_cuda or _interpreting:
-        allowed = allowed | _HALF
-    if first.dtype not in allowed:
-        remedy = (
-            ": on the CPU, keep float32 (torch.autocast does so for the recurrences)"
-            if first.dtype in _HALF
-            else ""
-        )
-        raise TypeError(
-            f"{first_name} of {op} must be {' or '.join(allowed.values())}, got {first.dtype}{remedy}"
-        )
-    for name, tensor in tensors.items():
-        if tensor is None or tensor is first:
-            continue
-        if tensor.dtype is not first.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of {first_name}, {first.dtype}, got {tensor.dtype}"
-            )
-        if tensor.device != first.device:
-            raise ValueError(
-                f"{name} must be on the device of {first_name}, {first.device}, got {tensor.device}"
-            )
-
-
-def check_tensors(**values: object) -> None:
-    """Raise TypeError unless every value is a tensor, or None for an argument that may be."""
-    for name, value in values.items():
-        if value is None and name in ("s0", "h0"):
-            continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def promoted(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors; under `torch.autocast`, which runs recurrences in float32, no halves among them."""
-    for x in tensors:
-        if x is not None and x.device.type in ("cpu", "cuda"):
-            if not torch.is_autocast_enabled(x.device.type):
-                return tensors
-            break
-    return tuple(x if x is None or x.dtype not in _HALF else x.float() for x in tensors)
-
-
-def check_reset(reset: Tensor, batch: Tensor, symbols: str, shape: Sequence[int]) -> Tensor:
-    """Validate episode starts and return them as booleans."""
-    check_tensors(reset=reset)
-    check_shape("reset", reset, symbols, shape)
-    if reset.is_complex():
-        raise TypeError(f"reset must be boolean, integer or floating, got {reset.dtype}")
-    if reset.device != batch.device:
-        raise ValueError(f"reset must be on the device of u, {batch.device}, got {reset.device}")
-    return reset if reset.dtype == torch.bool else reset != 0
-
-
 def needs_autograd(*tensors: Tensor | None) -> bool:
     """Whether a call has to go through the op's autograd Function (which costs about 15 us)."""
     if transforms_are_active() or forward_mode_is_active():
@@ -275,45 +201,3 @@ def cpu_kernel(
         return run
 
     return register
-
-
-def empty_states(u: Tensor) -> Tensor:
-    """Memory for the states in the layout of ``u``: time-major if ``u`` is, else batch-major."""
-    G, B, T, N = u.shape
-    if u.stride(2) > u.stride(1) > 0 and B > 1:
-        return u.new_empty(G, T, B, N).transpose(1, 2)
-    return u.new_empty(G, B, T, N)
-
-
-def last_contiguous(x: Tensor) -> Tensor:
-    """``x`` with elements of its last dimension side by side, as the kernels need it."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def row_address(x: Tensor | None) -> tuple[int, tuple[int, int]]:
-    """Address and strides of rows [G, M, ...]; ``x`` must live until the kernel returns."""
-    return (0, (0, 0)) if x is None else (x.data_ptr(), (x.stride(0), x.stride(1)))
-
-
-def fold(x: Tensor, in_dim: int | None, size: int, to: int) -> Tensor:
-    """Merge a vmapped dimension of ``x`` into its dimension ``to``."""
-    if in_dim is None:
-        x = x.unsqueeze(to).expand(*x.shape[:to], size, *x.shape[to:])
-    else:
-        x = x.movedim(in_dim, to)
-    return x.flatten(to, to + 1)
-
-
-def normalised(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``n = (z - mean) rstd`` and ``rstd``, over the last dimension; ``rstd`` keeps it, of size 1.
-
-    Written out: torch's layer_norm has wrong derivatives of third order.
-    """
-    centred = z - z.mean(-1, keepdim=True)
-    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return centred * rstd, rstd
-
-
-def project_norm(x: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
-    """The (symmetric) Jacobian of the norm, ``rstd (x - mean(x) - n mean(x n))``."""
-    return (x - x.mean(-1, keepdim=True) - n * (x * n).mean(-1, keepdim=True)) * rstd
