@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_fast.nn.ssm_layer import is_untouched
+from ssm_fast.nn.fused import is_untouched
 
 
 def default_loss(name: str, targets: Any) -> Callable[[Tensor, Tensor], Tensor]:

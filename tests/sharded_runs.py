@@ -153,12 +153,12 @@ def talk(world: World, x: torch.Tensor) -> dict[str, Any]:
     errors = []
     for failing in (0, 1):
         try:
-            with world.together():
+            with world.share_errors():
                 if world.rank == failing:
                     raise FloatingPointError(f"row {own.start} is not finite")
         except FloatingPointError as error:
             errors.append(str(error))
-    with world.together():  # after an error, and without one
+    with world.share_errors():  # after an error, and without one
         pass
     return {
         "rows": (rows.first, rows.count, rows.total),

@@ -110,6 +110,7 @@ class TestTrain:
         config = json.loads((out / "config.json").read_text())
         assert (config["env"], config["seed"], config["learning_rate"]) == (env_id, 3, 1e-3)
         assert config["versions"]["torch"] == torch.__version__
+        assert config.get("gradients") == ("native" if model is ImprovedSSM else None)
         assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
         assert len(list((out / "tensorboard").glob("events.*"))) == 1
         assert len(list((out / "checkpoints").iterdir())) >= 1
@@ -340,11 +341,11 @@ def test_options_of_the_modes() -> None:
     inner = {"inner_lr", "inner_steps", "first_order", "learn_inner_lr"}
     outer = {"outer_lr", "outer_epochs", "tasks_per_epoch", "tasks_per_minibatch"}
     assert {mode: set(names) for mode, names in TRAINER_OPTIONS.items()} == {
-        "policy_gradient": {*shared, "learning_rate", "entropy_coef"},
+        "policy_gradient": {*shared, "learning_rate", "entropy_coef", "recurrent_lr_scale"},
         "improved": {
             *(*shared, *ppo, "learning_rate", "entropy_coef", "value_coef", "ppo_epochs"),
             *("mini_batch_size", "sequence_length", "target_kl", "desired_kl"),
-            *("memory_pace", "staggered_resets"),
+            *("recurrent_lr_scale", "staggered_resets"),
         },
         "meta_rl": {*shared, *ppo, *inner, *outer, "evaluation_interval"},
     }

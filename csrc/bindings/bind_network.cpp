@@ -17,7 +17,8 @@ StageDescription describe(const py::dict& stage) {
                          stage["sizes"].cast<std::vector<Index>>(),
                          stage["parameters"].cast<std::vector<int>>(),
                          stage["eps"].cast<double>(),
-                         stage["flag"].cast<bool>(),
+                         stage["tanh"].cast<bool>(),
+                         stage["residual"].cast<bool>(),
                          {}};
   if (!stage["cell"].is_none()) found.cell.push_back(describe(stage["cell"].cast<py::dict>()));
   return found;

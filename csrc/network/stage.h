@@ -115,7 +115,7 @@ struct StageDescription {
   std::vector<Index> sizes;
   std::vector<int> parameters;
   double eps;
-  bool flag;
+  bool tanh, residual;
   std::vector<StageDescription> cell;  // none, or one
 };
 

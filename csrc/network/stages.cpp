@@ -449,7 +449,7 @@ template <class T>
 std::unique_ptr<Stage<T>> make_stage(const StageDescription& d) {
   const std::vector<Index>& s = d.sizes;
   const std::vector<int>& p = d.parameters;
-  if (d.kind == "linear") return std::make_unique<LinearStage<T>>(s[0], s[1], s[2], p[0], p[1], p[2], d.flag);
+  if (d.kind == "linear") return std::make_unique<LinearStage<T>>(s[0], s[1], s[2], p[0], p[1], p[2], d.tanh);
   if (d.kind == "scan") {
     return std::make_unique<ScanStage<T>>(s[0], s[1], ScanParameters{p[0], p[1], p[2], p[3], p[4], d.eps});
   }
@@ -458,7 +458,7 @@ std::unique_ptr<Stage<T>> make_stage(const StageDescription& d) {
     return std::make_unique<DenseCell<T>>(s[0], s[1], s[2], scan, p[3], p[4]);
   }
   if (d.kind == "layer") {
-    return std::make_unique<LayerStage<T>>(make_stage<T>(d.cell.at(0)), p[0], p[1], d.eps, d.flag);
+    return std::make_unique<LayerStage<T>>(make_stage<T>(d.cell.at(0)), p[0], p[1], d.eps, d.residual);
   }
   throw std::invalid_argument("unknown kind of stage '" + d.kind + "'");
 }

@@ -16,7 +16,9 @@ from ssm_fast.checks import check_count, check_number
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
 from ssm_fast.losses import default_loss
+from ssm_fast.meta_rl.flat_adam import FlatAdam
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
+from ssm_fast.nn.parameters import matrix_growth
 from ssm_fast.nn.ssm_layer import SSMLayer
 
 LossFn: TypeAlias = Callable[[nn.Module, Any, Any, "Tensor | None"], Tensor]
@@ -79,8 +81,8 @@ class StandardAdapter:
     """Adapts a copy of a model by gradient steps on each batch that it is given.
 
     A call either ends with finite weights and a finite loss or leaves weights, optimizer and
-    average as they were and raises. Transition matrices (``A``) take a tenth of every step, see
-    `transition_pace`, and less where a state would grow more than a thousandfold over 1024 steps,
+    average as they were and raises. Transition matrices (``A``) take a tenth of every step, as
+    `learning_rate_scales` has it, and less where a state would grow more than a thousandfold over 1024 steps,
     as it would overflow in an episode longer than those that were seen. Statistics of observations
     (`obs_norm`) do not move.
 
@@ -285,10 +287,7 @@ class StandardAdapter:
             )
         start = self._weights.vector.detach().clone()  # [P]
         self._optimizer.param_groups[0]["lr"] = self.learning_rate
-        self._optimizer.step()
-        with torch.no_grad():  # as groups of the optimizer would, on one vector
-            self._weights.vector.copy_(torch.lerp(start, self._weights.vector, self._weights.pace))
-        self._weights.write()
+        FlatAdam(self._weights, self._optimizer).step()
         if not bool(torch.isfinite(self._weights.vector).all()):
             raise FloatingPointError(
                 f"{where}: a weight is not finite; the weights are those before the call"
@@ -298,7 +297,7 @@ class StandardAdapter:
     @torch.no_grad()
     def _bound_growth(self, start: Tensor, growth: float) -> None:
         """Halve the step of the transition matrices from ``start`` until no state outgrows it."""
-        slow = self._weights.pace < 1.0  # [P]
+        slow = self._weights.lr_scales < 1.0  # [P]
         for halvings in range(1, _HALVINGS + 2):
             if state_growth(self.model) <= growth:
                 return
@@ -371,11 +370,10 @@ def state_growth(model: nn.Module) -> float:
     """
     growth = 0.0
     for module in model.modules():
-        if isinstance(module, StateSpaceModel) or (
-            isinstance(module, SSMLayer) and not module.normalize_state
-        ):
-            norm = torch.linalg.matrix_power(module.A.detach().float(), _HORIZON).norm()
-            growth = max(growth, float(norm.nan_to_num(nan=math.inf, posinf=math.inf)))
+        if isinstance(module, StateSpaceModel):
+            growth = max(growth, matrix_growth(module.A, _HORIZON))
+        elif isinstance(module, SSMLayer):
+            growth = max(growth, module.cell.growth(module, _HORIZON))
     return growth
 
 

@@ -150,7 +150,7 @@ def train(visitor: Visitor, mode: str, env_id: str, form: Mapping[str, Any]) -> 
                     notes.append(message.text)
                 else:
                     result = message
-            text, fraction = _figures(progress, mode), progress.done / max(progress.total, 1)
+            text, fraction = _shown(progress, mode), progress.done / max(progress.total, 1)
             status = Status(f"{text}{_time_left(progress)}", "busy", fraction, tuple(notes))
             view = TrainView(status, _thinned(curve))
             yield view
@@ -163,7 +163,7 @@ def train(visitor: Visitor, mode: str, env_id: str, form: Mapping[str, Any]) -> 
         text = failure or "Stopped before there was anything to keep."
         yield replace(view, status=Status(text, "error" if failure else "done"))
         return
-    result = result or _figures(progress, mode)
+    result = result or _shown(progress, mode)
     status = Status(
         f"{'Stopped' if job.is_stopped else 'Done'}. {result}", "done", None, tuple(notes)
     )
@@ -329,7 +329,7 @@ def _thinned(curve: list[list[Point]]) -> tuple[Point, ...]:
     return tuple(point for points in curve[(len(curve) - 1) % every :: every] for point in points)
 
 
-def _figures(progress: Progress, mode: str) -> str:
+def _shown(progress: Progress, mode: str) -> str:
     """How far the training is, in a sentence."""
     metrics = progress.metrics
     if not metrics:

@@ -176,7 +176,7 @@ class Train:
     """End an update early beyond this KL divergence."""
     desired_kl: Annotated[float | None, _default("none; improved only")] = None
     """Let the learning rate follow the KL divergence of the updates, towards this."""
-    memory_pace: Annotated[float | None, _default("0.1; improved only")] = None
+    recurrent_lr_scale: Annotated[float | None, _default("0.1; not meta_rl")] = None
     """Length of the steps of the weights around the recurrent states, in learning rates."""
     staggered_resets: Annotated[bool | None, _default("False; improved only")] = None
     """Let environments with a time limit restart at different times; see the results of HalfCheetah."""

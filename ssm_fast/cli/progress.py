@@ -27,7 +27,7 @@ class Show(NamedTuple):
     """What shows the progress of a training.
 
     Attributes:
-        iteration: Takes what is done, and the figures of an iteration.
+        iteration: Takes what is done, and the metrics of an iteration.
         steps: Takes the environment steps so far, inside an iteration.
     """
 
@@ -48,7 +48,7 @@ def show_progress(total: int, unit: str) -> Iterator[Show]:
             if now - last < SECONDS_BETWEEN_LINES and done < total:
                 return
             last = now
-            note(f"{done:,.0f} of {total:,} {unit}, {_figures(metrics)}")
+            note(f"{done:,.0f} of {total:,} {unit}, {_shown(metrics)}")
 
         def write_steps(steps: int) -> None:
             nonlocal last
@@ -66,23 +66,23 @@ def show_progress(total: int, unit: str) -> Iterator[Show]:
         TextColumn(unit),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[metrics]}"),
         console=console,
         refresh_per_second=4,
     ) as bar:
-        task = bar.add_task(unit, total=total, figures="")
+        task = bar.add_task(unit, total=total, metrics="")
 
         def move_bar(done: float, metrics: dict[str, float]) -> None:
-            bar.update(task, completed=min(done, total), figures=_figures(metrics))
+            bar.update(task, completed=min(done, total), metrics=_shown(metrics))
 
         def count_steps(steps: int) -> None:
             if not bar.tasks[task].completed:
-                bar.update(task, figures=f"{steps:,} steps so far")
+                bar.update(task, metrics=f"{steps:,} steps so far")
 
         yield Show(move_bar, count_steps)
 
 
-def _figures(metrics: dict[str, float]) -> str:
+def _shown(metrics: dict[str, float]) -> str:
     mean = metrics["episode_return"]
     figure = "no episode yet" if math.isnan(mean) else f"return {mean:.1f}"
     return f"{figure}, {metrics['steps_per_second']:,.0f} steps/s"

@@ -23,6 +23,7 @@ from ssm_fast.meta_rl.meta_rl_trainer import MetaRLTrainer
 from ssm_fast.meta_rl.policy_gradient_trainer import PolicyGradientTrainer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer
 from ssm_fast.meta_rl.run import RunDirectory
+from ssm_fast.meta_rl.training_state import with_current_names
 
 Trainer: TypeAlias = PolicyGradientTrainer | PPOTrainer | MetaRLTrainer
 LIMITS = {
@@ -178,7 +179,7 @@ def _counted(settings: dict[str, Any]) -> str:
 
 def stored_settings(run: RunDirectory) -> dict[str, Any]:
     """The settings in config.json, checked."""
-    stored = run.read_config()
+    stored = with_current_names(run.read_config())
     mode = stored.get("mode")
     if not isinstance(mode, str) or mode not in DEFAULTS:
         raise ValueError(f"{run.config_path}: mode must be one of {list(DEFAULTS)}, got {mode!r}")

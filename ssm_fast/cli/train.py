@@ -48,7 +48,7 @@ def run_training(options: Train, world: World) -> None:
     if options.resume and options.overwrite:
         raise ValueError("--resume and --overwrite exclude each other: give one of them")
     settings: dict[str, Any] = {}
-    with world.together():
+    with world.share_errors():
         if world.rank == 0:
             settings = settings_of(options, out)
     settings = world.first(settings)
@@ -60,13 +60,13 @@ def run_training(options: Train, world: World) -> None:
     torch.manual_seed(seed)
     start = time.perf_counter()
     with ExitStack() as open_things:
-        with world.together():
+        with world.share_errors():
             env: Environment | TrialEnvironment = make_environment(settings, world)
             open_things.callback(env.close)
             trainer = make_trainer(settings, env, world)
         total = total_of(settings, env, trainer)
         run: RunDirectory | None = None
-        with world.together():
+        with world.share_errors():
             if world.rank == 0:
                 run = open_things.enter_context(
                     RunDirectory(out, resume=options.resume, overwrite=options.overwrite)
@@ -133,7 +133,7 @@ def _learn(
         limits.pop("steps", None)  # it stops by itself
     done = {"epochs": 0.0, "episodes": 0.0, "steps": 0.0}
     checkpoint = None
-    with world.together():
+    with world.share_errors():
         if run is not None and resume:
             checkpoint = run.latest_checkpoint()
         if run is not None and checkpoint is not None:

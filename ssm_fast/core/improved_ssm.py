@@ -14,17 +14,10 @@ from torch import Tensor, nn
 from ssm_fast.checks import check_count, check_flag, check_number, is_replaced
 from ssm_fast.native.plan import Plan, Reason
 from ssm_fast.native.step import PolicyStep, step_plan
+from ssm_fast.nn.fused import linear_layer, runs_fused, tanh_layer
+from ssm_fast.nn.parameters import orthogonal_
 from ssm_fast.nn.running_norm import RunningNorm
-from ssm_fast.nn.ssm_layer import (
-    Norm,
-    SSMLayer,
-    linear_layer,
-    orthogonal_,
-    run_layer,
-    runs_fused,
-    step_layer,
-    tanh_layer,
-)
+from ssm_fast.nn.ssm_layer import Norm, SSMLayer, run_layer, step_layer
 from ssm_fast.nn.stages import (
     NetworkStages,
     Stage,
@@ -81,7 +74,7 @@ class CriticNetwork(nn.Module):
         (V, bias, _), (W, other, _) = x.parameters, h.parameters
         if other is not None:
             raise Unplanned(f"{name}.features has a bias")
-        first = Stage("linear", (x.inputs, h.inputs, h.outputs), (W, bias, V), flag=True)
+        first = Stage("linear", (x.inputs, h.inputs, h.outputs), (W, bias, V), tanh=True)
         return [first, linear_stage(f"{name}.hidden", self.hidden, tanh=True)]
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:
@@ -463,9 +456,9 @@ class ImprovedSSM(nn.Module):
             if actions.is_floating_point() or actions.dtype == torch.bool:
                 raise TypeError(f"actions must be integers, got {actions.dtype}")
             log_probs = F.log_softmax(mean, dim=-1)  # [B, T, K]
-            taken = actions.long().unsqueeze(-1)  # [B, T, 1]
+            chosen = actions.long().unsqueeze(-1)  # [B, T, 1]
             try:
-                log_prob = log_probs.gather(-1, taken).squeeze(-1)  # [B, T]
+                log_prob = log_probs.gather(-1, chosen).squeeze(-1)  # [B, T]
             except RuntimeError as error:  # gather checks it anyway: a check of ours costs time
                 if "out of bounds" not in str(error):
                     raise

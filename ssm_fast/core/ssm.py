@@ -10,15 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ssm_fast.checks import check_count
-from ssm_fast.nn.ssm_layer import (
-    SPECTRAL_RADIUS,
-    is_untouched,
-    last_state,
-    orthogonal_,
-    product,
-    runs_fused,
-    unit_variance_,
-)
+from ssm_fast.nn.fused import is_untouched, product, runs_fused
+from ssm_fast.nn.parameters import SPECTRAL_RADIUS, orthogonal_, unit_variance_
+from ssm_fast.nn.ssm_layer import last_state
 from ssm_fast.nn.stages import NetworkStages, Stage, Unplanned, linear_stage, overrides
 from ssm_fast.ops import dense_scan
 from ssm_fast.ops.linear import linear
@@ -69,6 +63,9 @@ class StateSpaceModel(nn.Module):
         ValueError: If a size is less than 1.
         TypeError: If a size is not an integer.
     """
+
+    transition_parameters = ("A",)  # `learning_rate_scales`
+    recurrent_parameters = ("A", "B", "C.0.weight")
 
     def __init__(
         self, state_dim: int = 32, input_dim: int = 4, output_dim: int = 2, hidden_dim: int = 64

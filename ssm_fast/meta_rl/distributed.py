@@ -154,7 +154,7 @@ class World:
         """What every rank says, in the order of the ranks; tuples become lists."""
         return [value]
 
-    def together(self) -> AbstractContextManager[None]:
+    def share_errors(self) -> AbstractContextManager[None]:
         """Raises an error that one rank meets inside on all of them.
 
         These are `FloatingPointError`, `ValueError` and `OSError`. Nothing inside may need another
@@ -311,7 +311,7 @@ class _Processes(World):
         return [json.loads(bytes(text.tolist())) for text in texts]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def share_errors(self) -> Iterator[None]:
         failure: Exception | None = None
         try:
             yield
@@ -336,7 +336,7 @@ class _Processes(World):
         received = torch.frombuffer(data, dtype=torch.uint8)
         with _or_lost():
             self._dist.broadcast(received, 0)
-        with self.together():
+        with self.share_errors():
             if self.rank:
                 state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
                 trainer.load_state_dict(state)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssm_fast._torch import copy_all
 from ssm_fast.meta_rl.distributed import World
-from ssm_fast.nn.ssm_layer import memory_weights, transition_pace
+from ssm_fast.nn.parameters import learning_rate_scales
 
 
 class FlatParameters:
@@ -22,8 +22,8 @@ class FlatParameters:
     Args:
         model: Its trainable parameters have one dtype and device.
         world: The processes whose gradients are averaged.
-        memory_pace: The length of the steps of `memory_weights`, in learning rates. None: only the
-            transition matrices take shorter ones, at `transition_pace`.
+        recurrent_lr_scale: Of the learning rate of all weights around recurrent states. None: of the
+            transition matrices alone, at its default; see `learning_rate_scales`.
 
     Raises:
         ValueError: No parameter is trainable.
@@ -32,11 +32,14 @@ class FlatParameters:
         model: Theirs.
         vector: All of them in order ``[P]``, what the optimizer steps.
         parameters: Where its values go.
-        pace: The length of the steps of each ``[P]``; 1 in learning rates.
+        lr_scales: The part of the learning rate of each entry ``[P]``.
     """
 
     def __init__(
-        self, model: nn.Module, world: World | None = None, memory_pace: float | None = None
+        self,
+        model: nn.Module,
+        world: World | None = None,
+        recurrent_lr_scale: float | None = None,
     ) -> None:
         self.model = model
         self._world = world or World()
@@ -47,11 +50,12 @@ class FlatParameters:
             raise ValueError("the model must have parameters that require gradients")
         self.vector = nn.Parameter(nn.utils.parameters_to_vector(self.parameters).detach())
         self._views = self._split()
-        paces = {name: transition_pace(name) for name, _ in named}
-        if memory_pace is not None:
-            memory = memory_weights(model)
-            paces = {name: memory_pace if name in memory else 1.0 for name, _ in named}
-        self.pace = torch.cat([torch.full_like(p.detach(), paces[n]).reshape(-1) for n, p in named])
+        if recurrent_lr_scale is None:
+            scales = learning_rate_scales(model)
+        else:
+            scales = learning_rate_scales(model, recurrent_lr_scale, around=True)
+        parts = [torch.full_like(p.detach(), scales[name]).reshape(-1) for name, p in named]
+        self.lr_scales = torch.cat(parts)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_views"}
@@ -124,19 +128,11 @@ class FlatParameters:
         parts = torch.autograd.grad(
             outputs, self.parameters, gradients, allow_unused=True, materialize_grads=True
         )
-        return self.take(torch.cat([part.reshape(-1) for part in parts]), max_norm, weight)
+        return self.use_gradient(torch.cat([part.reshape(-1) for part in parts]), max_norm, weight)
 
-    def take(self, gradient: Tensor, max_norm: float, weight: float = 1.0) -> Tensor:
+    def use_gradient(self, gradient: Tensor, max_norm: float, weight: float = 1.0) -> Tensor:
         """`backward` with a gradient ``[P]`` that somebody else has computed; it is overwritten."""
         gradient = self._world.average(gradient, weight)
         norm: Tensor = torch.linalg.vector_norm(gradient)
         self.vector.grad = gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
-
-    @torch.no_grad()
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take a step of the optimizer, each entry at its pace, and give the values to the model."""
-        before = self.vector.clone()  # [P]
-        optimizer.step()
-        torch.lerp(before, self.vector, self.pace, out=self.vector)
-        self.write()

@@ -48,14 +48,15 @@ from ssm_fast.meta_rl.trajectories import Recording, Trajectories, compute_advan
 from ssm_fast.native.impl import Choice, Impl
 from ssm_fast.native.plan import Reason
 from ssm_fast.native.task_gradients import TaskGradients, policy_task_gradients
+from ssm_fast.nn.parameters import RECURRENT_LR_SCALE, learning_rate_scales
 from ssm_fast.nn.running_norm import RunningNorm
-from ssm_fast.nn.ssm_layer import TRANSITION_PACE, transition_pace
 
 TaskEnvironment: TypeAlias = Environment | TrialEnvironment
 
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
 _EVALUATION_SEED = 2**32  # the seeds of training lie below
+_LR_SCALES = (1.0, RECURRENT_LR_SCALE)  # of the optimizer's groups
 _LARGEST_LOG_RATIO = 20.0  # beyond, the gradient of a clipped ratio is 0 * inf
 _SETTINGS = (
     "tasks_per_epoch",
@@ -167,7 +168,7 @@ class MetaRLTrainer:
         checkpoint_interval: Epochs between checkpoints.
         evaluation_interval: Epochs between two evaluations on held-out tasks.
         evaluation_steps: Gradient steps of these; none where `inner_steps` is 0. Where a policy
-            breaks down, the figures of an evaluation are NaN from that step on, with a warning.
+            breaks down, the metrics of an evaluation are NaN from that step on, with a warning.
         seed: Of the tasks, the environments and the action noise. By default drawn from torch's
             global generator.
         device: Where the model acts and learns.
@@ -235,9 +236,9 @@ class MetaRLTrainer:
         self.device = torch.device(device)
         self.model = model.to(self.device)
         self._shared = _trained(self.model)
+        scales = learning_rate_scales(self.model)
         self.rates = {
-            name: torch.full_like(p, inner_lr * transition_pace(name))
-            for name, p in self._shared.items()
+            name: torch.full_like(p, inner_lr * scales[name]) for name, p in self._shared.items()
         }
         learnt: list[tuple[str, Tensor]] = list(self._shared.items())
         if learn_inner_lr:
@@ -246,8 +247,8 @@ class MetaRLTrainer:
         groups = self._groups(learnt)
         self.optimizer = torch.optim.Adam(
             [
-                {"params": group, "lr": outer_lr * pace}
-                for group, pace in zip(groups, (1.0, TRANSITION_PACE), strict=True)
+                {"params": group, "lr": outer_lr * scale}
+                for group, scale in zip(groups, _LR_SCALES, strict=True)
             ],
             fused=True,
         )
@@ -394,7 +395,7 @@ class MetaRLTrainer:
                         row["steps_per_second"],
                     )
                 stop = False
-                with self.world.together():
+                with self.world.share_errors():
                     is_due = (
                         self.iteration % self.checkpoint_interval == 0 or self.iteration == last
                     )
@@ -416,7 +417,7 @@ class MetaRLTrainer:
         test_tasks: Sequence[Task] | None,
     ) -> tuple[Sequence[Task], Sequence[Task]]:
         """The tasks to learn from and to evaluate on, of an environment that fits."""
-        with self.world.together():
+        with self.world.share_errors():
             self._check_env(env)
             self._check_parts()
             self._rows(env)
@@ -432,6 +433,7 @@ class MetaRLTrainer:
         self, run: RunDirectory, env: TaskEnvironment, row: dict[str, float], is_due: bool
     ) -> None:
         """Writes the metrics of an epoch, and a checkpoint where one is due."""
+        run.note("gradients", self.gradients.path)
         run.append_row(row)
         run.log_scalars({f"train/{name}": value for name, value in row.items()}, self.timesteps)
         if is_due:
@@ -495,15 +497,15 @@ class MetaRLTrainer:
         learning_rate = self.outer_lr
         if self.anneal_lr:
             learning_rate *= (last - self.iteration) / (last - self._first_iteration)
-        for group, pace in zip(self.optimizer.param_groups, (1.0, TRANSITION_PACE), strict=True):
-            group["lr"] = learning_rate * pace
+        for group, scale in zip(self.optimizer.param_groups, _LR_SCALES, strict=True):
+            group["lr"] = learning_rate * scale
         return learning_rate
 
     def _warm_up(
         self, env: TaskEnvironment, tasks: Sequence[Task], norm: RunningNorm, seed: int
     ) -> None:
         """Gives `obs_norm` its first statistics, from a round that is not learnt from."""
-        with self.world.together():
+        with self.world.share_errors():
             own = self._own(tasks)
             self._set_tasks(env, own)
             weights, rows = self.shared_weights(len(own)), self._rows(env)
@@ -527,7 +529,7 @@ class MetaRLTrainer:
         """
         world, share = self.world, self.world.share(len(tasks))
         own_tasks = self._own(tasks)
-        with world.together():
+        with world.share_errors():
             rows = self._rows(env)
             options = (deterministic, keep_going, rows, generator)
             try:
@@ -799,7 +801,7 @@ class MetaRLTrainer:
                 before the minibatch.
         """
         self._check_model()
-        figures, weights = [], []
+        metrics, weights = [], []
         for _ in range(self.outer_epochs):
             order = torch.randperm(len(rounds[0]["rewards"]), generator=self._shuffle, device="cpu")
             for minibatch in order.split(self.tasks_per_minibatch):  # type: ignore[no-untyped-call]
@@ -817,13 +819,13 @@ class MetaRLTrainer:
                 before = [p.detach().clone() for p in self._learnt]
                 self.optimizer.step()
                 check_step(self._learnt, before)
-                figures.append(torch.stack([loss.detach(), norm]))
+                metrics.append(torch.stack([loss.detach(), norm]))
                 weights.append(weight)
         if self.learn_inner_lr:
             with torch.no_grad():
                 for rate in self.rates.values():
                     rate.clamp_(min=0.0)  # a step uphill is never meant
-        stacked = torch.stack(figures)  # [M, 2]
+        stacked = torch.stack(metrics)  # [M, 2]
         share = stacked.new_tensor(weights).unsqueeze(1)  # [M, 1]
         means = self.world.average(stacked, share).mean(0).tolist()
         return dict(zip(("meta_loss", "grad_norm"), means, strict=True))
@@ -885,8 +887,8 @@ class MetaRLTrainer:
         inputs = batch["observations"], None, batch["reset"]
         mean, log_std, _, _ = functional_call(self.model, weights, inputs)
         if log_std is None:
-            taken = batch["actions"].unsqueeze(-1)  # [R, T, 1]
-            return mean.log_softmax(-1).gather(-1, taken).squeeze(-1)  # type: ignore[no-any-return]
+            actions = batch["actions"].unsqueeze(-1)  # [R, T, 1]
+            return mean.log_softmax(-1).gather(-1, actions).squeeze(-1)  # type: ignore[no-any-return]
         return gaussian_log_prob(batch["actions"], mean, log_std)
 
     def _ratio(self, weights: Weights, batch: Mapping[str, Tensor]) -> Tensor:
@@ -906,13 +908,10 @@ class MetaRLTrainer:
 
     # Checks and saving
 
-    @staticmethod
-    def _groups(learnt: Sequence[tuple[str, Tensor]]) -> list[list[Tensor]]:
+    def _groups(self, learnt: Sequence[tuple[str, Tensor]]) -> list[list[Tensor]]:
         """What the optimizer moves at the full rate, and at that of transition matrices."""
-        return [
-            [p for name, p in learnt if transition_pace(name) == pace]
-            for pace in (1.0, TRANSITION_PACE)
-        ]
+        scales = learning_rate_scales(self.model)
+        return [[p for name, p in learnt if scales[name] == scale] for scale in _LR_SCALES]
 
     def _check_parts(self) -> None:
         rates = list(self.rates.items()) if self.learn_inner_lr else []

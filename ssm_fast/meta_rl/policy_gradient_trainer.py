@@ -34,6 +34,7 @@ from ssm_fast.meta_rl.training_state import (
     read_count,
     save_checkpoint,
 )
+from ssm_fast.nn.parameters import learning_rate_scales
 
 _LOGGER = logging.getLogger(__name__)
 _STATE_VERSION = 1
@@ -43,7 +44,7 @@ _SETTINGS = (
     "gamma",
     "entropy_coef",
     "max_grad_norm",
-    "transition_lr_scale",
+    "recurrent_lr_scale",
     "anneal_lr",
     "seed",
 )
@@ -91,7 +92,7 @@ class PolicyGradientTrainer:
             300 steps, and at 0.99 one run in ten forgets to prevent it.
         entropy_coef: Weight of the entropy bonus.
         max_grad_norm: Gradients are scaled down to this norm.
-        transition_lr_scale: The transition matrix `A` learns at this fraction of the learning rate.
+        recurrent_lr_scale: The transition matrix `A` learns at this fraction of the learning rate.
             Adam moves all its entries by about the learning rate, which moves its spectral radius
             `N` times as far: at the full rate it passes 1 within a few updates, and the policy
             collapses.
@@ -117,7 +118,7 @@ class PolicyGradientTrainer:
         *,
         entropy_coef: float = 0.0,
         max_grad_norm: float = 0.5,
-        transition_lr_scale: float = 0.1,
+        recurrent_lr_scale: float = 0.1,
         anneal_lr: bool = True,
         checkpoint_interval: int = 10,
         seed: int | None = None,
@@ -128,8 +129,8 @@ class PolicyGradientTrainer:
         self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
         self.entropy_coef = check_number("entropy_coef", entropy_coef, at_least=0.0)
         self.max_grad_norm = check_number("max_grad_norm", max_grad_norm, above=0.0)
-        self.transition_lr_scale = check_number(
-            "transition_lr_scale", transition_lr_scale, at_least=0.0
+        self.recurrent_lr_scale = check_number(
+            "recurrent_lr_scale", recurrent_lr_scale, at_least=0.0
         )
         self.anneal_lr = check_flag("anneal_lr", anneal_lr)
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
@@ -137,9 +138,8 @@ class PolicyGradientTrainer:
         self.seed = check_count("seed", seed, at_least=0)
         self.device = torch.device(device)
         self.model = model.to(self.device)
-        others = [parameter for parameter in model.parameters() if parameter is not model.A]
         self.optimizer = torch.optim.Adam(
-            [{"params": others}, {"params": [model.A]}], lr=learning_rate, fused=True
+            [{"params": group} for group in self._groups()], lr=learning_rate, fused=True
         )
         self.iteration = 0
         self.episodes = 0
@@ -237,7 +237,7 @@ class PolicyGradientTrainer:
             learning_rate *= (last - self.episodes) / (last - self._first_episode)
         others, transition = self.optimizer.param_groups
         others["lr"] = learning_rate
-        transition["lr"] = learning_rate * self.transition_lr_scale
+        transition["lr"] = learning_rate * self.recurrent_lr_scale
         try:
             episodes = self.collect_episodes(env, min(env.batch_size, last - self.episodes))
             losses = self.update(episodes)
@@ -330,10 +330,10 @@ class PolicyGradientTrainer:
         advantages = self.compute_advantages(episodes)  # [B, T]
         logits, _ = self.model(episodes.observations)  # [B, T, action_dim]
         log_probs = F.log_softmax(logits, dim=-1)  # [B, T, action_dim]
-        taken = log_probs.gather(-1, episodes.actions.unsqueeze(-1)).squeeze(-1)  # [B, T]
+        chosen = log_probs.gather(-1, episodes.actions.unsqueeze(-1)).squeeze(-1)  # [B, T]
         entropies = -(log_probs.exp() * log_probs).sum(-1)  # [B, T]
         steps = episodes.valid.sum()
-        policy_loss = -(taken * advantages).sum() / steps
+        policy_loss = -(chosen * advantages).sum() / steps
         entropy = (entropies * episodes.valid).sum() / steps
         loss = policy_loss - self.entropy_coef * entropy
         self.optimizer.zero_grad()
@@ -366,9 +366,9 @@ class PolicyGradientTrainer:
             episodes.rewards, episodes.terminated, episodes.truncated, self.gamma
         )  # [B, T]
         others = valid.sum(0) - 1.0  # [T]
-        alone = returns if len(returns) > 1 else returns.mean()
+        lone_baseline = returns if len(returns) > 1 else returns.mean()
         baseline = torch.where(
-            others > 0, (returns.sum(0) - returns) / others.clamp(min=1.0), alone
+            others > 0, (returns.sum(0) - returns) / others.clamp(min=1.0), lone_baseline
         )  # [B, T]
         deviation = returns[episodes.valid].std(correction=0)
         return valid * (returns - baseline) / (deviation + 1e-8)
@@ -386,9 +386,14 @@ class PolicyGradientTrainer:
         self._check_parts()
         return env
 
+    def _groups(self) -> list[list[Tensor]]:
+        """What learns at the full rate, and the transition matrix."""
+        scales = learning_rate_scales(self.model, 0.0)
+        named = list(self.model.named_parameters())
+        return [[p for name, p in named if scales[name] == scale] for scale in (1.0, 0.0)]
+
     def _check_parts(self) -> None:
-        others = [p for p in self.model.parameters() if p is not self.model.A]
-        check_parts(self.optimizer, [others, [self.model.A]])
+        check_parts(self.optimizer, self._groups())
 
     # Saving
 

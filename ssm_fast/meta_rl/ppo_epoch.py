@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from ssm_fast._torch import steps_are_watched
-from ssm_fast.meta_rl.flat_parameters import FlatParameters
+from ssm_fast.meta_rl.flat_adam import FlatAdam
 
 if TYPE_CHECKING:
     from ssm_fast.native.gradient import SequenceGradient
 
-FIGURES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
+METRICS = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction", "grad_norm")
 
 
 @dataclass(frozen=True)
@@ -40,34 +38,17 @@ class PpoEpoch:
     Made by `of`, for one update.
     """
 
-    def __init__(
-        self,
-        gradient: SequenceGradient,
-        weights: FlatParameters,
-        optimizer: torch.optim.Adam,
-        objective: Objective,
-    ) -> None:
-        self._gradient = gradient
-        self._weights = weights
-        self._optimizer = optimizer
-        self._objective = objective
+    def __init__(self, gradient: SequenceGradient, adam: FlatAdam, objective: Objective) -> None:
+        self._gradient, self._adam, self._objective = gradient, adam, objective
 
     @classmethod
     def of(
-        cls,
-        gradient: SequenceGradient | None,
-        weights: FlatParameters,
-        optimizer: torch.optim.Optimizer,
-        objective: Objective,
+        cls, gradient: SequenceGradient | None, adam: FlatAdam, objective: Objective
     ) -> PpoEpoch | None:
-        """One for a policy whose gradient is written out, or None.
-
-        None also where somebody has changed the optimizer: it has to be a plain Adam of the vector,
-        and nobody may watch its steps.
-        """
-        if gradient is None or not _is_plain_adam(optimizer, weights.vector):
+        """One for a policy whose gradient is native and an optimizer whose steps can be, or None."""
+        if gradient is None or adam.why_not_native() is not None:
             return None
-        return cls(gradient, weights, cast("torch.optim.Adam", optimizer), objective)
+        return cls(gradient, adam, objective)
 
     @torch.no_grad()
     def __call__(
@@ -83,7 +64,7 @@ class PpoEpoch:
             minibatch: Sequences in one.
 
         Returns:
-            `FIGURES` of each minibatch ``[M, 6]``. Where the gradient of one is not finite it is the
+            `METRICS` of each minibatch ``[M, 6]``. Where the gradient of one is not finite it is the
             last, and its step was not taken.
         """
         x, actions, log_probs, reset, *rest = (t.contiguous() for t in sequences)
@@ -100,59 +81,26 @@ class PpoEpoch:
         every = torch.arange(S, device="cpu")
         if order.dtype != torch.int64 or not torch.equal(order.sort().values, every):
             raise ValueError(f"order must hold the numbers 0 to {S - 1} as int64, each once")
-        vector = self._weights.vector
-        m, v, steps = self._state()
-        for name, tensor in (
-            ("exp_avg", m),
-            ("exp_avg_sq", v),
-            ("gradient", self._gradient.vector),
-        ):
-            if tensor.shape != vector.shape or tensor.dtype != x.dtype:
-                raise ValueError(f"{name} must be {x.dtype} of shape {list(vector.shape)}")
-        (group,) = self._optimizer.param_groups
+        weights, gradient = self._adam.weights, self._gradient.vector
+        vector, (m, v) = weights.vector, self._adam.moments()
+        if gradient.shape != vector.shape or {gradient.dtype, vector.dtype} != {x.dtype}:
+            raise ValueError(f"gradient must be {x.dtype} of shape {list(vector.shape)}")
         objective, count = self._objective, -(-S // minibatch)
-        figures = torch.empty(count, len(FIGURES), dtype=torch.float64, device="cpu")  # [M, 6]
+        metrics = torch.empty(count, len(METRICS), dtype=torch.float64, device="cpu")  # [M, 6]
         addresses = [t.data_ptr() for t in (x, actions, log_probs, *rest, reset, states)]
         addresses[1:2] = [0, addresses[1]] if is_discrete else [addresses[1], 0]
-        taken = self._gradient.plan.network(2).ppo_epoch(
+        steps = self._gradient.plan.network(2).ppo_epoch(
             addresses,
             (S, L),
             order.data_ptr(),
             (S, minibatch),
             (objective.clip_epsilon, objective.value_coef, objective.entropy_coef),
             objective.clip_value_loss,
-            [t.data_ptr() for t in (vector, self._gradient.vector, m, v, self._weights.pace)],
-            [p.data_ptr() for p in self._weights.parameters],
-            (group["lr"], *group["betas"], group["eps"], objective.max_grad_norm),
-            int(steps),
-            figures.data_ptr(),
+            [t.data_ptr() for t in (vector, gradient, m, v, weights.lr_scales)],
+            [p.data_ptr() for p in weights.parameters],
+            (*self._adam.options(), objective.max_grad_norm),
+            self._adam.steps,
+            metrics.data_ptr(),
         )
-        steps += taken
-        increment_version([vector, *self._weights.parameters])
-        return figures[: taken + 1]  # all of them, or up to the one that ended the epoch
-
-    def _state(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Adam's moments and its number of steps; made as its first step would."""
-        vector = self._weights.vector
-        state = self._optimizer.state[vector]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(vector, memory_format=torch.preserve_format)
-        return state["exp_avg"], state["exp_avg_sq"], state["step"]
-
-
-def _is_plain_adam(optimizer: torch.optim.Optimizer, vector: Tensor) -> bool:
-    """Whether it steps this vector alone, by the formula of the paper and unseen."""
-    if type(optimizer) is not torch.optim.Adam or len(optimizer.param_groups) != 1:
-        return False
-    (group,) = optimizer.param_groups
-    others = ("weight_decay", "amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
-    return (
-        len(group["params"]) == 1
-        and group["params"][0] is vector
-        and not any(group.get(name) for name in others)
-        and all(type(x) is float for x in (group["lr"], *group["betas"], group["eps"]))
-        and "step" not in vars(optimizer)
-        and not steps_are_watched(optimizer)
-    )
+        self._adam.count_native(steps)
+        return metrics[: steps + 1]  # all of them, or up to the one that ended the epoch

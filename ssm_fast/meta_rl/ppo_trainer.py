@@ -25,8 +25,9 @@ from ssm_fast.core.rollout_policy import RolloutPolicy
 from ssm_fast.core.sequence_gradient import sequence_gradient
 from ssm_fast.env_runner.environment import AnyEnvironment, Environment
 from ssm_fast.meta_rl.distributed import Part, Rows, World
+from ssm_fast.meta_rl.flat_adam import FlatAdam
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
-from ssm_fast.meta_rl.ppo_epoch import FIGURES, Objective, PpoEpoch
+from ssm_fast.meta_rl.ppo_epoch import METRICS, Objective, PpoEpoch
 from ssm_fast.meta_rl.rollout import Rollout, RolloutRecording
 from ssm_fast.meta_rl.run import RunDirectory, read_state, write_state
 from ssm_fast.meta_rl.training_state import (
@@ -77,7 +78,7 @@ _SETTINGS = (
     "clip_value_loss",
     "target_kl",
     "desired_kl",
-    "memory_pace",
+    "recurrent_lr_scale",
     "staggered_resets",
     "checkpoint_interval",
     "seed",
@@ -168,8 +169,8 @@ class PPOTrainer:
         desired_kl: Let the learning rate follow the mean KL divergence of the updates: an update
             well above this lowers it, one well below raises it, by a factor of at most 100 from the
             start (Heess et al. 2017, arXiv 1707.02286, do so with the weight of a penalty).
-        memory_pace: Length of the steps of the weights that lead into the states of the layers, through
-            them and out of them, in learning rates. A state sums up many steps, so that a step of
+        recurrent_lr_scale: The part of the learning rate at which the weights learn that lead into the
+            states of the layers, through them and out of them. A state sums up many steps: a step of
             these weights changes the policy several times as much as one of the others.
         staggered_resets: Cut the first episodes short, each row's by another part of the time limit,
             so that rows do not restart together and every rollout has beginnings of episodes
@@ -219,7 +220,7 @@ class PPOTrainer:
         clip_value_loss: bool = False,
         target_kl: float | None = None,
         desired_kl: float | None = None,
-        memory_pace: float = 0.1,
+        recurrent_lr_scale: float = 0.1,
         staggered_resets: bool = False,
         checkpoint_interval: int = 20,
         num_threads: int | None = 1,
@@ -252,7 +253,9 @@ class PPOTrainer:
         self.desired_kl = (
             None if desired_kl is None else check_number("desired_kl", desired_kl, above=0.0)
         )
-        self.memory_pace = check_number("memory_pace", memory_pace, at_least=0.0)
+        self.recurrent_lr_scale = check_number(
+            "recurrent_lr_scale", recurrent_lr_scale, at_least=0.0
+        )
         self.staggered_resets = check_flag("staggered_resets", staggered_resets)
         self.checkpoint_interval = check_count("checkpoint_interval", checkpoint_interval)
         self.num_threads = None if num_threads is None else check_count("num_threads", num_threads)
@@ -262,7 +265,7 @@ class PPOTrainer:
         self.device = torch.device(device)
         self.model = model.to(self.device)
 
-        self._weights = FlatParameters(self.model, self.world, self.memory_pace)
+        self._weights = FlatParameters(self.model, self.world, self.recurrent_lr_scale)
         self._gradient: SequenceGradient | None = None  # of the last update
         self.optimizer = torch.optim.Adam(
             [self._weights.vector], lr=learning_rate, eps=1e-5, fused=True
@@ -374,7 +377,7 @@ class PPOTrainer:
                         metrics["steps_per_second"],
                     )
                 stop = False
-                with self.world.together():
+                with self.world.share_errors():
                     is_due = self.iteration % interval == 0 or self.timesteps >= last
                     if run is not None:
                         self._record(run, env, metrics, is_due)
@@ -441,6 +444,7 @@ class PPOTrainer:
         self, run: RunDirectory, env: Environment, metrics: dict[str, float], is_due: bool
     ) -> None:
         """Writes the metrics of an iteration, and a checkpoint where one is due."""
+        run.note("gradients", self.gradients.path)
         run.append_row(metrics)
         run.log_scalars({f"train/{name}": value for name, value in metrics.items()}, self.timesteps)
         if is_due:
@@ -467,7 +471,7 @@ class PPOTrainer:
                 learning_rate *= left
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
-            with self.world.together():
+            with self.world.share_errors():
                 rollout = self.collect_rollout(env, min(T, max(1, steps // B)))
             losses = self.update(rollout)
             self._follow_kl(losses["approx_kl"], left)
@@ -582,7 +586,7 @@ class PPOTrainer:
 
     def _prepare(self, source: AnyEnvironment) -> Environment:
         """Wraps a Gymnasium environment and checks that it fits the model."""
-        with self.world.together():
+        with self.world.share_errors():
             env = source if isinstance(source, Environment) else Environment.wrap(source)
             model = self.model
             check_spaces(env, model.input_dim, model.action_dim, model.discrete)
@@ -626,7 +630,7 @@ class PPOTrainer:
             if env.max_episode_steps is None:
                 raise ValueError(f"staggered_resets needs a time limit, which {env!r} has not")
             elapsed = (rows.first + np.arange(rows.count)) * env.max_episode_steps // rows.total
-        with self.world.together():
+        with self.world.share_errors():
             self._observation, _ = env.reset(seed=seed + rows.first, elapsed=elapsed)
         self._state = self.model.init_hidden(env.batch_size)
         self._reset = np.ones(env.batch_size, dtype=np.bool_)
@@ -670,7 +674,7 @@ class PPOTrainer:
         if norm is None or steps == 0:
             return
         self._begin(env, self._episode_seed(2**32 - 1))
-        with self.world.together():
+        with self.world.share_errors():
             rollout = self.collect_rollout(env, steps)
         self._warm_up_timesteps = self._batch_size * steps
         self.world.update(norm, rollout.observations.flatten(0, 1))
@@ -726,12 +730,12 @@ class PPOTrainer:
             sequences = [_sequences(x[:, :learnt], L) for x in columns]
             if native is not None:
                 order = torch.cat([items for items, _ in parts])
-                figures = native(sequences, states, order, len(parts[0].items))
-                self._check_gradient(figures[-1], f"epoch {epoch}")
+                metrics = native(sequences, states, order, len(parts[0].items))
+                self._check_gradient(metrics[-1], f"epoch {epoch}")
             else:
                 batches = self._gather(sequences, states, parts)
-                figures = torch.stack([self._step(batch, f"epoch {epoch}") for batch in batches])
-            sums.append(figures)  # [M, 6]
+                metrics = torch.stack([self._step(batch, f"epoch {epoch}") for batch in batches])
+            sums.append(metrics)  # [M, 6]
             of_epoch = partial(self._means, sums[-1:], weights[-1:])
             if self.target_kl is not None and of_epoch()["approx_kl"] > self.target_kl:
                 break
@@ -806,21 +810,23 @@ class PPOTrainer:
             yield _Minibatch._make((*tensors, weight))
 
     def _step(self, batch: _Minibatch, where: str) -> Tensor:
-        """One gradient step on a minibatch of sequences; returns its figures `[6]`."""
+        """One gradient step on a minibatch of sequences; returns its metrics `[6]`."""
         inputs = batch.observations, batch.actions, batch.states, batch.reset
         if self._gradient is not None:
-            figures = self._gradient(*inputs, partial(self._objective, batch))
-            grad_norm = self._weights.take(self._gradient.vector, self.max_grad_norm, batch.weight)
+            metrics = self._gradient(*inputs, partial(self._objective, batch))
+            grad_norm = self._weights.use_gradient(
+                self._gradient.vector, self.max_grad_norm, batch.weight
+            )
         else:
             outputs = self.model.evaluate_actions(*inputs, normalized=True)
-            figures, gradients = self._objective(batch, *outputs)
+            metrics, gradients = self._objective(batch, *outputs)
             grad_norm = self._weights.backward(
                 outputs[: len(gradients)], self.max_grad_norm, batch.weight, gradients
             )
-        figures = torch.cat((figures, grad_norm.reshape(1)))
-        self._check_gradient(figures, where)
-        self._weights.step(self.optimizer)
-        return figures
+        metrics = torch.cat((metrics, grad_norm.reshape(1)))
+        self._check_gradient(metrics, where)
+        FlatAdam(self._weights, self.optimizer).step()
+        return metrics
 
     def _native_epoch(self) -> PpoEpoch | None:
         """What learns from an epoch's minibatches in one call, where nothing else has to see them."""
@@ -833,11 +839,11 @@ class PPOTrainer:
             self.clip_value_loss,
             self.max_grad_norm,
         )
-        return PpoEpoch.of(self._gradient, self._weights, self.optimizer, objective)
+        return PpoEpoch.of(self._gradient, FlatAdam(self._weights, self.optimizer), objective)
 
-    def _check_gradient(self, figures: Tensor, where: str) -> None:
-        """Raises where the figures `[6]` of a minibatch tell of a gradient that is not finite."""
-        policy_loss, value_loss, entropy, _, _, grad_norm = figures.tolist()
+    def _check_gradient(self, metrics: Tensor, where: str) -> None:
+        """Raises where the metrics `[6]` of a minibatch tell of a gradient that is not finite."""
+        policy_loss, value_loss, entropy, _, _, grad_norm = metrics.tolist()
         if not math.isfinite(grad_norm):
             loss = policy_loss + self.value_coef * value_loss - self.entropy_coef * entropy
             raise FloatingPointError(f"{where}: loss {loss}, gradient norm {grad_norm}")
@@ -879,12 +885,12 @@ class PPOTrainer:
         )
         return torch.stack(terms).mean((1, 2)), gradients
 
-    def _means(self, figures: list[Tensor], weights: list[list[float]]) -> dict[str, float]:
-        """The means over minibatches of the figures of each, those of an epoch `[M, 6]`, over all ranks."""
-        stacked = torch.cat(figures)
+    def _means(self, metrics: list[Tensor], weights: list[list[float]]) -> dict[str, float]:
+        """The means over minibatches of the metrics of each, those of an epoch `[M, 6]`, over all ranks."""
+        stacked = torch.cat(metrics)
         share = stacked.new_tensor([weight for epoch in weights for weight in epoch]).unsqueeze(1)
         means = self.world.average(stacked, share).mean(0).tolist()
-        return dict(zip(FIGURES, means, strict=True))
+        return dict(zip(METRICS, means, strict=True))
 
     def _explained_variance(self, values: Tensor, returns: Tensor) -> float:
         variance, residual = self.world.variances(returns, returns - values)

@@ -176,6 +176,11 @@ class RunDirectory:
         """Writes `config` (JSON values) to config.json."""
         _write_text(self.config_path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
+    def note(self, name: str, value: str) -> None:
+        """Adds an entry to config.json, if there is one and it says something else."""
+        if self.config_path.exists() and (config := self.read_config()).get(name) != value:
+            self.write_config({**config, name: value})
+
     def read_config(self) -> dict[str, Any]:
         """Returns the configuration.
 

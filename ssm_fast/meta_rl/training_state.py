@@ -110,7 +110,7 @@ def start_run(world: World, run: RunDirectory | None, trainer: Resumable, resume
         ValueError: There is no run to continue, its checkpoint does not fit the trainer, or the
             trainers of two ranks do not fit each other.
     """
-    with world.together():
+    with world.share_errors():
         if world.rank and run is not None:
             raise ValueError("run must be None on all ranks but rank 0")
         if resume and world.rank == 0:
@@ -199,6 +199,14 @@ def check_step(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> None:
     raise FloatingPointError("the step of the optimizer leads to weights that are not finite")
 
 
+_RENAMED = {"memory_pace": "recurrent_lr_scale", "transition_lr_scale": "recurrent_lr_scale"}
+
+
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run, those of older versions by the names that they have now."""
+    return {_RENAMED.get(name, name): value for name, value in settings.items()}
+
+
 def check_settings(state: Mapping[str, Any], version: int, current: Mapping[str, Any]) -> None:
     """Compares what a run was started with and what it is to be continued with.
 
@@ -212,7 +220,7 @@ def check_settings(state: Mapping[str, Any], version: int, current: Mapping[str,
     """
     if state["version"] != version:
         raise ValueError(f"version must be {version}, got {state['version']!r}")
-    stored = {**state["settings"], **state}
+    stored = {**with_current_names(state["settings"]), **state}
     for name, value in current.items():
         if stored[name] != value:
             raise ValueError(

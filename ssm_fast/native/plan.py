@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_fast._torch import has_global_hooks, has_gradient_hooks, is_plain, is_watched, registries
-from ssm_fast.nn.ssm_layer import is_untouched
+from ssm_fast.nn.fused import is_untouched
 from ssm_fast.nn.stages import NetworkStages, Stage, Unplanned
 from ssm_fast.ops.dispatch import is_interpreting, native_kernel, needs_autograd
 
@@ -172,7 +172,8 @@ class Plan:
                 _ABSENT if p is None else self._numbers[id(p)] for p in stage.parameters
             ],
             "eps": stage.eps,
-            "flag": stage.flag,
+            "tanh": stage.tanh,
+            "residual": stage.residual,
             "cell": None if stage.cell is None else self._description(stage.cell),
         }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssm_fast._torch import has_function_mode, is_plain
 from ssm_fast.native.plan import Plan, Reason, plan_of, unavailable
-from ssm_fast.nn.ssm_layer import is_untouched
+from ssm_fast.nn.fused import is_untouched
 
 _ARGUMENTS = ("x", "hidden_state", "reset")
 

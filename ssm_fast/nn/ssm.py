@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from ssm_fast.checks import check_count
-from ssm_fast.nn.ssm_layer import (
-    SPECTRAL_RADIUS,
-    Norm,
-    SSMLayer,
-    check_norm,
-    is_called,
-    run_layer,
-    step_layer,
-)
+from ssm_fast.nn.cells import cell_of
+from ssm_fast.nn.parameters import SPECTRAL_RADIUS
+from ssm_fast.nn.ssm_layer import Norm, SSMLayer, is_called, run_layer, step_layer
 from ssm_fast.ops.validation import check_dtype
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,7 +85,7 @@ class SSM(nn.Module):
         self.hidden_size = check_count("hidden_size", hidden_size)
         self.num_layers = check_count("num_layers", num_layers)
         self.state_size = check_count("state_size", state_size)
-        check_norm(norm)
+        cell_of("dense", norm)
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout must be in [0, 1], got {dropout}")
         if dropout > 0.0 and num_layers == 1:

@@ -35,7 +35,8 @@ class Stage:
         sizes: Features of its inputs and outputs, and of its state.
         parameters: In the order of the kind; ``None`` for one that the module does not have.
         eps: Of its norm.
-        flag: Whether a linear stage has a tanh, and a layer a residual connection.
+        tanh: Whether a tanh stands behind a linear stage.
+        residual: Whether a layer has a residual connection.
         cell: The stage inside a layer.
     """
 
@@ -43,7 +44,8 @@ class Stage:
     sizes: tuple[int, ...] = ()
     parameters: tuple[Tensor | None, ...] = ()
     eps: float = 0.0
-    flag: bool = False
+    tanh: bool = False
+    residual: bool = False
     cell: Stage | None = None
 
     def tensors(self) -> list[Tensor | None]:
@@ -123,7 +125,7 @@ def linear_stage(name: str, module: nn.Module, *, tanh: bool = False) -> Stage:
     if type(module) is not nn.Linear:
         raise Unplanned(f"{name} is a {type(module).__name__}, not an nn.Linear")
     sizes = 0, module.in_features, module.out_features
-    return Stage("linear", sizes, (module.weight, module.bias, None), flag=tanh)
+    return Stage("linear", sizes, (module.weight, module.bias, None), tanh=tanh)
 
 
 def layer_norm_parameters(

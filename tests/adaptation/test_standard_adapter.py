@@ -16,7 +16,7 @@ from ssm_fast.adaptation.standard_adapter import (
 )
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.core.ssm import StateSpaceModel
-from ssm_fast.nn.ssm_layer import transition_pace
+from ssm_fast.nn.parameters import learning_rate_scales
 
 pytestmark = pytest.mark.isa_independent
 
@@ -218,12 +218,11 @@ class TestConfig:
             StandardAdaptationConfig(**option)
 
 
-def test_transition_pace() -> None:
-    names = [name for name, _ in ImprovedSSM(3, 2, 4, 8).named_parameters()]
-    slow = [name for name in names if transition_pace(name) != 1.0]
-    assert slow == ["layers.0.A", "layers.1.A"]
-    assert transition_pace("A") == transition_pace("layers.1.A") == 0.1
-    assert transition_pace("encoder.weightA") == 1.0
+def test_transition_matrices_learn_slowly() -> None:
+    scales = learning_rate_scales(ImprovedSSM(3, 2, 4, 8))
+    assert {name for name, scale in scales.items() if scale != 1.0} == {"layers.0.A", "layers.1.A"}
+    assert scales["layers.1.A"] == learning_rate_scales(StateSpaceModel(4, 3, 2, 8))["A"] == 0.1
+    assert learning_rate_scales(nn.Linear(2, 2)) == {"weight": 1.0, "bias": 1.0}
 
 
 class TestGrowth:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssm_fast.checkpoint import load_model, save_model
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.native.step import step_plan
-from ssm_fast.nn import RunningNorm, SSMLayer, ssm_layer
+from ssm_fast.nn import RunningNorm, SSMLayer, fused
 
 IN, ACTIONS, N, H, L = 5, 3, 6, 8, 2
 
@@ -769,7 +769,7 @@ def test_fused_and_not_give_the_same(
     model = ImprovedSSM(3, 2, 5, 7, critic_dim=critic_dim).double()
     x, results = torch.randn(4, 6, 3).double(), []
     for least in (1, 10**9):
-        monkeypatch.setattr(ssm_layer, "ROWS", least)
+        monkeypatch.setattr(fused, "ROWS", least)
         mean, log_std, value, state = model(x)
         loss = mean.pow(3).sum() + log_std.sum() + value.square().sum()
         results.append([mean, value, state, *torch.autograd.grad(loss, list(model.parameters()))])
@@ -780,7 +780,7 @@ def test_fused_and_not_give_the_same(
 @pytest.mark.parametrize("least", [1, 10**9])
 @pytest.mark.parametrize("name", ["encoder", "critic_network.hidden"])
 def test_backward_hooks_run(name: str, least: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssm_layer, "ROWS", least)
+    monkeypatch.setattr(fused, "ROWS", least)
     model, seen = ImprovedSSM(3, 2, 5, 7, critic_dim=6), []
     model.get_submodule(name).register_full_backward_hook(lambda *_: seen.append(1))
     mean, _, value, _ = model(torch.randn(4, 6, 3, requires_grad=True))

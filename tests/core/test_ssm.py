@@ -16,7 +16,7 @@ from torch.autograd import gradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, vmap
 
 from ssm_fast.core.ssm import StateSpaceModel
-from ssm_fast.nn import ssm_layer
+from ssm_fast.nn import fused
 
 N, IN, OUT, HIDDEN = 5, 3, 2, 7
 
@@ -235,14 +235,14 @@ def test_bad_input() -> None:
 @pytest.fixture(params=[1, 10**9], ids=["fused", "torch"])
 def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways in which sequences are projected."""
-    monkeypatch.setattr(ssm_layer, "ROWS", request.param)
+    monkeypatch.setattr(fused, "ROWS", request.param)
 
 
 def test_fused_and_not_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x, h, reset) = make(), inputs()
     results = []
     for least in (1, 10**9):
-        monkeypatch.setattr(ssm_layer, "ROWS", least)
+        monkeypatch.setattr(fused, "ROWS", least)
         y, h_next = model(x, h, reset)
         loss = y.pow(3).sum() + h_next.sum()
         results.append([y, h_next, *torch.autograd.grad(loss, list(model.parameters()))])

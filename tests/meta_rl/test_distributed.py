@@ -212,7 +212,7 @@ class TestWorld:
             assert world.split(x) == (x, 1.0)
             assert world.gather(x) is world.average(x, 1.0) is x
             assert world.first(x) is x
-            with pytest.raises(ValueError, match="why"), world.together():
+            with pytest.raises(ValueError, match="why"), world.share_errors():
                 raise ValueError("why")
 
     @pytest.mark.parametrize(("total", "size"), [(7, 3), (3, 3), (2, 3), (64, 5)])

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from ssm_fast.meta_rl.flat_adam import FlatAdam
 from ssm_fast.meta_rl.flat_parameters import FlatParameters
 from ssm_fast.nn import SSMLayer
-from ssm_fast.nn.ssm_layer import memory_weights
+from ssm_fast.nn.parameters import learning_rate_scales
 
 
 def _model() -> nn.Module:
@@ -24,7 +25,7 @@ def test_adam_on_the_vector_equals_adam_on_the_parameters() -> None:
     x = torch.randn(5, 3)
     for _ in range(4):
         norm = flat.backward(one[2](one[1](one[0](x))).square().sum(), 0.5)  # not the last layer
-        flat.step(mine)
+        FlatAdam(flat, mine).step()
         theirs.zero_grad(set_to_none=False)
         (other[2](other[1](other[0](x))).square().sum() + 0.0 * other[3](x[:, :2]).sum()).backward()
         expected = nn.utils.clip_grad_norm_(other.parameters(), 0.5)
@@ -35,28 +36,31 @@ def test_adam_on_the_vector_equals_adam_on_the_parameters() -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory_pace", "slow"),
+    ("scale", "slow"),
     [(None, {"A": 0.1}), (0.3, {"A": 0.3, "B": 0.3, "C": 0.3, "bias": 0.3}), (1.0, {})],
 )
-def test_weights_move_at_their_pace(memory_pace: float | None, slow: dict[str, float]) -> None:
+def test_weights_learn_at_their_scale(scale: float | None, slow: dict[str, float]) -> None:
     torch.manual_seed(0)
     layer = SSMLayer(3, 4, 5, norm="output")
     model = nn.ModuleDict({"layer": layer})
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    flat = FlatParameters(model, memory_pace=memory_pace)
+    flat = FlatParameters(model, recurrent_lr_scale=scale)
     target = torch.randn(2, 6, 4)
     flat.backward((layer(torch.randn(2, 6, 3))[0] - target).square().sum(), 1.0)
-    flat.step(torch.optim.Adam([flat.vector], lr=0.01, eps=0.0))
+    FlatAdam(flat, torch.optim.Adam([flat.vector], lr=0.01, eps=0.0)).step()
     for name, parameter in layer.named_parameters():  # Adam's first step has one length
         length = (parameter - before[name]).abs()
         expected = torch.full_like(length, 0.01 * slow.get(name, 1.0))
         torch.testing.assert_close(length, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_weights_of_a_norm_within_the_recurrence_are_of_the_memory() -> None:
-    assert memory_weights(SSMLayer(3, 4, 5, norm="output")) == {"A", "B", "C", "bias"}
-    inside = {"norm.weight", "norm.bias"}
-    assert memory_weights(SSMLayer(3, 4, 5, norm="state")) == {"A", "B", "C", "bias", *inside}
+def test_a_norm_within_the_recurrence_is_around_the_state() -> None:
+    def scaled(norm: str) -> set[str]:
+        scales = learning_rate_scales(SSMLayer(3, 4, 5, norm=norm), 0.5, around=True)
+        return {name for name, scale in scales.items() if scale == 0.5}
+
+    assert scaled("output") == {"A", "B", "C", "bias"}
+    assert scaled("state") == {"A", "B", "C", "bias", "norm.weight", "norm.bias"}
 
 
 def test_read_takes_what_changed_in_the_model() -> None:

@@ -69,8 +69,8 @@ def test_ppo(env_id: str, tmp_path: Path) -> None:
     other = PPOTrainer(copy.deepcopy(trainer.model).cpu(), **options)
     other.load_state_dict(trainer.state_dict())
     rollout = trainer.collect_rollout(env)
-    figures, expected = trainer.update(rollout), other.update(_on_cpu(rollout))
-    assert figures == pytest.approx(expected, rel=1e-2, abs=1e-4)
+    metrics, expected = trainer.update(rollout), other.update(_on_cpu(rollout))
+    assert metrics == pytest.approx(expected, rel=1e-2, abs=1e-4)
     torch.testing.assert_close(
         {name: x.cpu() for name, x in trainer.model.state_dict().items()},
         dict(other.model.state_dict()),

@@ -174,12 +174,12 @@ def test_update(name, K, first_order):
     expected = torch.autograd.grad(loss, learnt, allow_unused=True, materialize_grads=True)
     before = [p.detach().clone() for p in learnt]
     trainer.optimizer = torch.optim.SGD(learnt, lr=1e-3)
-    figures = trainer.update(rounds)
+    metrics = trainer.update(rounds)
     for p, start, gradient in zip(learnt, before, expected, strict=True):
         moved = (start - p.detach()) / 1e-3
         torch.testing.assert_close(moved, gradient, rtol=1e-7, atol=1e-9)
     norm = math.sqrt(sum(float(d.square().sum()) for d in expected))
-    assert figures["grad_norm"] == pytest.approx(norm, rel=1e-6)
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-6)
 
 
 def test_learnt_rates():
@@ -246,7 +246,7 @@ def third_step_breaks(monkeypatch):
 
 
 def test_evaluation_that_diverges(third_step_breaks):
-    """The other tasks still have figures."""
+    """The other tasks still have metrics."""
     env = environment()
     trainer = trainer_for(env)
     reason = "task 1: inner step 2 leads to a actor.bias that is not finite"

@@ -169,18 +169,18 @@ class TestUpdate:
                 entropy = entropy + policy.entropy()
         steps = episodes.valid.sum()
         want = torch.autograd.grad((loss - 0.3 * entropy) / steps, list(model.parameters()))
-        figures = trainer.update(episodes)
+        metrics = trainer.update(episodes)
         for parameter, gradient in zip(model.parameters(), want, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-10)
-        assert figures["policy_loss"] == pytest.approx(float(loss.detach() / steps))
-        assert figures["entropy"] == pytest.approx(float(entropy.detach() / steps))
+        assert metrics["policy_loss"] == pytest.approx(float(loss.detach() / steps))
+        assert metrics["entropy"] == pytest.approx(float(entropy.detach() / steps))
         norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in want))
-        assert figures["grad_norm"] == pytest.approx(norm)
+        assert metrics["grad_norm"] == pytest.approx(norm)
 
     def test_transition_matrix_learns_more_slowly(self) -> None:
         model = _model().double()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        trainer = PolicyGradientTrainer(model, 1e-2, transition_lr_scale=0.05, seed=4)
+        trainer = PolicyGradientTrainer(model, 1e-2, recurrent_lr_scale=0.05, seed=4)
         with Environment("CartPole-v1", 4) as env:
             trainer.train(env, 4)
         moved = {
@@ -277,7 +277,7 @@ class TestFailures:
             ("gamma", -0.1),
             ("entropy_coef", -1.0),
             ("max_grad_norm", 0.0),
-            ("transition_lr_scale", -0.1),
+            ("recurrent_lr_scale", -0.1),
             ("checkpoint_interval", 0),
             ("seed", -1),
         ],

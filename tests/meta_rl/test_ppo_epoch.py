@@ -71,8 +71,8 @@ def _noticed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     call = PpoEpoch.__call__
 
     def noticed(self: PpoEpoch, *arguments: Any) -> Tensor:
-        found.append(len(figures := call(self, *arguments)))
-        return figures
+        found.append(len(metrics := call(self, *arguments)))
+        return metrics
 
     monkeypatch.setattr(PpoEpoch, "__call__", noticed)
     return found
@@ -165,8 +165,8 @@ class TestPpoEpoch:
                 native = trainer._native_epoch()
                 assert native is not None
                 # The last minibatch has one sequence.
-                figures = native(sequences, states, order, 20)
-                found.append((figures, _weights(trainer)))
+                metrics = native(sequences, states, order, 20)
+                found.append((metrics, _weights(trainer)))
         finally:
             torch.set_num_threads(before)
         one, two, again, three = found
@@ -213,12 +213,12 @@ class TestPpoEpoch:
         assert native is not None
         try:
             torch.set_num_threads(2)
-            figures = native(sequences, torch.zeros(2, 60, 5), torch.arange(60), 20)
+            metrics = native(sequences, torch.zeros(2, 60, 5), torch.arange(60), 20)
         finally:
             torch.set_num_threads(before)
-        assert len(figures) == bad // 20 + 1
-        assert bool(torch.isfinite(figures[:-1]).all())
-        assert bool(figures[-1, -1].isnan())
+        assert len(metrics) == bad // 20 + 1
+        assert bool(torch.isfinite(metrics[:-1]).all())
+        assert bool(metrics[-1, -1].isnan())
         assert bool(torch.isfinite(_weights(trainer)).all())
 
     @pytest.mark.parametrize("in_calls", [False, True])

@@ -228,7 +228,7 @@ class TestUpdate:
         batch = _Minibatch(
             nothing, nothing, old, nothing, values, returns, advantages, nothing, 1.0
         )
-        figures, gradients = trainer._objective(batch, log_probs, now, entropies)
+        metrics, gradients = trainer._objective(batch, log_probs, now, entropies)
 
         ratio = (log_probs - old).exp()
         clipped = ratio.clamp(0.8, 1.2)
@@ -242,9 +242,9 @@ class TestUpdate:
         assert len(gradients) == (3 if entropy_coef else 2)
         for found, expected in zip(gradients, torch.autograd.grad(loss, inputs), strict=True):
             torch.testing.assert_close(found, expected)
-        assert 0.0 < float(figures[4]) < 1.0
+        assert 0.0 < float(metrics[4]) < 1.0
         expected = torch.stack((policy_loss, errors.mean(), entropies.mean())).detach()
-        torch.testing.assert_close(figures[:3], expected)
+        torch.testing.assert_close(metrics[:3], expected)
 
     @pytest.mark.parametrize("discrete", [False, True])
     def test_ratio_is_one_in_float32_after_training(self, discrete: bool) -> None:
