@@ -13,13 +13,11 @@ namespace ssm_fast {
 namespace {
 
 StageDescription describe(const py::dict& stage) {
-  StageDescription found{stage["kind"].cast<std::string>(),
-                         stage["sizes"].cast<std::vector<Index>>(),
-                         stage["parameters"].cast<std::vector<int>>(),
-                         stage["eps"].cast<double>(),
-                         stage["tanh"].cast<bool>(),
-                         stage["residual"].cast<bool>(),
-                         {}};
+  StageDescription found{stage["kind"].cast<std::string>(),   stage["inputs"].cast<Index>(),
+                         stage["outputs"].cast<Index>(),      stage["state"].cast<Index>(),
+                         stage["observations"].cast<Index>(), stage["parameters"].cast<std::vector<int>>(),
+                         stage["eps"].cast<double>(),         stage["tanh"].cast<bool>(),
+                         stage["residual"].cast<bool>(),      {}};
   if (!stage["cell"].is_none()) found.cell.push_back(describe(stage["cell"].cast<py::dict>()));
   return found;
 }

@@ -112,7 +112,8 @@ class Stage {
 // A stage as Python describes it (ssm_fast/nn/stages.py).
 struct StageDescription {
   std::string kind;
-  std::vector<Index> sizes;
+  Index inputs, outputs, state;
+  Index observations;  // of a linear stage that reads the network's input, else 0
   std::vector<int> parameters;
   double eps;
   bool tanh, residual;

@@ -447,15 +447,16 @@ class LayerStage final : public Stage<T> {
 
 template <class T>
 std::unique_ptr<Stage<T>> make_stage(const StageDescription& d) {
-  const std::vector<Index>& s = d.sizes;
   const std::vector<int>& p = d.parameters;
-  if (d.kind == "linear") return std::make_unique<LinearStage<T>>(s[0], s[1], s[2], p[0], p[1], p[2], d.tanh);
+  if (d.kind == "linear") {
+    return std::make_unique<LinearStage<T>>(d.observations, d.inputs, d.outputs, p[0], p[1], p[2], d.tanh);
+  }
   if (d.kind == "scan") {
-    return std::make_unique<ScanStage<T>>(s[0], s[1], ScanParameters{p[0], p[1], p[2], p[3], p[4], d.eps});
+    return std::make_unique<ScanStage<T>>(d.inputs, d.state, ScanParameters{p[0], p[1], p[2], p[3], p[4], d.eps});
   }
   if (d.kind == "dense") {
     const ScanParameters scan{p[0], p[1], p[2], p[5], p[6], d.eps};
-    return std::make_unique<DenseCell<T>>(s[0], s[1], s[2], scan, p[3], p[4]);
+    return std::make_unique<DenseCell<T>>(d.inputs, d.outputs, d.state, scan, p[3], p[4]);
   }
   if (d.kind == "layer") {
     return std::make_unique<LayerStage<T>>(make_stage<T>(d.cell.at(0)), p[0], p[1], d.eps, d.residual);

@@ -71,10 +71,10 @@ class CriticNetwork(nn.Module):
             raise Unplanned(f"{name} is a {type(self).__name__}, not a CriticNetwork")
         x = linear_stage(f"{name}.observations", self.observations)
         h = linear_stage(f"{name}.features", self.features)
-        (V, bias, _), (W, other, _) = x.parameters, h.parameters
+        (V, bias, _), (W, (other, _), _) = x.parameters, h.parameters
         if other is not None:
             raise Unplanned(f"{name}.features has a bias")
-        first = Stage("linear", (x.inputs, h.inputs, h.outputs), (W, bias, V), tanh=True)
+        first = Stage("linear", h.inputs, h.outputs, [W, bias, V], observations=x.inputs, tanh=True)
         return [first, linear_stage(f"{name}.hidden", self.hidden, tanh=True)]
 
     def forward(self, x: Tensor, features: Tensor) -> Tensor:

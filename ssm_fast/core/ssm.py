@@ -176,10 +176,12 @@ class StateSpaceModel(nn.Module):
         if type(self.C) is not OutputNetwork or len(self.C) != 3 or type(self.C[1]) is not nn.Tanh:
             raise Unplanned("C is no linear layer, tanh and linear layer")
         first, last = linear_stage("C.0", self.C[0], tanh=True), linear_stage("C.2", self.C[2])
-        sizes = self.input_dim, self.state_dim
-        scan = Stage("scan", sizes, (self.A, self.B, None, None, None))
+        I, N, O = self.input_dim, self.state_dim, self.output_dim
+        matrices = [(self.A, (N, N)), (self.B, (N, I)), *((None, (N,)) for _ in range(3))]
+        scan = Stage("scan", I, N, matrices, state=N)
         W, bias, _ = last.parameters
-        out = Stage("linear", (self.input_dim, last.inputs, last.outputs), (W, bias, self.D))
+        parameters = [W, bias, (self.D, (O, I))]
+        out = Stage("linear", last.inputs, last.outputs, parameters, observations=I)
         return NetworkStages(
             [scan],
             [([first, out], False)],

@@ -167,9 +167,12 @@ class Plan:
     def _description(self, stage: Stage) -> dict[str, Any]:
         return {
             "kind": stage.kind,
-            "sizes": stage.sizes,
+            "inputs": stage.inputs,
+            "outputs": stage.outputs,
+            "state": stage.state,
+            "observations": stage.observations,
             "parameters": [
-                _ABSENT if p is None else self._numbers[id(p)] for p in stage.parameters
+                _ABSENT if p is None else self._numbers[id(p)] for p, _ in stage.parameters
             ],
             "eps": stage.eps,
             "tanh": stage.tanh,
@@ -250,6 +253,6 @@ def _check_sizes(stages: NetworkStages) -> None:
             stage.check_shapes()
             if before is not None and stage.inputs != before:
                 raise Unplanned(f"a {stage.kind} stage takes {stage.inputs} features, not {before}")
-            if stage.kind == "linear" and stage.sizes[0] not in (0, stages.trunk[0].inputs):
-                raise Unplanned(f"a {stage.kind} stage takes {stage.sizes[0]} observations")
+            if stage.observations not in (0, stages.trunk[0].inputs):
+                raise Unplanned(f"a {stage.kind} stage takes {stage.observations} observations")
             before = stage.outputs

@@ -218,7 +218,17 @@ class SSMLayer(nn.Module):
         check_methods(name, self, SSMLayer, ("forward", "step", "states", "readout"))
         cell = self.cell.stage(self, name)
         weight, bias, eps = layer_norm_parameters(f"{name}.norm", self.output_norm)
-        return Stage("layer", (), (weight, bias), eps, residual=residual, cell=cell)
+        norm = [(p, (cell.outputs,)) for p in (weight, bias)]
+        return Stage(
+            "layer",
+            cell.inputs,
+            cell.outputs,
+            norm,
+            state=cell.state,
+            eps=eps,
+            residual=residual,
+            cell=cell,
+        )
 
     def extra_repr(self) -> str:
         """Sizes and options, for ``print(layer)``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,24 +16,18 @@ class Unplanned(Exception):
     """Why a module has no stages, as a sentence that names it."""
 
 
-_SHAPES: dict[str, Callable[..., tuple[tuple[int, ...], ...]]] = {
-    # W, bias, V
-    "linear": lambda I, H, O: ((O, H), (O,), (O, I)),
-    # A, B, bias, weight and bias of the norm
-    "scan": lambda I, N: ((N, N), (N, I), (N,), (N,), (N,)),
-    # A, B, bias, C, D, weight and bias of the norm
-    "dense": lambda I, H, N: ((N, N), (N, I), (N,), (H, N), (H, I), (N,), (N,)),
-}
-
-
 @dataclass(frozen=True)
 class Stage:
-    """What one stage computes; csrc/network/stages.h has the kinds.
+    """What one stage computes; csrc/network/stages.cpp has the kinds.
 
     Attributes:
         kind: Its name.
-        sizes: Features of its inputs and outputs, and of its state.
-        parameters: In the order of the kind; ``None`` for one that the module does not have.
+        inputs: Features of what the stage before it gives.
+        outputs: Features of what it gives.
+        parameters: In the order of the kind, each with the shape that native code reads; ``None`` for
+            one that the module does not have.
+        state: Size of its state, 0 without one.
+        observations: Features of the network's input, where a linear stage reads that as well.
         eps: Of its norm.
         tanh: Whether a tanh stands behind a linear stage.
         residual: Whether a layer has a residual connection.
@@ -41,8 +35,11 @@ class Stage:
     """
 
     kind: str
-    sizes: tuple[int, ...] = ()
-    parameters: tuple[Tensor | None, ...] = ()
+    inputs: int
+    outputs: int
+    parameters: Sequence[tuple[Tensor | None, tuple[int, ...]]]
+    state: int = 0
+    observations: int = 0
     eps: float = 0.0
     tanh: bool = False
     residual: bool = False
@@ -50,41 +47,17 @@ class Stage:
 
     def tensors(self) -> list[Tensor | None]:
         """All parameters, those of the cell too."""
-        return [*self.parameters, *(self.cell.tensors() if self.cell else ())]
-
-    @property
-    def inputs(self) -> int:
-        """Features of its input, which is what the stage before it gives."""
-        if self.cell is not None:
-            return self.cell.inputs
-        return self.sizes[1] if self.kind == "linear" else self.sizes[0]
-
-    @property
-    def outputs(self) -> int:
-        """Features of its output."""
-        if self.cell is not None:
-            return self.cell.outputs
-        return self.sizes[2] if self.kind == "linear" else self.sizes[1]
-
-    @property
-    def state(self) -> int:
-        """Size of its state, 0 without one."""
-        if self.cell is not None:
-            return self.cell.state
-        return self.sizes[-1] if self.kind in ("dense", "scan") else 0
+        return [*(p for p, _ in self.parameters), *(self.cell.tensors() if self.cell else ())]
 
     def check_shapes(self) -> None:
-        """Compare the parameters with the sizes.
+        """Compare the parameters with their shapes.
 
         Raises:
             Unplanned: One has another shape.
         """
         if self.cell is not None:
             self.cell.check_shapes()
-            expected: tuple[tuple[int, ...], ...] = ((self.outputs,),) * 2
-        else:
-            expected = _SHAPES[self.kind](*self.sizes)
-        for p, shape in zip(self.parameters, expected, strict=True):
+        for p, shape in self.parameters:
             if p is not None and p.shape != shape:
                 raise Unplanned(
                     f"a weight of a {self.kind} stage is {list(p.shape)}, not {list(shape)}"
@@ -124,8 +97,9 @@ def linear_stage(name: str, module: nn.Module, *, tanh: bool = False) -> Stage:
     """
     if type(module) is not nn.Linear:
         raise Unplanned(f"{name} is a {type(module).__name__}, not an nn.Linear")
-    sizes = 0, module.in_features, module.out_features
-    return Stage("linear", sizes, (module.weight, module.bias, None), tanh=tanh)
+    H, O = module.in_features, module.out_features
+    parameters = [(module.weight, (O, H)), (module.bias, (O,)), (None, (O, 0))]
+    return Stage("linear", H, O, parameters, tanh=tanh)
 
 
 def layer_norm_parameters(

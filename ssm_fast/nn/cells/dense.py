@@ -95,8 +95,16 @@ class DenseCell(Cell):
         self, layer: SSMLayer, norm: tuple[Tensor | None, Tensor | None], eps: float
     ) -> Stage:
         """The stage with the weight and bias of a norm of the state, if there is one."""
-        sizes = layer.input_size, layer.hidden_size, layer.state_size
-        return Stage("dense", sizes, (layer.A, layer.B, layer.bias, layer.C, layer.D, *norm), eps)
+        I, H, N = layer.input_size, layer.hidden_size, layer.state_size
+        parameters = [
+            (layer.A, (N, N)),
+            (layer.B, (N, I)),
+            (layer.bias, (N,)),
+            (layer.C, (H, N)),
+            (layer.D, (H, I)),
+            *((p, (N,)) for p in norm),
+        ]
+        return Stage("dense", I, H, parameters, state=N, eps=eps)
 
     def growth(self, layer: SSMLayer, steps: int) -> float:  # noqa: D102
         return matrix_growth(layer.A, steps)
