@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssm_fast.meta_rl.flat_adam import FlatAdam
+from ssm_fast.native.plan import Reason
 
 if TYPE_CHECKING:
     from ssm_fast.native.gradient import SequenceGradient
@@ -44,11 +45,12 @@ class PpoEpoch:
     @classmethod
     def of(
         cls, gradient: SequenceGradient | None, adam: FlatAdam, objective: Objective
-    ) -> PpoEpoch | None:
-        """One for a policy whose gradient is native and an optimizer whose steps can be, or None."""
-        if gradient is None or adam.why_not_native() is not None:
-            return None
-        return cls(gradient, adam, objective)
+    ) -> PpoEpoch | Reason:
+        """One for a policy whose gradient is native and an optimizer whose steps can be, or a reason."""
+        if gradient is None:
+            return Reason("autograd computes the gradients")
+        reason = adam.why_not_native()
+        return cls(gradient, adam, objective) if reason is None else reason
 
     @torch.no_grad()
     def __call__(

@@ -45,6 +45,7 @@ from ssm_fast.meta_rl.training_state import (
 )
 from ssm_fast.native.gradient import SequenceGradient
 from ssm_fast.native.impl import Choice, Impl
+from ssm_fast.native.plan import Reason
 from ssm_fast.nn.running_norm import RunningNorm
 
 _LOGGER = logging.getLogger(__name__)
@@ -189,6 +190,7 @@ class PPOTrainer:
 
     Attributes:
         gradients: The `Choice` that `impl` makes; its ``path`` is "native", or says why it is not.
+        epochs: The same for whole epochs, which can be one native call if the gradients are native.
 
     Raises:
         ValueError: A number is out of its range, or no parameter of the model is trainable.
@@ -230,6 +232,7 @@ class PPOTrainer:
     ) -> None:
         check_model(model, ImprovedSSM)
         self.gradients = Choice(impl, _LOGGER)
+        self.epochs = Choice("auto", _LOGGER, "epochs", "minibatch by minibatch")
         self.learning_rate = check_number("learning_rate", learning_rate, above=0.0)
         self.gamma = check_number("gamma", gamma, at_least=0.0, at_most=1.0)
         self.gae_lambda = check_number("gae_lambda", gae_lambda, at_least=0.0, at_most=1.0)
@@ -445,6 +448,7 @@ class PPOTrainer:
     ) -> None:
         """Writes the metrics of an iteration, and a checkpoint where one is due."""
         run.note("gradients", self.gradients.path)
+        run.note("epochs", self.epochs.path)
         run.append_row(metrics)
         run.log_scalars({f"train/{name}": value for name, value in metrics.items()}, self.timesteps)
         if is_due:
@@ -714,7 +718,7 @@ class PPOTrainer:
         self._gradient = self.gradients.of(
             lambda: sequence_gradient(self.model, inputs, rollout.initial_state)
         )
-        native = self._native_epoch()
+        native = self.epochs.of(self._native_epoch)
         for epoch in range(self.ppo_epochs):
             if epoch == 0 or self.recompute_advantages:
                 states, values, next_values = self._evaluate(rollout, inputs, L)
@@ -828,10 +832,13 @@ class PPOTrainer:
         FlatAdam(self._weights, self.optimizer).step()
         return metrics
 
-    def _native_epoch(self) -> PpoEpoch | None:
-        """What learns from an epoch's minibatches in one call, where nothing else has to see them."""
-        if self.world.size > 1 or is_replaced(self, PPOTrainer, ("_step", "_objective", "_gather")):
-            return None
+    def _native_epoch(self) -> PpoEpoch | Reason:
+        """What learns from all minibatches of an epoch in one call, or why there is none."""
+        if self.world.size > 1:
+            return Reason("several processes average their gradients")
+        for method in ("_step", "_objective", "_gather"):
+            if is_replaced(self, PPOTrainer, (method,)):
+                return Reason(f"the trainer overrides {method}()")
         objective = Objective(
             self.clip_epsilon,
             self.value_coef,

@@ -60,22 +60,10 @@ def _weights(trainer: PPOTrainer) -> Tensor:
     return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()])
 
 
-def _in_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Minibatch by minibatch from Python."""
-    monkeypatch.setattr(PpoEpoch, "of", lambda *_: None)
-
-
-def _noticed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The minibatches of the native calls from now on."""
-    found: list[int] = []
-    call = PpoEpoch.__call__
-
-    def noticed(self: PpoEpoch, *arguments: Any) -> Tensor:
-        found.append(len(metrics := call(self, *arguments)))
-        return metrics
-
-    monkeypatch.setattr(PpoEpoch, "__call__", noticed)
-    return found
+def _minibatch_by_minibatch(trainer: PPOTrainer) -> PPOTrainer:
+    """The trainer with a method of its own between the minibatches."""
+    trainer._step = trainer._step  # type: ignore[method-assign]
+    return trainer
 
 
 def _last_thread() -> int:
@@ -93,19 +81,16 @@ class TestPpoEpoch:
     @pytest.mark.parametrize("entropy_coef", [0.0, 0.03])
     @pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
     @pytest.mark.parametrize("options", [{}, {"norm": "state"}, {"discrete": True}])
-    def test_equals_the_same_in_calls(
+    def test_equals_the_same_minibatch_by_minibatch(
         self,
         options: dict[str, Any],
         critic_dim: int | None,
         clip_value_loss: bool,
         entropy_coef: float,
         max_grad_norm: float,
-        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        calls, results = _noticed(monkeypatch), []
-        for in_calls in (False, True):
-            if in_calls:
-                _in_calls(monkeypatch)
+        results = []
+        for path in ("native", "minibatch by minibatch: the trainer overrides _step()"):
             model = _model(critic_dim=critic_dim, **options)
             trainer = _trainer(
                 model,
@@ -114,9 +99,11 @@ class TestPpoEpoch:
                 max_grad_norm=max_grad_norm,
                 ppo_epochs=3,
             )
+            if path != "native":
+                _minibatch_by_minibatch(trainer)
             metrics = [trainer.update(_rollout(model)) for _ in range(2)]
+            assert trainer.epochs.path == path
             results.append((metrics, _weights(trainer), trainer))
-        assert calls == [6] * 6  # of three sequences each, and one
         (metrics, weights, trainer), (expected, expected_weights, other) = results
         torch.testing.assert_close(weights, expected_weights, rtol=1e-9, atol=1e-11)
         for row, expected_row in zip(metrics, expected, strict=True):
@@ -130,7 +117,7 @@ class TestPpoEpoch:
             torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-12)
         other.load_state_dict(trainer.state_dict())
 
-    def test_float32(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_float32(self) -> None:
         weights = []
         for dtype in (torch.float32, torch.float64):
             model = _model().to(dtype)
@@ -163,7 +150,7 @@ class TestPpoEpoch:
                 trainer = _trainer(copy.deepcopy(model), learning_rate=1e-3, entropy_coef=0.1)
                 trainer._gradient = sequence_gradient(trainer.model, x, states) or None
                 native = trainer._native_epoch()
-                assert native is not None
+                assert isinstance(native, PpoEpoch)
                 # The last minibatch has one sequence.
                 metrics = native(sequences, states, order, 20)
                 found.append((metrics, _weights(trainer)))
@@ -188,7 +175,7 @@ class TestPpoEpoch:
         trainer = _trainer(ImprovedSSM(I, K, 5, 96))
         trainer._gradient = sequence_gradient(trainer.model, x, states) or None
         native = trainer._native_epoch()
-        assert native is not None
+        assert isinstance(native, PpoEpoch)
         try:
             torch.set_num_threads(2)
             native(sequences, states, order, 40)  # the runtime's own thread is there now
@@ -210,7 +197,7 @@ class TestPpoEpoch:
         trainer = _trainer(ImprovedSSM(I, K, 5, 96))
         trainer._gradient = sequence_gradient(trainer.model, x, torch.zeros(2, 60, 5)) or None
         native = trainer._native_epoch()
-        assert native is not None
+        assert isinstance(native, PpoEpoch)
         try:
             torch.set_num_threads(2)
             metrics = native(sequences, torch.zeros(2, 60, 5), torch.arange(60), 20)
@@ -221,15 +208,13 @@ class TestPpoEpoch:
         assert bool(metrics[-1, -1].isnan())
         assert bool(torch.isfinite(_weights(trainer)).all())
 
-    @pytest.mark.parametrize("in_calls", [False, True])
+    @pytest.mark.parametrize("prepare", [lambda trainer: trainer, _minibatch_by_minibatch])
     def test_a_gradient_that_is_not_finite(
-        self, in_calls: bool, monkeypatch: pytest.MonkeyPatch
+        self, prepare: Callable[[PPOTrainer], PPOTrainer]
     ) -> None:
         """The steps before it are taken, its own is not."""
-        if in_calls:
-            _in_calls(monkeypatch)
         model = _model()
-        trainer = _trainer(model, ppo_epochs=2)
+        trainer = prepare(_trainer(model, ppo_epochs=2))
         rollout = _rollout(model)
         order = torch.randperm(16, generator=torch.Generator().manual_seed(5))
         sequence = int(order[9])  # of the fourth minibatch
@@ -252,7 +237,7 @@ class TestPpoEpoch:
         trainer, rollout = _trainer(model), _rollout(model)
         trainer.update(rollout)
         native, order = trainer._native_epoch(), torch.arange(16)
-        assert native is not None
+        assert isinstance(native, PpoEpoch)
         x, states = torch.zeros(16, 6, I).double(), torch.zeros(2, 16, 5).double()
         actions, flat = torch.zeros(16, 6, K).double(), torch.zeros(16, 6).double()
         sequences = [x, actions, flat, flat > 0, flat, flat, flat]
@@ -300,36 +285,41 @@ def _scheduled(trainer: PPOTrainer) -> None:
     torch.optim.lr_scheduler.ConstantLR(trainer.optimizer)
 
 
-def _with_own_step(trainer: PPOTrainer) -> None:
-    trainer._step = trainer._step  # type: ignore[method-assign]
-
-
 def _with_own_objective(trainer: PPOTrainer) -> None:
     trainer._objective = trainer._objective  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
-    "change", [_hooked, _replaced, _decaying, _scheduled, _with_own_step, _with_own_objective]
+    ("change", "reason"),
+    [
+        (_hooked, "the optimizer's step() is hooked or replaced"),
+        (_replaced, "the optimizer is a SGD, not torch.optim.Adam"),
+        (_decaying, "the optimizer's weight_decay is 0.1"),
+        (_scheduled, "the optimizer's step() is hooked or replaced"),
+        (_minibatch_by_minibatch, "the trainer overrides _step()"),
+        (_with_own_objective, "the trainer overrides _objective()"),
+    ],
 )
-def test_what_somebody_has_changed_runs_in_calls(
-    change: Callable[[PPOTrainer], None], monkeypatch: pytest.MonkeyPatch
+def test_what_somebody_has_changed_runs_minibatch_by_minibatch(
+    change: Callable[[PPOTrainer], Any], reason: str
 ) -> None:
-    model, calls = _model(), _noticed(monkeypatch)
+    model = _model()
     trainer = _trainer(model)
     trainer.update(_rollout(model))
-    assert len(calls) == 10
+    assert trainer.epochs.path == "native"
     change(trainer)
     before = _weights(trainer)
     trainer.update(_rollout(model))
-    assert len(calls) == 10
+    assert trainer.epochs.path == f"minibatch by minibatch: {reason}"
     assert not torch.equal(_weights(trainer), before)
 
 
-def test_a_subclass_with_an_objective_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_subclass_with_an_objective_of_its_own() -> None:
     class Own(PPOTrainer):
         def _objective(self, *arguments: Any) -> tuple[Tensor, list[Tensor]]:
             return super()._objective(*arguments)
 
-    model, calls = _model(), _noticed(monkeypatch)
-    Own(model, sequence_length=6).update(_rollout(model))
-    assert calls == []
+    model = _model()
+    trainer = Own(model, sequence_length=6)
+    trainer.update(_rollout(model))
+    assert trainer.epochs.path == "minibatch by minibatch: the trainer overrides _objective()"

@@ -23,11 +23,9 @@ from torch import Tensor
 from ssm_fast.checkpoint import load_model, read_metadata
 from ssm_fast.core.improved_ssm import ImprovedSSM
 from ssm_fast.env_runner.environment import Environment
-from ssm_fast.meta_rl import ppo_trainer
 from ssm_fast.meta_rl.ppo_trainer import PPOTrainer, _Minibatch
 from ssm_fast.meta_rl.rollout import Rollout
 from ssm_fast.meta_rl.run import RunDirectory, write_state
-from ssm_fast.native.plan import Reason
 
 _Step = tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]
 
@@ -334,17 +332,13 @@ class TestUpdate:
         with pytest.raises(ValueError, match="rate"):
             other.load_state_dict(trainer.state_dict() | {"rate": float("nan")})
 
-    def test_the_written_out_gradient_trains_as_autograd(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_native_gradients_train_as_autograd(self) -> None:
         weights = []
-        for written_out in (True, False):
-            if not written_out:
-                monkeypatch.setattr(ppo_trainer, "sequence_gradient", lambda *_: Reason("a test"))
+        for impl in ("native", "autograd"):
             model = _model(critic_dim=5)
-            trainer = _trainer(model, entropy_coef=0.01, clip_value_loss=True)
+            trainer = _trainer(model, entropy_coef=0.01, clip_value_loss=True, impl=impl)
             trainer.train(_drift(2), 96)
-            assert (trainer._gradient is not None) == written_out
+            assert trainer.gradients.path.startswith(impl)
             copy.deepcopy(trainer)
             weights.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
         torch.testing.assert_close(*weights, rtol=1e-9, atol=1e-12)
