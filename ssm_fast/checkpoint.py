@@ -8,6 +8,7 @@ meta device), and every tensor's name, shape and dtype is compared with it befor
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 import os
@@ -15,22 +16,21 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssm_fast.core import ImprovedSSM, StateSpaceModel
-
-Model = ImprovedSSM | StateSpaceModel
-M = TypeVar("M", ImprovedSSM, StateSpaceModel)
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT = "ssm_fast"
 VERSION = 1
 
-_MODELS: dict[str, type[ImprovedSSM | StateSpaceModel]] = {
-    "ImprovedSSM": ImprovedSSM,
-    "StateSpaceModel": StateSpaceModel,
+# The classes of files, and their modules: these import this one.
+_MODULES = {
+    "ImprovedSSM": "ssm_fast.core.improved_ssm",
+    "StateSpaceModel": "ssm_fast.core.ssm",
 }
 _RESERVED = ("format", "version", "class", "config")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,6 +44,31 @@ _RATE = "inner_rates."  # how the names of tensors begin that are not the model'
 _MAX_FILE_BYTES = 2**31
 _MAX_HEADER_BYTES = 2**20
 _MAX_SIZE = 2**20  # of one dimension
+
+
+class Model(nn.Module):
+    """A module that its configuration and its weights rebuild."""
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON has them."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+        """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""
+        save_model(path, self, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Rebuild a model from its file alone; see `ssm_fast.checkpoint.load_model`."""
+        return load_model(path, cls)
+
+
+M = TypeVar("M", bound=Model)
+
+
+def _class_of(name: str) -> type[Model]:
+    """The class of a file, which is one of the table."""
+    return cast("type[Model]", getattr(importlib.import_module(_MODULES[name]), name))
 
 
 def write_atomic(path: str | os.PathLike[str], writer: Callable[[Path], object]) -> None:
@@ -138,8 +163,8 @@ def save_model(
     from safetensors.torch import save
 
     name = type(model).__name__
-    if _MODELS.get(name) is not type(model):
-        raise TypeError(f"model must be one of {sorted(_MODELS)}, got {name}")
+    if name not in _MODULES or _class_of(name) is not type(model):
+        raise TypeError(f"model must be one of {sorted(_MODULES)}, got {name}")
     header = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -209,8 +234,8 @@ def load_model(path: str | os.PathLike[str], cls: type[Any] | None = None) -> Mo
             for. The message names the file and what is wrong.
         TypeError: If ``cls`` is not a class that `save_model` writes.
     """
-    if cls is not None and cls not in _MODELS.values():
-        raise TypeError(f"cls must be one of {sorted(_MODELS)}, got {cls!r}")
+    if cls is not None and cls not in map(_class_of, _MODULES):
+        raise TypeError(f"cls must be one of {sorted(_MODULES)}, got {cls!r}")
     model, _ = load_checkpoint(path)
     if cls is not None and type(model) is not cls:
         raise ValueError(f"{_shown(path)}: it holds a {type(model).__name__}, not {cls.__name__}")
@@ -232,10 +257,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> tuple[Model, dict[str, str]
     with _opened(path) as file:
         header = _header(file)
         name = header["class"]
-        if name not in _MODELS:
-            raise ValueError(f"unknown class {name!r}, expected one of {sorted(_MODELS)}")
+        if name not in _MODULES:
+            raise ValueError(f"unknown class {name!r}, expected one of {sorted(_MODULES)}")
         names = [name for name in file.keys() if not name.startswith(_RATE)]  # noqa: SIM118
-        model = _skeleton(_MODELS[name], header["config"], len(names))
+        model = _skeleton(_class_of(name), header["config"], len(names))
         tensors = _tensors(file, names, model)
     model.load_state_dict(tensors, assign=True)
     return model, _metadata(header)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, get_args
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ssm_fast.checkpoint import Model, load_checkpoint
+from ssm_fast.checkpoint import load_checkpoint
 from ssm_fast.checks import check_kind, describe_spaces
-from ssm_fast.core import ImprovedSSM
+from ssm_fast.core import ImprovedSSM, StateSpaceModel
 
 
 class Policy:
@@ -33,11 +33,11 @@ class Policy:
 
     def __init__(
         self,
-        model: Model,
+        model: ImprovedSSM | StateSpaceModel,
         action_low: ArrayLike | None = None,
         action_high: ArrayLike | None = None,
     ) -> None:
-        check_kind(model, *get_args(Model))
+        check_kind(model, ImprovedSSM, StateSpaceModel)
         self.model = model
         self.action_low = self._bounds("action_low", action_low)
         self.action_high = self._bounds("action_high", action_high)
@@ -164,7 +164,7 @@ def _round(bounds: ArrayLike, dtype: np.dtype[Any], towards: float) -> NDArray[A
     return result
 
 
-def spaces_of(model: Model) -> tuple[int, int, bool]:
+def spaces_of(model: ImprovedSSM | StateSpaceModel) -> tuple[int, int, bool]:
     """The sizes of observations and actions, and whether these are discrete."""
     if isinstance(model, ImprovedSSM):
         return model.input_dim, model.action_dim, model.discrete
@@ -196,6 +196,6 @@ def load_policy(path: str | os.PathLike[str]) -> Policy:
             for key in ("action_low", "action_high")
             if key in metadata
         }
-        return Policy(model.eval(), **bounds)
+        return Policy(cast("ImprovedSSM | StateSpaceModel", model.eval()), **bounds)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)!r}: action bounds in the header: {error}") from error

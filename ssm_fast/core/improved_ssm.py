@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from os import PathLike
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssm_fast.checkpoint import Model
 from ssm_fast.checks import check_count, check_flag, check_number, is_replaced
 from ssm_fast.native.plan import Plan, Reason
 from ssm_fast.native.step import PolicyStep, step_plan
@@ -92,7 +92,7 @@ _STEP_METHODS = ("normalize", "_check", "_inputs", "_features", "_value")
 _METHODS = ("forward", "get_action", "evaluate_actions", "log_prob_and_entropy")
 
 
-class ImprovedSSM(nn.Module):
+class ImprovedSSM(Model):
     """Actor and critic on a shared stack of state-space layers.
 
     ::
@@ -505,19 +505,6 @@ class ImprovedSSM(nn.Module):
         x = self._inputs(x, hidden_state, reset, normalized)
         features, states = self._features(x, hidden_state, reset, every_state=True)
         return self._value(x, features), torch.stack(states)
-
-    def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-        """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""
-        from ssm_fast.checkpoint import save_model
-
-        save_model(path, self, metadata)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> ImprovedSSM:
-        """Rebuild a model from its file alone; see `ssm_fast.checkpoint.load_model`."""
-        from ssm_fast.checkpoint import load_model
-
-        return load_model(path, cls)
 
     def _inputs(
         self,

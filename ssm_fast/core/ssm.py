@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from os import PathLike
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ssm_fast.checkpoint import Model
 from ssm_fast.checks import check_count
 from ssm_fast.nn.fused import is_untouched, product, runs_fused
 from ssm_fast.nn.parameters import SPECTRAL_RADIUS, orthogonal_, unit_variance_
@@ -36,7 +35,7 @@ class OutputNetwork(nn.Sequential):
         return y
 
 
-class StateSpaceModel(nn.Module):
+class StateSpaceModel(Model):
     """A linear state-space recurrence, read by a network of one hidden layer.
 
     With ``m_t = 1 - reset_t``::
@@ -187,16 +186,3 @@ class StateSpaceModel(nn.Module):
             [([first, out], False)],
             overrides=overrides(self, StateSpaceModel, ("forward",)),
         )
-
-    def save(self, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
-        """Write configuration and weights to one file; see `ssm_fast.checkpoint.save_model`."""
-        from ssm_fast.checkpoint import save_model
-
-        save_model(path, self, metadata)
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> StateSpaceModel:
-        """Rebuild a model from its file alone; see `ssm_fast.checkpoint.load_model`."""
-        from ssm_fast.checkpoint import load_model
-
-        return load_model(path, cls)
