@@ -1115,6 +1115,16 @@ class TestResume:
         assert cli.main([*more, "--lr", "0.5"]) == 2
         assert "--outer_lr must be 0.001 as in the run in part, got 0.5" in capsys.readouterr().err
 
+    def test_of_a_run_of_an_older_version(self) -> None:
+        path = Path("out/config.json")
+        args = [*PPO, "--episodes", "2", "--recurrent_lr_scale", "0.2", "--out", "out"]
+        assert cli.main(args) == 0
+        config = json.loads(path.read_text())
+        config["memory_pace"] = config.pop("recurrent_lr_scale")
+        path.write_text(json.dumps(config))
+        assert cli.main(["train", "--resume", "--out", "out"]) == 0
+        assert json.loads(path.read_text())["recurrent_lr_scale"] == 0.2
+
     def test_of_a_finished_run_evaluates_again(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main([*PPO, "--episodes", "2", "--out", "out"]) == 0
         line, rows = capsys.readouterr().out.splitlines()[-1], _rows("out")

@@ -57,6 +57,18 @@ def test_takes_a_state_over(make: Callable[[], Trainer], state: dict[str, Any]) 
             assert found[i][name].data_ptr() != moment.data_ptr()
 
 
+def test_settings_by_the_names_of_older_versions(
+    make: Callable[[], Trainer], state: dict[str, Any]
+) -> None:
+    trainer = make()
+    old = "memory_pace" if isinstance(trainer, PPOTrainer) else "transition_lr_scale"
+    state["settings"][old] = state["settings"].pop("recurrent_lr_scale")
+    trainer.load_state_dict(state)
+    state["settings"][old] = 0.5
+    with pytest.raises(ValueError, match=r"recurrent_lr_scale must be 0\.5"):
+        trainer.load_state_dict(state)
+
+
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize(
     ("change", "match"),
