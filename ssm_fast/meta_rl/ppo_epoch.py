@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssm_fast.meta_rl.flat_adam import FlatAdam
+from ssm_fast.native.inputs import misfit
 from ssm_fast.native.plan import Reason
 
 if TYPE_CHECKING:
@@ -75,11 +76,9 @@ class PpoEpoch:
         self._gradient.check(x, actions, states, reset)
         S, L, _ = x.shape
         names = ("log_probs", "values", "returns", "advantages")
-        for name, tensor in zip(names, (log_probs, *rest), strict=True):
-            if tensor.shape != (S, L):
-                raise ValueError(f"{name} must have shape {[S, L]}, got {list(tensor.shape)}")
-            if tensor.dtype != x.dtype:
-                raise TypeError(f"{name} must have dtype {x.dtype}, got {tensor.dtype}")
+        rows = zip(names, (log_probs, *rest), strict=True)
+        if error := misfit(**{name: (tensor, (S, L), x.dtype) for name, tensor in rows}):
+            raise error
         every = torch.arange(S, device="cpu")
         if order.dtype != torch.int64 or not torch.equal(order.sort().values, every):
             raise ValueError(f"order must hold the numbers 0 to {S - 1} as int64, each once")

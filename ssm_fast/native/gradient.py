@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ssm_fast.native.inputs import Expected, misfit
 from ssm_fast.native.plan import Plan, Reason
 from ssm_fast.native.step import step_plan
 from ssm_fast.ops.dispatch import native_kernel
@@ -92,19 +93,15 @@ class SequenceGradient:
         S, T, _ = x.shape
         plan = self.plan
         is_discrete = plan.stages.log_std is None
-        expected: dict[str, tuple[Tensor, tuple[int, ...], torch.dtype]] = {
-            "x": (x, (S, T, plan.inputs), plan.dtype),
-            "state": (state, (len(plan.states), S, plan.states[0]), plan.dtype),
-            "reset": (reset, (S, T), torch.bool),
-            "actions": (actions, (S, T), torch.int64)
-            if is_discrete
-            else (actions, (S, T, plan.outputs), plan.dtype),
-        }
-        for name, (tensor, shape, dtype) in expected.items():
-            if tensor.shape != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-            if tensor.dtype != dtype:
-                raise TypeError(f"{name} must have dtype {dtype}, got {tensor.dtype}")
+        of_actions: Expected = (actions, (S, T, plan.outputs), plan.dtype)
+        error = misfit(
+            x=(x, (S, T, plan.inputs), plan.dtype),
+            state=(state, (len(plan.states), S, plan.states[0]), plan.dtype),
+            reset=(reset, (S, T), torch.bool),
+            actions=(actions, (S, T), torch.int64) if is_discrete else of_actions,
+        )
+        if error:
+            raise error
 
 
 def gradient_plan(model: nn.Module, x: Tensor, state: Tensor) -> Plan | Reason:

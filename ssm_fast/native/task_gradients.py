@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ssm_fast._torch import has_function_mode, is_plain
+from ssm_fast.native.inputs import Expected, misfit
 from ssm_fast.native.plan import Plan, Reason, plan_of, unavailable
 from ssm_fast.nn.fused import is_untouched
 
 _ARGUMENTS = ("x", "hidden_state", "reset")
+_OF_ROUND = ("observations", "actions", "log_probs", "reset", "advantages")
 
 
 class TaskGradients(NamedTuple):
@@ -227,29 +229,19 @@ def _supervised(model: Any, plan: Plan, x: Any, target: Any, state: Tensor | Non
         raise _Unfit(f"x has the arguments {sorted(named)}")
     x, hidden, reset = (named.get(name) for name in _ARGUMENTS)
     hidden = state if hidden is None else hidden
-    for name, t in (("x", x), ("y", target), ("hidden_state", hidden), ("reset", reset)):
-        if not _is_plain_tensor(t) and (t is not None or name in ("x", "y")):
-            raise _Unfit(f"{name} is no plain tensor on the CPU")
+    if not isinstance(x, Tensor) or x.ndim not in (2, 3) or x.numel() == 0:
+        raise _Unfit("x is no tensor [B, I] or [B, T, I], or empty")
     rows = x.shape[:-1]
-    if (
-        x.ndim not in (2, 3)
-        or x.dtype != plan.dtype
-        or x.shape[-1] != plan.inputs
-        or x.numel() == 0
-    ):
-        raise _Unfit(f"x is {x.dtype} {list(x.shape)}")
-    if reset is not None:
-        if reset.shape != rows or reset.is_complex():
-            raise _Unfit(f"reset is {reset.dtype} {list(reset.shape)}")
-        reset = (reset != 0).contiguous()
-    if hidden is not None:
-        if hidden.shape != model.init_hidden(len(x)).shape or hidden.dtype != plan.dtype:
-            raise _Unfit(f"hidden_state is {hidden.dtype} {list(hidden.shape)}")
-        hidden = hidden.contiguous()
+    _check(
+        x=(x, (*rows, plan.inputs), plan.dtype),
+        hidden_state=(hidden, model.init_hidden(len(x)).shape, plan.dtype),
+        reset=(reset, rows, None),
+    )
     x = _normalized(plan, x.reshape(len(x), -1, plan.inputs))  # one step is a sequence of one
-    if target.dtype == plan.dtype:
-        if target.shape != (*rows, plan.outputs):
-            raise _Unfit(f"y is {list(target.shape)}")
+    reset = None if reset is None else (reset != 0).contiguous()
+    hidden = None if hidden is None else hidden.contiguous()
+    if isinstance(target, Tensor) and target.dtype == plan.dtype:
+        _check(y=(target, (*rows, plan.outputs), plan.dtype))
         return _Examples(x, y=target.contiguous(), state=hidden, reset=reset)
     return _Examples(x, labels=_labels(plan, "y", target, rows), state=hidden, reset=reset)
 
@@ -260,32 +252,24 @@ def _round(plan: Plan, batch: Mapping[str, Tensor], task: int) -> _Examples:
     Raises:
         _Unfit: It does not fit.
     """
-    named = {
-        name: batch[name][task]
-        for name in ("observations", "actions", "log_probs", "reset", "advantages")
-    }
-    rows, is_discrete = named["log_probs"].shape, plan.stages.log_std is None  # [R, T]
-    expected = {
-        "observations": (*rows, plan.inputs),
-        "actions": rows if is_discrete else (*rows, plan.outputs),
-        "log_probs": rows,
-        "reset": rows,
-        "advantages": rows,
-    }
-    for name, x in named.items():
-        if not _is_plain_tensor(x) or len(rows) != 2 or x.shape != expected[name] or x.numel() == 0:
-            raise _Unfit(f"{name} is {list(x.shape)}, or no plain tensor on the CPU")
-        is_float = name != "reset" and not (name == "actions" and is_discrete)
-        if x.is_complex() or (is_float and x.dtype != plan.dtype):
-            raise _Unfit(f"{name} is {x.dtype}")
-    actions = named["actions"]
+    x, actions, log_probs, reset, advantages = (batch[name][task] for name in _OF_ROUND)
+    rows, is_discrete = log_probs.shape, plan.stages.log_std is None  # [R, T]
+    if len(rows) != 2 or log_probs.numel() == 0:
+        raise _Unfit(f"log_probs is {list(rows)}")
+    _check(
+        observations=(x, (*rows, plan.inputs), plan.dtype),
+        actions=(None if is_discrete else actions, (*rows, plan.outputs), plan.dtype),
+        log_probs=(log_probs, rows, plan.dtype),
+        reset=(reset, rows, None),
+        advantages=(advantages, rows, plan.dtype),
+    )
     return _Examples(
-        _normalized(plan, named["observations"]),
+        _normalized(plan, x),
         labels=_labels(plan, "actions", actions, rows) if is_discrete else None,
         actions=None if is_discrete else actions.contiguous(),
-        log_probs=named["log_probs"].contiguous(),
-        advantages=named["advantages"].contiguous(),
-        reset=(named["reset"] != 0).contiguous(),
+        log_probs=log_probs.contiguous(),
+        advantages=advantages.contiguous(),
+        reset=(reset != 0).contiguous(),
     )
 
 
@@ -295,17 +279,18 @@ def _normalized(plan: Plan, x: Tensor) -> Tensor:
     return observations.contiguous()
 
 
-def _labels(plan: Plan, name: str, x: Tensor, rows: torch.Size) -> Tensor:
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool or x.shape != rows:
-        raise _Unfit(f"{name} is {x.dtype} {list(x.shape)}")
+def _labels(plan: Plan, name: str, x: Any, rows: torch.Size) -> Tensor:
+    _check(**{name: (x, rows, None)})
+    if x.is_floating_point() or x.dtype == torch.bool:
+        raise _Unfit(f"{name} is {x.dtype}")
     if int(x.min()) < 0 or int(x.max()) >= plan.outputs:
         raise _Unfit(f"{name} lies outside [0, {plan.outputs})")
-    return x.long().contiguous()
+    return cast("Tensor", x).long().contiguous()
 
 
-def _is_plain_tensor(x: Any) -> bool:
-    """Whether it is no subclass, which may see to what is done with it."""
-    return type(x) in (Tensor, nn.Parameter) and is_plain(x)
+def _check(**tensors: Expected) -> None:
+    if error := misfit(**tensors):
+        raise _Unfit(str(error))
 
 
 def _by_name(plan: Plan, parameters: Mapping[str, Tensor], vectors: Tensor) -> dict[str, Tensor]:
