@@ -13,7 +13,7 @@ namespace ssm_fast {
 
 constexpr double kSerialWork = 3e4;  // below this many multiply-adds waking a second thread costs more
 
-// torch sets OpenMP's number of threads in a thread of Python when it is first asked for it there: what asks it.
+// Called once per Python thread: torch applies its thread count to OpenMP only when a thread first asks for it.
 inline void (*on_new_thread)() = nullptr;
 
 inline Index most_threads() {
@@ -37,6 +37,7 @@ class Scratch {
     const std::size_t bytes = std::size_t(elements) * sizeof(T);
     if (bytes > bytes_) {
       memory_.reset();
+      bytes_ = 0;  // should there be no memory
       memory_.reset(::operator new(bytes, std::align_val_t{64}));
       bytes_ = bytes;
     }

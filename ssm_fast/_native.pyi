@@ -1,6 +1,8 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
+
+from torch import Tensor
 
 class Sweep(Enum):
     forward = 0
@@ -8,21 +10,49 @@ class Sweep(Enum):
     adjoint = 2
 
 class _Kernel(Protocol):
-    def __call__(self, *arguments: float | bool | Sequence[int] | Sweep) -> None: ...
+    def __call__(
+        self, *arguments: Tensor | float | bool | Sequence[int] | Sweep | None
+    ) -> None: ...
 
-class _SequenceGradient:
+class Step_float32:
+    def run(
+        self,
+        rows: int,
+        x: int,
+        state: int,
+        reset: int,
+        noise: int,
+        action: int,
+        log_prob: int,
+        value: int,
+        next_state: int,
+    ) -> bool: ...
+
+class Step_float64(Step_float32): ...
+
+class Network_float32:
     def __init__(
         self,
+        trunk: Sequence[Mapping[str, Any]],
+        branches: Sequence[tuple[Sequence[Mapping[str, Any]], bool]],
+        elements: Sequence[int],
+        log_std: int,
+    ) -> None: ...
+    def stepper(
+        self,
         weights: Sequence[int],
-        gradients: Sequence[int],
-        sizes: Sequence[int],
-        residual: bool,
-        eps: float,
+        statistics: Sequence[int],
+        obs_options: Sequence[float],
+        groups: int,
+    ) -> Step_float32: ...
+    def task_gradients(
+        self,
+        vectors: Sequence[int],
+        inner: Sequence[Any],
+        outer: Sequence[Any],
+        tasks: int,
+        first_order: bool,
     ) -> None: ...
-    def forward(
-        self, x: int, state: int, reset: int, mean: int, value: int, S: int, T_len: int
-    ) -> None: ...
-    def backward(self, grad_mean: int, grad_value: int) -> None: ...
     def ppo_epoch(
         self,
         rollout: Sequence[int],
@@ -31,13 +61,32 @@ class _SequenceGradient:
         counts: Sequence[int],
         loss: Sequence[float],
         clip_value_loss: bool,
-        log_std: Sequence[int],
         adam: Sequence[int],
-        values: Sequence[tuple[int, int]],
+        values: Sequence[int],
         settings: Sequence[float],
         steps: int,
-        figures: int,
+        metrics: int,
     ) -> int: ...
+
+class Network_float64(Network_float32): ...
+
+class Pass_float32:
+    def forward(
+        self,
+        network: Network_float32,
+        weights: Sequence[int],
+        x: int,
+        state: int,
+        reset: int,
+        outputs: Sequence[int],
+        B: int,
+        T_len: int,
+    ) -> None: ...
+    def backward(
+        self, network: Network_float32, grad_outputs: Sequence[int], gradient: int
+    ) -> None: ...
+
+class Pass_float64(Pass_float32): ...
 
 def isa() -> str: ...
 def available_isas() -> list[str]: ...
@@ -68,11 +117,3 @@ linear_grad_float32: _Kernel
 linear_grad_float64: _Kernel
 linear_tangent_float32: _Kernel
 linear_tangent_float64: _Kernel
-state_space_gradients_float32: _Kernel
-state_space_gradients_float64: _Kernel
-policy_gradients_float32: _Kernel
-policy_gradients_float64: _Kernel
-SequenceGradient_float32: type[_SequenceGradient]
-SequenceGradient_float64: type[_SequenceGradient]
-policy_step_float32: _Kernel
-policy_step_float64: _Kernel

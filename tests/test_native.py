@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -116,3 +117,11 @@ def test_import_leaves_optional_packages_alone(tmp_path):
     result = run_python(code, tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == ""
+
+
+def test_the_stubs_name_what_the_module_has():
+    stubs = ast.parse((Path(__file__).parent.parent / "ssm_fast" / "_native.pyi").read_text())
+    named = {node.name for node in stubs.body if hasattr(node, "name")}
+    named |= {node.target.id for node in stubs.body if isinstance(node, ast.AnnAssign)}
+    public = {name for name in dir(native) if not name.startswith("_")}
+    assert {name for name in named if not name.startswith("_")} == public

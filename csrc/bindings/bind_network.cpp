@@ -29,7 +29,7 @@ Stages<T> make_stages(const std::vector<py::dict>& descriptions) {
   return stages;
 }
 
-// Whether all of them are finite; none of nothing are not.
+// True if all elements are finite, or x is null.
 template <class T>
 bool all_finite(const T* x, Index elements) {
   return !x || std::all_of(x, x + elements, [](T y) { return std::isfinite(y); });
@@ -77,14 +77,20 @@ class BoundNetwork {
         at<T>(x),       at<T>(actions),    at<std::int64_t>(labels), at<T>(log_probs), at<T>(old_values),
         at<T>(returns), at<T>(advantages), at<std::uint8_t>(reset),  at<T>(state),     sequences[0],
         sequences[1]};
-    const auto [vector, vector_gradient, m, v, rates] = adam;
+    const auto [vector, vector_gradient, m, v, lr_scales] = adam;
     const auto [learning_rate, beta1, beta2, eps, max_norm] = settings;
-    AdamState<T> state_of_adam{at<T>(vector), at<T>(vector_gradient),
-                               at<T>(m),      at<T>(v),
-                               at<T>(rates),  {},
-                               learning_rate, beta1,
-                               beta2,         eps,
-                               max_norm,      steps};
+    AdamState<T> state_of_adam{at<T>(vector),
+                               at<T>(vector_gradient),
+                               at<T>(m),
+                               at<T>(v),
+                               at<T>(lr_scales),
+                               {},
+                               learning_rate,
+                               beta1,
+                               beta2,
+                               eps,
+                               max_norm,
+                               steps};
     for (std::size_t i = 0; i < values.size(); ++i) state_of_adam.values.emplace_back(at<T>(values[i]), elements_[i]);
     const py::gil_scoped_release release;
     return ssm_fast::ppo_epoch(network_, log_std_, r, at<std::int64_t>(order), counts[0], counts[1],
@@ -195,6 +201,7 @@ class Pass {
  private:
   Call<T> call() { return {kernels_, tile_, x_, weights_.data(), gradients_.data(), nullptr, nullptr, work_}; }
   void place(const Network<T>& n) {
+    capacity_ = 0;  // should there be no memory
     lay_out<T>(memory_, [&](Layout<T>& layout) {
       activations_ = n.activations(layout, tile_);
       work_ = layout.array(n.work(tile_));

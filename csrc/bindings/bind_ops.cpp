@@ -1,7 +1,5 @@
 // The ops of each dtype, by the names that ssm_fast/ops/dispatch.py looks up.
-#include <algorithm>
 #include <string>
-#include <vector>
 
 #include "../launch.h"
 #include "bindings.h"

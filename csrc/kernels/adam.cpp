@@ -9,7 +9,7 @@ namespace {
 constexpr Index kBlock = 4096;  // elements that are summed in their own precision
 
 // With g the scaled gradient: m += (1 - beta1) (g - m), v = beta2 v + (1 - beta2) g^2,
-// w -= rates rate m / (sqrt(v) / root + eps).
+// w -= lr_scale rate m / (sqrt(v) / root + eps).
 template <class T>
 void step(const Adam<T>& p) {
   for (Index c = 0; c < p.P; c += kWidth<T>) {
@@ -21,7 +21,7 @@ void step(const Adam<T>& p) {
     const Vector<T> step = m * p.rate / (roots(v) / p.root + p.eps);
     store_part(p.m + c, m, count);
     store_part(p.v + c, v, count);
-    store_part(p.w + c, load_part(p.w + c, count) - load_part(p.rates + c, count) * step, count);
+    store_part(p.w + c, load_part(p.w + c, count) - load_part(p.lr_scales + c, count) * step, count);
   }
 }
 

@@ -41,8 +41,8 @@ struct Launch {
   T* scratch = nullptr;  // as the kernel's Cost says, aligned to 64 bytes
 };
 
-// What a call takes: multiply-adds, the parts that threads can share, and elements of scratch memory, those of the
-// threads first.
+// Multiply-adds of a call, the parts that threads can share, elements of scratch memory for each thread, and those
+// behind them that all threads share.
 struct Cost {
   double work;
   Index parts;
@@ -260,11 +260,11 @@ struct NetworkStep : Launch<T> {
   int log_std;               // parameter, or -1: `action` holds the means (logits), no log_prob
 };
 
-// A step of Adam on P parameters, each `rates` learning rates long.
+// A step of Adam on P parameters, each with a learning rate of its own.
 template <class T>
 struct Adam {
   T *w, *m, *v;
-  const T *grad, *rates;
+  const T *grad, *lr_scales;
   Index P;
   T scale;       // of the gradient
   T rate, root;  // the learning rate over 1 - beta1^n, and the root of 1 - beta2^n, of the n-th step

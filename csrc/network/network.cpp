@@ -59,7 +59,7 @@ Index Network<T>::widest() const {
   return most;
 }
 
-// Of a stage, and three arrays of the network's own: gradients that come from several branches, and their tangents.
+// The work of the largest stage, and three arrays for gradients from branches and their tangents.
 template <class T>
 Index Network<T>::work(const Tile& tile) const {
   Index most = 0;

@@ -46,8 +46,7 @@ class Network {
 
   Index inputs() const { return trunk_.front()->inputs; }
   Index outputs(std::size_t branch) const { return branches_[branch].stages.back()->outputs; }
-  Index state() const { return state_; }  // elements of a sequence's state, of all stages
-  Index parameters() const { return Index(elements_.size()); }
+  Index state() const { return state_; }     // elements of a sequence's state, of all stages
   Index elements() const { return total_; }  // of all parameters
   const Stages<T>& trunk() const { return trunk_; }
 

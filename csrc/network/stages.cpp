@@ -1,5 +1,6 @@
 // The stages of this package's models.
 #include <cstring>
+#include <map>
 #include <stdexcept>
 
 #include "stage.h"
@@ -447,6 +448,11 @@ class LayerStage final : public Stage<T> {
 
 template <class T>
 std::unique_ptr<Stage<T>> make_stage(const StageDescription& d) {
+  static const std::map<std::string, std::size_t> kParameters{{"linear", 3}, {"scan", 5}, {"dense", 7}, {"layer", 2}};
+  const auto found = kParameters.find(d.kind);
+  if (found == kParameters.end() || found->second != d.parameters.size() || (d.kind == "layer") != !d.cell.empty()) {
+    throw std::invalid_argument("no stage '" + d.kind + "' of " + std::to_string(d.parameters.size()) + " parameters");
+  }
   const std::vector<int>& p = d.parameters;
   if (d.kind == "linear") {
     return std::make_unique<LinearStage<T>>(d.observations, d.inputs, d.outputs, p[0], p[1], p[2], d.tanh);
@@ -458,10 +464,7 @@ std::unique_ptr<Stage<T>> make_stage(const StageDescription& d) {
     const ScanParameters scan{p[0], p[1], p[2], p[5], p[6], d.eps};
     return std::make_unique<DenseCell<T>>(d.inputs, d.outputs, d.state, scan, p[3], p[4]);
   }
-  if (d.kind == "layer") {
-    return std::make_unique<LayerStage<T>>(make_stage<T>(d.cell.at(0)), p[0], p[1], d.eps, d.residual);
-  }
-  throw std::invalid_argument("unknown kind of stage '" + d.kind + "'");
+  return std::make_unique<LayerStage<T>>(make_stage<T>(d.cell[0]), p[0], p[1], d.eps, d.residual);
 }
 
 template std::unique_ptr<Stage<float>> make_stage(const StageDescription&);

@@ -1,8 +1,9 @@
-// The instructions of a network's step, written stage by stage; csrc/network_step.cpp runs them.
+// The instructions of a network's step, written stage by stage; csrc/kernels/network_step.cpp runs them.
 #pragma once
 
 #include <map>
 #include <set>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -19,6 +20,7 @@ class StepBuilder {
   // A register for rows of features. The same use of the same width is the same register.
   int buffer(int use, Index features) {
     const auto [found, is_new] = registers_.emplace(std::make_pair(use, features), int(features_.size()));
+    if (is_new && features_.size() == kStepRegisters) throw std::invalid_argument("a step needs too many registers");
     if (is_new) features_.push_back(features);
     return found->second;
   }
@@ -34,6 +36,7 @@ class StepBuilder {
   void keep(int at) { kept_.insert(at); }
 
   void affine(int to, Index M, int x, Index K, int W, int bias) {
+    if (to == x) throw std::invalid_argument("a product must not overwrite what it reads");
     StepInstruction i{};
     i.kind = StepKind::affine, i.to = to, i.M = M, i.x = x, i.K = K, i.W = W, i.bias = bias;
     instructions_.push_back(i);

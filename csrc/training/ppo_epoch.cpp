@@ -34,7 +34,6 @@ class Learner {
         rollout_(rollout),
         loss_(loss),
         weights_(weights),
-        gradient_(gradient),
         reset_(std::size_t(sequences * rollout.L)),
         labels_(rollout.labels ? std::size_t(sequences * rollout.L) : 0) {
     network.split(gradient, gradients_);
@@ -133,7 +132,6 @@ class Learner {
   const RolloutSequences<T>& rollout_;
   const PpoLoss& loss_;
   const std::vector<T*>& weights_;
-  T* gradient_;
   std::vector<T*> gradients_;
   std::vector<std::uint8_t> reset_;
   std::vector<std::int64_t> labels_;
@@ -260,7 +258,7 @@ class Epoch {
   void take_step(Index from, Index to, double norm, Index step) const {
     Adam<T> p{};
     p.w = adam_.vector + from, p.m = adam_.m + from, p.v = adam_.v + from;
-    p.grad = adam_.gradient + from, p.rates = adam_.rates + from;
+    p.grad = adam_.gradient + from, p.lr_scales = adam_.lr_scales + from;
     p.P = to - from;
     p.scale = T(std::min(1.0, adam_.max_norm / (norm + 1e-6)));
     p.beta1 = T(adam_.beta1), p.beta2 = T(adam_.beta2), p.eps = T(adam_.eps);

@@ -30,7 +30,7 @@ struct PpoLoss {
 template <class T>
 struct AdamState {
   T *vector, *gradient, *m, *v;              // `gradient` receives that of each minibatch
-  const T* rates;                            // of each entry, in learning rates
+  const T* lr_scales;                        // of each entry, in learning rates
   std::vector<std::pair<T*, Index>> values;  // where the entries of the vector go, and how many
   double learning_rate, beta1, beta2, eps, max_norm;
   Index steps;  // taken before
@@ -40,8 +40,8 @@ constexpr Index kMetrics =
     6;  // of a minibatch: policy loss, value loss, entropy, KL divergence, clipped, gradient norm
 
 // Learns from the sequences `order` names, `minibatch` of them at a time, and writes the metrics [minibatches, 6].
-// Returns how many steps were taken: a gradient that is not finite ends the epoch before its own. Of a minibatch that
-// is large enough each thread takes some sequences, so that the last bits depend on the number of threads.
+// Returns how many steps were taken: a gradient that is not finite ends the epoch before its own.
+// Threads split a large minibatch by sequences. The last bits depend on their number: an exception to the rule.
 // The network's branches give the means or logits, and the values; its weights lie at adam.values.
 template <class T>
 Index ppo_epoch(const Network<T>& network, int log_std, const RolloutSequences<T>& rollout, const std::int64_t* order,

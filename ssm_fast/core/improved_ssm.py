@@ -74,6 +74,8 @@ class CriticNetwork(nn.Module):
         (V, bias, _), (W, (other, _), _) = x.parameters, h.parameters
         if other is not None:
             raise Unplanned(f"{name}.features has a bias")
+        if x.outputs != h.outputs:
+            raise Unplanned(f"{name}.observations has {x.outputs} outputs, not {h.outputs}")
         first = Stage("linear", h.inputs, h.outputs, [W, bias, V], observations=x.inputs, tanh=True)
         return [first, linear_stage(f"{name}.hidden", self.hidden, tanh=True)]
 

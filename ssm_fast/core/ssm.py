@@ -176,6 +176,8 @@ class StateSpaceModel(Model):
             raise Unplanned("C is no linear layer, tanh and linear layer")
         first, last = linear_stage("C.0", self.C[0], tanh=True), linear_stage("C.2", self.C[2])
         I, N, O = self.input_dim, self.state_dim, self.output_dim
+        if last.outputs != O:
+            raise Unplanned(f"C.2.out_features is {last.outputs}, not {O}")
         matrices = [(self.A, (N, N)), (self.B, (N, I)), *((None, (N,)) for _ in range(3))]
         scan = Stage("scan", I, N, matrices, state=N)
         W, bias, _ = last.parameters

@@ -51,7 +51,7 @@ class TaskPolicies:
             place: weights.get(names[id(p)], p.expand(self.tasks, *p.shape)).detach().contiguous()
             for place, p in model.named_parameters(remove_duplicate=False)
         }
-        self._like = next(iter(own.values()))  # every weight has its dtype and device
+        self._like = next(iter(self.weights.values()))  # every weight has its dtype and device
         self._is_plain = all(is_plain(weight) for weight in self.weights.values())
 
     @torch.no_grad()
@@ -112,6 +112,10 @@ class TaskPolicies:
         if not plan or not self._is_plain or plan.overridden("forward"):
             return None
         weights = [self.weights[name] for name in plan.names]
+        if plan.dtype != self._like.dtype or any(
+            w.shape[1:] != p.shape for w, p in zip(weights, plan.parameters, strict=True)
+        ):  # the model has become another
+            return None
         step = PolicyStep(plan, [w.data_ptr() for w in weights], self.tasks, weights)
         noise_of_step = None if model.discrete else noise
         action, log_prob, value, next_hidden = step(rows, state, starts, noise_of_step)

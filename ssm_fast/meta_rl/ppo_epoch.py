@@ -71,9 +71,9 @@ class PpoEpoch:
             last, and its step was not taken.
         """
         x, actions, log_probs, reset, *rest = (t.contiguous() for t in sequences)
-        is_discrete = actions.dtype == torch.int64
+        is_discrete = self._gradient.plan.stages.log_std is None
         states, order = states.contiguous(), order.contiguous()
-        self._gradient.check(x, actions, states, reset)
+        actions = self._gradient.check(x, actions, states, reset)
         S, L, _ = x.shape
         names = ("log_probs", "values", "returns", "advantages")
         rows = zip(names, (log_probs, *rest), strict=True)

@@ -115,6 +115,7 @@ class RunDirectory:
         self.tensorboard_path = folder / "tensorboard"
         self.evaluation_path = folder / "evaluation.json"
         self._columns: list[str] | None = None
+        self._notes: dict[str, str] = {}
         self._writer: Any = None
         self._lock: _Lock | None = None
         if not read_only:
@@ -177,9 +178,12 @@ class RunDirectory:
         _write_text(self.config_path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def note(self, name: str, value: str) -> None:
-        """Adds an entry to config.json, if there is one and it says something else."""
-        if self.config_path.exists() and (config := self.read_config()).get(name) != value:
-            self.write_config({**config, name: value})
+        """Adds an entry to config.json, if there is one."""
+        if self._notes.get(name) == value:
+            return
+        self._notes[name] = value
+        if self.config_path.exists():
+            self.write_config({**self.read_config(), name: value})
 
     def read_config(self) -> dict[str, Any]:
         """Returns the configuration.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ssm_fast.native.inputs import Expected, misfit
+from ssm_fast.native.inputs import misfit, whole_numbers
 from ssm_fast.native.plan import Plan, Reason
 from ssm_fast.native.step import step_plan
 from ssm_fast.ops.dispatch import native_kernel
@@ -57,7 +57,7 @@ class SequenceGradient:
             What the loss reports.
         """
         S, T, _ = x.shape
-        self.check(x, actions, state, reset)
+        actions = self.check(x, actions, state, reset)
         x, state, reset = x.contiguous(), state.contiguous(), reset.contiguous()
         output, value = x.new_empty(S, T, self.plan.outputs), x.new_empty(S, T)
         network, log_std = self.plan.network(2), self.plan.stages.log_std
@@ -80,6 +80,11 @@ class SequenceGradient:
         of_output, *of_log_std = torch.autograd.grad(
             [log_prob, entropy][: 1 + len(of_entropy)], inputs, [of_log_prob, *of_entropy]
         )
+        if of_value.shape != value.shape:
+            raise ValueError(
+                f"the gradient of the values must have shape {list(value.shape)}, "
+                f"got {list(of_value.shape)}"
+            )
         of_output, of_value = of_output.contiguous(), of_value.to(x.dtype).contiguous()
         self._pass.backward(
             network, [of_output.data_ptr(), of_value.data_ptr()], self.vector.data_ptr()
@@ -88,20 +93,27 @@ class SequenceGradient:
             self._log_std_gradient.copy_(of_log_std[0])
         return report
 
-    def check(self, x: Tensor, actions: Tensor, state: Tensor, reset: Tensor) -> None:
-        """Raise where the native calls cannot rely on shapes and dtypes; arguments as of a call."""
+    def check(self, x: Tensor, actions: Tensor, state: Tensor, reset: Tensor) -> Tensor:
+        """The actions as native calls read them; arguments as of a call.
+
+        Raises:
+            ValueError: A shape does not fit, or a discrete action lies outside ``[0, K)``.
+            TypeError: A dtype does not fit.
+        """
         S, T, _ = x.shape
         plan = self.plan
         is_discrete = plan.stages.log_std is None
-        of_actions: Expected = (actions, (S, T, plan.outputs), plan.dtype)
         error = misfit(
             x=(x, (S, T, plan.inputs), plan.dtype),
             state=(state, (len(plan.states), S, plan.states[0]), plan.dtype),
             reset=(reset, (S, T), torch.bool),
-            actions=(actions, (S, T), torch.int64) if is_discrete else of_actions,
+            actions=(actions, (S, T), None)
+            if is_discrete
+            else (actions, (S, T, plan.outputs), plan.dtype),
         )
         if error:
             raise error
+        return whole_numbers("actions", actions, plan.outputs) if is_discrete else actions
 
 
 def gradient_plan(model: nn.Module, x: Tensor, state: Tensor) -> Plan | Reason:

@@ -35,3 +35,17 @@ def misfit(**tensors: Expected) -> Exception | None:
         if x.is_complex() if dtype is None else x.dtype != dtype:
             return TypeError(f"{name} must have dtype {dtype or 'float'}, got {x.dtype}")
     return None
+
+
+def whole_numbers(name: str, x: Tensor, count: int) -> Tensor:
+    """Labels as native code reads them: int64, contiguous.
+
+    Raises:
+        TypeError: They are no integers.
+        ValueError: One lies outside ``[0, count)``.
+    """
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be integers, got {x.dtype}")
+    if x.numel() and (int(x.min()) < 0 or int(x.max()) >= count):
+        raise ValueError(f"{name} must lie in [0, {count})")
+    return x.long().contiguous()

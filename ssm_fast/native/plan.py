@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, Literal
@@ -118,12 +119,9 @@ class Plan:
 
     def _layouts_now(self) -> list[Any]:
         """What an assignment to ``data`` changes."""
-        parameters = self.parameters
-        return [
-            *map(Tensor.size, parameters),
-            *map(Tensor.stride, parameters),
-            *map(_kind, parameters),
-        ]
+        norm = self.stages.obs_norm
+        tensors = self.parameters if norm is None else [*self.parameters, norm.mean, norm.var]
+        return [*map(Tensor.size, tensors), *map(Tensor.stride, tensors), *map(_kind, tensors)]
 
     def used(self, branches: int) -> set[str]:
         """Names of the parameters that the trunk and so many branches read, and ``log_std``."""
@@ -195,10 +193,14 @@ def plan_of(model: nn.Module) -> Plan | Reason:
         return plan
     try:
         _check_modules(model)
-        describe = getattr(model, "stages", None)
-        if describe is None:
+        if not inspect.isfunction(
+            getattr(type(model), "stages", None)
+        ):  # not an attribute of that name
             raise Unplanned(f"{type(model).__name__} has no stages()")
-        plan = Plan(model, describe())
+        stages = model.stages()  # type: ignore[operator]
+        if not isinstance(stages, NetworkStages):
+            raise Unplanned(f"stages() of {type(model).__name__} gives no NetworkStages")
+        plan = Plan(model, stages)
     except Unplanned as reason:
         _plans.pop(model, None)
         return Reason(str(reason))
@@ -244,13 +246,24 @@ _kind = attrgetter("dtype", "device")
 
 def _check_sizes(stages: NetworkStages) -> None:
     """Raises `Unplanned` unless the weights have their shapes and the stages fit each other."""
-    features = stages.trunk[-1].outputs
+    features, states = stages.trunk[-1].outputs, {s.state for s in stages.trunk if s.state}
+    if len(states) != 1:
+        raise Unplanned(f"states have the sizes {sorted(states)}, not one size")
+    if any(stage.state for branch, _ in stages.branches for stage in branch):
+        raise Unplanned("a branch has a state")
+    outputs = [branch[-1].outputs for branch, _ in stages.branches]
+    if outputs[1:] not in ([], [1]):
+        raise Unplanned(f"the values have {outputs[1:]} outputs, not one")
+    if stages.log_std is not None and stages.log_std.shape != (outputs[0],):
+        raise Unplanned(f"log_std is {list(stages.log_std.shape)}, not {outputs[:1]}")
     for group, before in [
         (stages.trunk, None),
         *((branch, features) for branch, _ in stages.branches),
     ]:
-        for stage in group:
+        for i, stage in enumerate(group):
             stage.check_shapes()
+            if stage.residual and (i == 0 or stage.inputs != stage.outputs):
+                raise Unplanned(f"a {stage.kind} stage has nothing of its size to add to")
             if before is not None and stage.inputs != before:
                 raise Unplanned(f"a {stage.kind} stage takes {stage.inputs} features, not {before}")
             if stage.observations not in (0, stages.trunk[0].inputs):

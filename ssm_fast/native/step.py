@@ -19,6 +19,8 @@ def step_plan(model: nn.Module, *inputs: Tensor | None) -> Plan | Reason:
     plan = plan_of(model)
     if not plan:
         return plan
+    if len(plan.stages.branches) != 2:
+        return Reason("the model gives no values")
     sentence = unavailable(*inputs)
     if sentence is None and (x := inputs[0]) is not None and x.dtype != plan.dtype:
         sentence = f"x is {x.dtype}, the parameters are {plan.dtype}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ssm_fast._torch import has_function_mode, is_plain
-from ssm_fast.native.inputs import Expected, misfit
+from ssm_fast.native.inputs import Expected, misfit, whole_numbers
 from ssm_fast.native.plan import Plan, Reason, plan_of, unavailable
 from ssm_fast.nn.fused import is_untouched
 
@@ -232,6 +232,8 @@ def _supervised(model: Any, plan: Plan, x: Any, target: Any, state: Tensor | Non
     if not isinstance(x, Tensor) or x.ndim not in (2, 3) or x.numel() == 0:
         raise _Unfit("x is no tensor [B, I] or [B, T, I], or empty")
     rows = x.shape[:-1]
+    if not hasattr(model, "init_hidden"):
+        raise _Unfit(f"{type(model).__name__} has no init_hidden()")
     _check(
         x=(x, (*rows, plan.inputs), plan.dtype),
         hidden_state=(hidden, model.init_hidden(len(x)).shape, plan.dtype),
@@ -281,11 +283,10 @@ def _normalized(plan: Plan, x: Tensor) -> Tensor:
 
 def _labels(plan: Plan, name: str, x: Any, rows: torch.Size) -> Tensor:
     _check(**{name: (x, rows, None)})
-    if x.is_floating_point() or x.dtype == torch.bool:
-        raise _Unfit(f"{name} is {x.dtype}")
-    if int(x.min()) < 0 or int(x.max()) >= plan.outputs:
-        raise _Unfit(f"{name} lies outside [0, {plan.outputs})")
-    return cast("Tensor", x).long().contiguous()
+    try:
+        return whole_numbers(name, x, plan.outputs)
+    except (TypeError, ValueError) as error:
+        raise _Unfit(str(error)) from error
 
 
 def _check(**tensors: Expected) -> None:

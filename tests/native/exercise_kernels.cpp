@@ -613,7 +613,7 @@ void exercise_adam(Random& random) {
   const Tensor<double> squares(random, kOutput<double>, outer, 1, outer);
   Adam<T> p{};
   p.w = w.data(), p.m = m.data(), p.v = v.data();
-  p.grad = grad.data(), p.rates = rates.data();
+  p.grad = grad.data(), p.lr_scales = rates.data();
   p.P = P;
   p.scale = T(0.7), p.rate = T(0.1), p.root = T(0.5), p.beta1 = T(0.9), p.beta2 = T(0.999), p.eps = T(1e-5);
   const auto kernel = [&](int) {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssm_fast.nn.cells.cell import Cell
 from ssm_fast.nn.fused import product
 from ssm_fast.nn.parameters import matrix_growth, orthogonal_, unit_variance_
-from ssm_fast.nn.stages import Stage
+from ssm_fast.nn.stages import Stage, Unplanned
 from ssm_fast.ops import dense_scan
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ class DenseCell(Cell):
         return u if s is None else torch.addmm(u, s, layer.A.t())
 
     def stage(self, layer: SSMLayer, name: str) -> Stage:  # noqa: D102
+        if type(self) is not DenseCell:
+            raise Unplanned(f"the cell of {name} is a {type(self).__name__}, not a DenseCell")
         return self.stage_with(layer, (None, None), 0.0)
 
     def stage_with(

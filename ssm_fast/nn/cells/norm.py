@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssm_fast.nn.cells.dense import DenseCell
 from ssm_fast.nn.fused import is_changed, layer_norm
-from ssm_fast.nn.stages import Stage, layer_norm_parameters
+from ssm_fast.nn.stages import Stage, Unplanned, layer_norm_parameters
 from ssm_fast.ops import norm_scan
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class NormCell(DenseCell):
         return z if layer.norm is None else layer_norm(layer.norm, z)
 
     def stage(self, layer: SSMLayer, name: str) -> Stage:  # noqa: D102
+        if type(self) is not NormCell:
+            raise Unplanned(f"the cell of {name} is a {type(self).__name__}, not a NormCell")
         weight, bias, eps = layer_norm_parameters(f"{name}.norm", layer.norm)
         return self.stage_with(layer, (weight, bias), eps)
 
