@@ -122,7 +122,7 @@ def test_gradcheck_and_gradgradcheck(case: Case) -> None:
     check_gradients(case, batched=True)
 
 
-@cases(lambda op: op.small[1:], having=is_differentiable, every_variant=True, resets=ONE_STEP)
+@cases(lambda op: op.small[1:], having=is_differentiable, resets=ONE_STEP)
 def test_gradients_of_one_step(case: Case) -> None:
     check_gradients(case, batched=False)  # torch cannot batch the cat of one tensor
 
