@@ -115,7 +115,7 @@ class Op:
         resets: Whether episodes begin (or end) within the sequence.
         state: The input that is a state from before the first step, if there is one.
         groups: How inputs of groups become those of one call, if it takes groups.
-        vmaps: Whether it runs under ``torch.func.vmap``; else any dimension more is a batch already.
+        vmaps: Whether it runs under ``torch.func.vmap``; if not, it takes any number of dimensions.
         layout_of: The input whose order in memory the outputs have; None if they are contiguous.
         bitwise: Whether layouts and splits change no bit.
         dtypes: In double precision.
@@ -433,10 +433,10 @@ LINEAR_SCAN = Op(
     },
     split=_scan_in_two("h0", "a", "b"),
     sizes=[(1, 1, 1), (2, 7, 63), (5, 33, 3), (37, 50, 1)],
-    small=((2, 3, 2), (2, 1, 2)),
+    small=((1, 3, 2), (2, 1, 2)),
     middle=(6, 9, 10),
     empty=[(0, 3, 1), (3, 0, 1), (2, 3, 0)],
-    float32=[(33, 200, 7)],
+    float32=[(33, 100, 7)],
     threads=[(3, 100, 999), (67, 1000, 1), (2, 50_000, 1)],  # the last in chunks of time
     opchecks={
         f"{sweep}-{'shifted-' if shift else ''}{dtype}".replace("torch.", ""): (

@@ -93,7 +93,7 @@ def test_float64_equals_the_loop(case: Case) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-10)
 
 
-@cases(lambda op: op.sizes, every_variant=True)
+@cases(lambda op: op.sizes, having=lambda op: op.state or op.layout_of, every_variant=True)
 def test_time_major_equals_the_loop(case: Case) -> None:
     inputs = case.inputs()
     time_major = {name: case.op.time_major(x) for name, x in inputs.items()}
@@ -137,7 +137,9 @@ def check_gradients(case: Case, *, batched: bool) -> None:
         return case.run(inputs | dict(zip(names, values, strict=True)))
 
     assert gradcheck(run, leaves, check_forward_ad=True, check_batched_grad=batched)
-    assert gradgradcheck(run, leaves, check_fwd_over_rev=True)
+    # In full where resets are random; along random directions for each other pattern of them.
+    fast = case.resets != "random"
+    assert gradgradcheck(run, leaves, check_fwd_over_rev=True, fast_mode=fast)
 
 
 @cases(lambda op: op.small, having=is_differentiable, every_variant=True)
