@@ -294,27 +294,26 @@ def test_vmap_equals_a_loop(case: Case) -> None:
     def another(x: Tensor) -> Tensor:
         return x.flip(0) if x.dtype == torch.bool else -0.5 * x
 
-    for batched in (*([name] for name in names), names):
-        for last in (False, True):
-            in_dims = tuple(
-                None if name not in batched else inputs[name].dim() if last else 0 for name in names
+    # Each input alone, along its first or its last dimension; then all of them.
+    alone = [{name: i % 2 == 1} for i, name in enumerate(names)]
+    for batched in (*alone, dict.fromkeys(names, False), dict.fromkeys(names, True)):
+        in_dims = tuple(
+            (inputs[name].dim() if batched[name] else 0) if name in batched else None
+            for name in names
+        )
+        stacked = [
+            x if d is None else torch.stack([x, another(x)], dim=d)
+            for x, d in zip(inputs.values(), in_dims, strict=True)
+        ]
+        together = vmap(call, in_dims)(*stacked)
+        for i in range(2):
+            one_call = call(
+                *(x if d is None else x.select(d, i) for x, d in zip(stacked, in_dims, strict=True))
             )
-            stacked = [
-                x if d is None else torch.stack([x, another(x)], dim=d)
-                for x, d in zip(inputs.values(), in_dims, strict=True)
-            ]
-            together = vmap(call, in_dims)(*stacked)
-            for i in range(2):
-                alone = call(
-                    *(
-                        x if d is None else x.select(d, i)
-                        for x, d in zip(stacked, in_dims, strict=True)
-                    )
-                )
-                one = [y[i] for y in together[0]], {n: g[i] for n, g in together[1].items()}
-                torch.testing.assert_close(
-                    one, (list(alone[0]), alone[1]), msg=lambda m, b=batched: f"{b}: {m}"
-                )
+            one = [y[i] for y in together[0]], {n: g[i] for n, g in together[1].items()}
+            torch.testing.assert_close(
+                one, (list(one_call[0]), one_call[1]), msg=lambda m, b=batched: f"{b}: {m}"
+            )
 
 
 @cases(lambda op: op.threads)
