@@ -64,6 +64,74 @@ def linear_scan_loop(
     return np.moveaxis(h, 0, dim)
 
 
+def linear_scan_eager(
+    a: Tensor, b: Tensor, h0: Tensor | None = None, reverse: bool = False
+) -> Tensor:
+    """h_t = a_t * h_{t-1} + b_t of [B, T, ...], one differentiable step at a time."""
+    a = a.expand(b.shape)
+    state = torch.zeros_like(b[:, 0]) if h0 is None else h0
+    states = []
+    for t in reversed(range(b.shape[1])) if reverse else range(b.shape[1]):
+        state = a[:, t] * state + b[:, t]
+        states.append(state)
+    return torch.stack(states[::-1] if reverse else states, dim=1)
+
+
+def linear_scan_gradients(a: np.ndarray, h: np.ndarray, grad: np.ndarray) -> list[np.ndarray]:
+    """Gradients of a and b of a scan from zero over the first dimension, by their formulas."""
+    nothing = np.zeros_like(h[:1])
+    grad_b = linear_scan_loop(np.concatenate([a[1:], nothing]), grad, None, True, 0)
+    return [grad_b * np.concatenate([nothing, h[:-1]]), grad_b]
+
+
+def output_norm_written_out(
+    z: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    tanh: bool = False,
+    eps: float = 1e-5,
+) -> Tensor:
+    """residual + tanh(LN(z) * weight + bias), each part where it is asked for."""
+    y = z
+    if weight is not None:
+        centred = z - z.mean(dim=-1, keepdim=True)
+        variance = centred.square().mean(dim=-1, keepdim=True)
+        y = centred / torch.sqrt(variance + eps) * weight + bias
+    y = torch.tanh(y) if tanh else y
+    return y if residual is None else residual + y
+
+
+def linear_by_groups(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+    tanh: bool = False,
+) -> Tensor:
+    """tanh(x W^T + b) or x W^T + add, a group at a time: [G, M, I], [G, O, I] -> [G, M, O]."""
+    y = torch.stack([x_g @ weight_g.T for x_g, weight_g in zip(x, weight, strict=True)])
+    y = y if bias is None else y + bias[:, None]
+    y = y if add is None else y + add
+    return torch.tanh(y) if tanh else y
+
+
+def weight_grad_sum(
+    x: Tensor, s: Tensor, s0: Tensor | None, reset: Tensor, reverse: bool = False
+) -> Tensor:
+    """The sum of x_t h_t^T over rows and time: [G, B, T, N] twice -> [G, N, N]."""
+    G, _, T, N = x.shape
+    start = torch.zeros_like(s[:, :, 0]) if s0 is None else s0
+    total = x.new_zeros(G, N, N)
+    for t in range(T):
+        if reverse:
+            h = s[:, :, t + 1] * ~reset[:, :, t + 1, None] if t + 1 < T else start
+        else:
+            h = (start if t == 0 else s[:, :, t - 1]) * ~reset[:, :, t, None]
+        total = total + x[:, :, t].mT @ h
+    return total
+
+
 def gae_by_definition(
     rewards: np.ndarray,
     values: np.ndarray,
@@ -107,4 +175,38 @@ def returns_by_definition(
             if truncated[k] or k == T - 1:
                 returns[t] += discount * next_values[k]
                 break
+    return returns
+
+
+def gae_loop(
+    rewards: np.ndarray,
+    values: np.ndarray,
+    next_values: np.ndarray,
+    terminated: np.ndarray,
+    truncated: np.ndarray,
+    gamma: float,
+    gae_lambda: float,
+) -> np.ndarray:
+    """Advantages of long trajectories [T, B], backwards in time."""
+    delta = rewards + gamma * next_values * ~terminated - values
+    goes_on = gamma * gae_lambda * ~(terminated | truncated)
+    later = np.zeros_like(delta[0])
+    for t in reversed(range(len(delta))):
+        later = delta[t] = delta[t] + goes_on[t] * later
+    return delta
+
+
+def returns_loop(
+    rewards: np.ndarray,
+    next_values: np.ndarray,
+    terminated: np.ndarray,
+    truncated: np.ndarray,
+    gamma: float,
+) -> np.ndarray:
+    """Discounted returns of long trajectories [T, B], backwards in time."""
+    returns = np.empty_like(rewards)
+    later = next_values[-1]
+    for t in reversed(range(len(rewards))):
+        later = np.where(truncated[t], next_values[t], later) * ~terminated[t]
+        later = returns[t] = rewards[t] + gamma * later
     return returns

@@ -342,7 +342,7 @@ def test_gradients(norm: Any) -> None:
         return functional_call(module, weights, (x, h0), {"reset": reset})
 
     values = [value.detach().clone().requires_grad_() for value in module.parameters()]
-    assert gradcheck(run, (x, h0, *values), fast_mode=True)  # in full in test_ssm_layer.py
+    assert gradcheck(run, (x, h0, *values), fast_mode=True)  # in full in test_cells.py
 
 
 @pytest.mark.parametrize("norm", [None, "output", "state"])
