@@ -143,6 +143,13 @@ def test_wrong_tensors() -> None:
     with pytest.raises(ValueError, match="state must have shape"):
         gradient(x, actions, state[:, 1:], reset, loss)
 
+    def of_a_scalar(*outputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        report, (of_log_prob, of_value, *rest) = loss(*outputs)
+        return report, [of_log_prob, of_value.sum(), *rest]
+
+    with pytest.raises(ValueError, match="the gradient of the values must have shape"):
+        gradient(x, actions, state, reset, of_a_scalar)
+
 
 def test_reads_the_weights_at_each_call() -> None:
     model = _model()

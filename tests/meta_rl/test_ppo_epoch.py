@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -252,6 +253,20 @@ class TestPpoEpoch:
         for bad in (order[:-1], torch.full((16,), 16), -order - 1, order.int()):
             with pytest.raises(ValueError, match="order must"):
                 native(sequences, states, bad, 3)
+
+    def test_discrete_actions(self) -> None:
+        model = _model(discrete=True)
+        trainer, rollout = _trainer(model), _rollout(model)
+        before = _weights(trainer)
+        for bad in (-1, K):
+            wrong = copy.deepcopy(rollout)
+            wrong.actions[1, 2] = bad
+            with pytest.raises(ValueError, match=r"actions must lie in \[0, 2\)"):
+                trainer.update(wrong)
+        assert torch.equal(_weights(trainer), before)
+        short = dataclasses.replace(rollout, actions=rollout.actions.int())
+        one, other = (_trainer(_model(discrete=True)) for _ in range(2))
+        assert one.update(rollout) == other.update(short)
 
     def test_a_model_that_has_changed_its_dtype(self) -> None:
         model = _model().float()

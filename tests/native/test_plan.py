@@ -15,8 +15,11 @@ from torch import nn
 from torch.nn.utils import prune
 
 from ssm_fast.core import ImprovedSSM, StateSpaceModel
+from ssm_fast.meta_rl.meta_maml import MetaMAML
 from ssm_fast.native import Plan, Reason, plan_of
 from ssm_fast.native.step import step_plan
+from ssm_fast.nn.cells import DenseCell
+from ssm_fast.nn.stages import NetworkStages, Stage
 
 
 def improved(**options: Any) -> ImprovedSSM:
@@ -57,7 +60,20 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: setattr(m.obs_norm, "mean", m.obs_norm.mean.float()),
         "obs_norm.mean is no contiguous float64 [3]",
     ),
+    "statistics in place": (
+        lambda m: setattr(m.obs_norm.mean, "data", m.obs_norm.mean.data.float()),
+        "obs_norm.mean is no contiguous float64 [3]",
+    ),
     "pruned": (_pruned, "encoder has a hook"),
+    "critic of one": (
+        lambda m: setattr(m.critic_network, "observations", nn.Linear(3, 1)),
+        "critic_network.observations has 1 outputs, not 6",
+    ),
+    "log_std": (lambda m: setattr(m, "log_std", nn.Parameter(torch.zeros(3))), "log_std is [3]"),
+    "own cell": (
+        lambda m: setattr(m.layers[0], "cell", type("Mine", (DenseCell,), {})()),
+        "the cell of layers.0 is a Mine, not a DenseCell",
+    ),
 }
 
 
@@ -75,6 +91,65 @@ def test_says_why_a_model_has_no_plan(change: str) -> None:
 
 def test_a_module_without_stages() -> None:
     assert str(plan_of(nn.Linear(2, 2))) == "Linear has no stages()"
+
+
+class Staged(nn.Module):
+    """A model that somebody else wrote, with an attribute or a method of that name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Linear(3, 2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.stages[0](x)
+        return y
+
+
+def test_other_stages() -> None:
+    assert str(plan_of(Staged())) == "Staged has no stages()"
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    assert MetaMAML(Staged()).meta_update([(x, y, x, y)]) > 0.0
+    method = type("Method", (nn.Module,), {"stages": lambda self: [1]})
+    assert str(plan_of(method())) == "stages() of Method gives no NetworkStages"
+
+
+def _linear(inputs: int, outputs: int) -> Stage:
+    weight = nn.Parameter(torch.zeros(outputs, inputs))
+    parameters = [(weight, (outputs, inputs)), (None, (outputs,)), (None, (outputs, 0))]
+    return Stage("linear", inputs, outputs, parameters)
+
+
+def _scan(inputs: int, N: int) -> Stage:
+    matrices = [nn.Parameter(torch.zeros(N, n)) for n in (N, inputs)]
+    shapes = [(N, N), (N, inputs)]
+    none = [(None, (N,))] * 3
+    return Stage("scan", inputs, N, [*zip(matrices, shapes, strict=True), *none], state=N)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "branches", "sentence"),
+    [
+        ([_scan(3, 4), _scan(4, 5)], [[_linear(5, 2)]], "states have the sizes [4, 5]"),
+        ([_linear(3, 4)], [[_linear(4, 2)]], "states have the sizes []"),
+        ([_scan(3, 4)], [[_scan(4, 4)]], "a branch has a state"),
+        ([_scan(3, 4)], [[_linear(4, 2)], [_linear(4, 2)]], "the values have [2] outputs"),
+        ([_scan(3, 4)], [[_linear(5, 2)]], "a linear stage takes 5 features, not 4"),
+    ],
+)
+def test_stages_that_native_code_cannot_run(
+    trunk: list[Stage], branches: list[list[Stage]], sentence: str
+) -> None:
+    class Described(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            chains = [trunk, *branches]
+            tensors = [p for chain in chains for stage in chain for p in stage.tensors()]
+            self.weights = nn.ParameterList([p for p in tensors if p is not None])
+
+        def stages(self) -> NetworkStages:
+            return NetworkStages(trunk, [(branch, False) for branch in branches])
+
+    assert sentence in str(plan_of(Described()))
 
 
 def test_is_kept_until_the_model_changes() -> None:
@@ -140,5 +215,8 @@ def test_state_space_models() -> None:
     plan = plan_of(model)
     assert isinstance(plan, Plan)
     assert (plan.inputs, plan.outputs, plan.states) == (3, 2, [4])
+    wide = StateSpaceModel(4, 3, 1)
+    wide.C[2] = nn.Linear(64, 4)  # which D x of one output broadcasts to
+    assert str(plan_of(wide)) == "C.2.out_features is 4, not 1"
     model.C[1] = nn.ReLU()
     assert str(plan_of(model)) == "C is no linear layer, tanh and linear layer"
