@@ -16,8 +16,8 @@ from ssm_fast.nn.parameters import learning_rate_scales
 class FlatParameters:
     """The trainable parameters of a model as one vector, for an optimizer.
 
-    Clipping and Adam take one pass over the vector, instead of one over each of many small tensors,
-    where the passes themselves take no time and all that leads to them does.
+    Clipping and Adam take one pass over a vector. On many small tensors their calls take most of the
+    time.
 
     Args:
         model: Its trainable parameters have one dtype and device.
@@ -29,7 +29,7 @@ class FlatParameters:
         ValueError: No parameter is trainable.
 
     Attributes:
-        model: Theirs.
+        model: The model.
         vector: All of them in order ``[P]``, what the optimizer steps.
         parameters: Where its values go.
         lr_scales: The part of the learning rate of each entry ``[P]``.
@@ -131,7 +131,7 @@ class FlatParameters:
         return self.use_gradient(torch.cat([part.reshape(-1) for part in parts]), max_norm, weight)
 
     def use_gradient(self, gradient: Tensor, max_norm: float, weight: float = 1.0) -> Tensor:
-        """`backward` with a gradient ``[P]`` that somebody else has computed; it is overwritten."""
+        """`backward` with a precomputed gradient ``[P]``, which is overwritten."""
         gradient = self._world.average(gradient, weight)
         norm: Tensor = torch.linalg.vector_norm(gradient)
         self.vector.grad = gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))

@@ -25,8 +25,8 @@ class SequenceGradient:
             ``[S, T, K]`` and the actions; differentiable, also by ``log_std``.
 
     Attributes:
-        vector: The gradient ``[P]``, in the order of ``model.parameters()``; the next call
-            overwrites it, and who takes it may.
+        vector: The gradient ``[P]``, in the order of ``model.parameters()``. The next call overwrites
+            it; callers may modify it.
         plan: Of the model.
     """
 

@@ -20,8 +20,8 @@ class Choice:
     Args:
         impl: ``"auto"``; ``"native"``, which raises where there is no native path; or ``"autograd"``.
         logger: Gets one INFO line when the path is chosen, and one for each change.
-        what: Is computed, for the line.
-        otherwise: How, if not natively.
+        what: The thing computed, for the line.
+        otherwise: The name of the other path.
 
     Attributes:
         path: ``"native"``, or for instance ``"autograd: "`` and the reason; empty before the first

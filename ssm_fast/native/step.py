@@ -30,9 +30,8 @@ def step_plan(model: nn.Module, *inputs: Tensor | None) -> Plan | Reason:
 class PolicyStep:
     """One step of a recurrent actor-critic in one native call.
 
-    Internal to the models: shapes are not validated. Where the weights lie is looked up once, here,
-    and they are read there at every call: their values may change between two steps, tensors that
-    take their place are not seen.
+    Internal to the models: shapes are not validated. Weights are located once, here. Changed values
+    are seen, replaced tensors are not.
 
     Args:
         plan: Of the model; no call of this object is checked against it.

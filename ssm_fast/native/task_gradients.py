@@ -130,7 +130,7 @@ def policy_task_gradients(
     Args:
         model: The policy.
         parameters: What is adapted, by name: all that lead to the actions.
-        rounds: Of before each step and after the last, ``[G, R, T, ...]``: ``observations``,
+        rounds: Rounds before each step and after the last, ``[G, R, T, ...]``: ``observations``,
             ``actions``, ``log_probs`` when they were taken, ``reset``, ``advantages``.
         rates: Of the inner steps, one for each weight.
         first_order: Take the inner gradients for constants.

@@ -58,7 +58,7 @@ def tanh_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether nobody has put a hook on it, or on all modules, or another method into it."""
+    """Whether the module has no hook and no method that was replaced on the object."""
     own = module.__dict__
     return not (calls_more(module) or "step" in own or "states" in own or "readout" in own)
 

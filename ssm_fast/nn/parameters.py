@@ -25,7 +25,7 @@ def learning_rate_scales(
     Args:
         model: Any module.
         scale: Of the parameters that are declared; all others have 1.
-        around: Whether it holds for all ``recurrent_parameters``, or only the transitions.
+        around: Scale all ``recurrent_parameters``, not only the transitions.
 
     Returns:
         The scale of every parameter, by its name in ``named_parameters()``.

@@ -76,8 +76,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_h = _product(x, grad)
     grad_s0 = None
     if s0 is not None:
-        grad_s0 = grad_h[:, :, 0]
-        if reset is not None:
+        grad_s0 = grad_h[:, :, 0] if x.shape[2] else torch.zeros_like(s0)
+        if reset is not None and x.shape[2]:
             grad_s0 = grad_s0.masked_fill(reset[:, :, 0, None], 0)
     return grad_x, incoming(grad_h, None, reset, not ctx.reverse), grad_s0, None, None
 

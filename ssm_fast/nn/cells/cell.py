@@ -1,4 +1,4 @@
-"""What a recurrence has to say for itself."""
+"""The interface of a cell."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class NormCell(DenseCell):
     def _scan_by_steps(
         self, layer: SSMLayer, norm: nn.Module, u: Tensor, s: Tensor | None, reset: Tensor | None
     ) -> Tensor:
-        """With a norm that has to be called: somebody else's, or one with hooks."""
+        """With a norm that has to be called: one with hooks, or of another class."""
         states = []
         for t in range(u.shape[1]):
             if s is not None and reset is not None:
